@@ -1,0 +1,61 @@
+"""Install Megatron-DeepSpeed with Universal Checkpointing: ``pip install -e .``
+
+Two small C++ modules (data indices, state digest) are built with pybind11. Both are optional: without a
+compiler the install goes through and the Python versions, which give the same bits, are used.
+"""
+
+import re
+from pathlib import Path
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "megatron/__init__.py").read_text()).group(1)
+
+ParallelCompile(default=2).install()
+
+
+def cpp_extension(module: str, source: str) -> Pybind11Extension:
+    # -O3: the digest kernel relies on auto-vectorisation, which -O2 of older compilers leaves out.
+    extension = Pybind11Extension(module, [source], cxx_std=17, extra_compile_args=["-O3"])
+    extension.optional = True
+    return extension
+
+
+setup(
+    name="megatron-deepspeed-ucp",
+    version=VERSION,
+    description="Train large language models with Megatron on DeepSpeed; resume them under any parallelism.",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron", "megatron.*"]),
+    package_data={"megatron.ucp": ["FORMAT.md"]},
+    ext_modules=[
+        cpp_extension("megatron.data._index_helpers", "megatron/data/index_helpers.cpp"),
+        cpp_extension("megatron.ucp._kernel", "megatron/ucp/kernel.cpp"),
+    ],
+    cmdclass={"build_ext": build_ext},
+    install_requires=[
+        "torch==2.13.0",
+        "deepspeed==0.19.8",
+        "transformers==5.23.0",
+        "tokenizers==0.23.3",
+        "tensorboard==2.21.0",
+        "numpy==2.4.6",
+        "safetensors==0.8.0",
+        "pybind11==3.1.0",
+        "ninja==1.13.2",
+        "matplotlib==3.11.2",
+        "pandas==3.1.1",
+        "tqdm==4.70.1",
+    ],
+    extras_require={
+        "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6"],
+        # Triton comes with torch's CUDA build. NVIDIA Apex is not on PyPI: it is used where importable.
+        "cuda": ["triton>=3.4"],
+        "plots": ["seaborn>=0.13"],
+    },
+    entry_points={"console_scripts": ["ucp = megatron.ucp.cli:main"]},
+)
