@@ -1,0 +1,102 @@
+"""What can be wrong with a checkpoint, as named errors that carry their cure.
+
+The one idea: every error says what is wrong, what was found, what was expected, where, and what to do; and a
+check collects all of its findings before it raises, so that a user repairs a folder once and not ten times.
+
+    raise MissingFileError("2 files are missing", found=["a.pt"], where=folder, do="copy them from the other node")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_MAX_LISTED = 20
+
+
+def listed(items: Iterable[object], limit: int = _MAX_LISTED) -> str:
+    """Sorted, comma-separated, cut off after `limit` with the count of what is left."""
+    names = sorted(str(item) for item in items)
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f", ... and {rest} more" if rest > 0 else "")
+
+
+class UcpError(Exception):
+    """Base of every error of megatron.ucp."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        found: object = None,
+        expected: object = None,
+        where: object = None,
+        do: str | None = None,
+    ):
+        self.what, self.found, self.expected, self.where, self.do = what, found, expected, where, do
+        parts = [what]
+        for label, value in (("found", found), ("expected", expected), ("where", where), ("what to do", do)):
+            if value is not None:
+                text = listed(value) if isinstance(value, (list, tuple, set, frozenset)) else str(value)
+                parts.append(f"  {label}: {text}")
+        super().__init__("\n".join(parts))
+
+    def __reduce__(self):
+        # Keyword-only arguments are lost by Exception's own pickling, and errors cross worker processes.
+        fields = {"found": self.found, "expected": self.expected, "where": self.where, "do": self.do}
+        fields = {
+            key: value if value is None or isinstance(value, (list, tuple)) else str(value)
+            for key, value in fields.items()
+        }
+        return _rebuild, (type(self), self.what, fields)
+
+
+def _rebuild(kind: type[UcpError], what: str, fields: dict) -> UcpError:
+    return kind(what, **fields)
+
+
+class LayoutError(UcpError):
+    """A parameter cannot be cut as declared, or its shards do not fit together."""
+
+
+class ManifestError(UcpError):
+    """ucp.json is unreadable, of an unknown version, or contradicts itself."""
+
+
+class NotACheckpointError(UcpError):
+    """The folder is no committed checkpoint of a known kind."""
+
+
+class MissingFileError(UcpError):
+    """Files that the checkpoint's topology calls for are not there."""
+
+
+class CorruptFileError(UcpError):
+    """A file's size, checksum or structure is not what was written."""
+
+
+class UnsafePickleError(UcpError):
+    """A file asks to run code, or holds a class outside the allow-list."""
+
+
+class SourceError(UcpError):
+    """A Source does not hold what was asked for: unknown name, gap, overlap."""
+
+
+class ReplicaMismatchError(SourceError):
+    """Copies of one parameter that must be equal are not."""
+
+
+class DigestMismatchError(UcpError):
+    """The state is not the one that was saved."""
+
+
+class UnsupportedCheckpointError(UcpError):
+    """A known kind of checkpoint that this version does not read."""
+
+
+class OutputExistsError(UcpError):
+    """The output is already there; nothing is overwritten."""
+
+
+class NotEnoughSpaceError(UcpError):
+    """The disk cannot take the output."""

@@ -1,0 +1,94 @@
+"""The one function that reads a .pt file. It never runs code from the file.
+
+The one idea: torch's restricted unpickler (`weights_only=True`), plus inert stand-ins for the few classes that
+DeepSpeed puts into its files, so that they open without importing DeepSpeed; anything else is refused by name.
+
+    state = load(path)["optimizer_state_dict"]      # tensors are memory-mapped: a page is read when it is touched
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.ucp.errors import CorruptFileError, MissingFileError, UnsafePickleError
+
+
+class Inert:
+    """What a class of DeepSpeed's becomes: its attributes, none of its methods."""
+
+    def __init__(self, *values: Any):
+        if values:
+            self.values = values
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({vars(self)})"
+
+
+class FragmentAddress(Inert):
+    """`start` and `numel` of a parameter's fragment in a flat partition."""
+
+
+class LossScaler(Inert):
+    """cur_scale, and for the dynamic one cur_iter, last_overflow_iter, cur_hysteresis, ..."""
+
+
+class DynamicLossScaler(LossScaler):
+    pass
+
+
+class SubparamShape(Inert):
+    """patterns, shape, partition_dim."""
+
+
+def _enum_value(value: Any) -> Any:
+    return value
+
+
+_STAND_INS: list[tuple[Any, str]] = [
+    (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (SubparamShape, "deepspeed.checkpoint.universal_checkpoint.SubparamShape"),
+    (_enum_value, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (argparse.Namespace, "argparse.Namespace"),
+]
+
+
+def load(path: str | Path, mmap: bool = True) -> Any:
+    """The file's content on the CPU. Raises MissingFileError, CorruptFileError or UnsafePickleError."""
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError("no such file", where=path)
+    is_mapped = mmap and zipfile.is_zipfile(path)
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+    except pickle.UnpicklingError as error:
+        if "nsupported" not in str(error) and "global" not in str(error).lower():
+            raise CorruptFileError(f"not a readable .pt file: {error}", where=path) from error
+        raise UnsafePickleError(
+            "the file wants classes or functions outside the allow-list; it was not executed",
+            found=_unknown_globals(path) or str(error).splitlines()[0],
+            where=path,
+            do="do not load it unless you know who made it; then save it again from plain tensors and dicts",
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CorruptFileError(
+            f"not a readable .pt file ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+            where=path,
+            do="copy it again from where it was saved",
+        ) from error
+
+
+def _unknown_globals(path: Path) -> list[str]:
+    known = {name for _, name in _STAND_INS}
+    try:
+        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - known)
+    except Exception:  # a hostile file may break the scan too; the refusal stands without the list
+        return []
