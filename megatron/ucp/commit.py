@@ -25,16 +25,17 @@ from megatron.ucp.errors import NotACheckpointError, NotEnoughSpaceError, Output
 from megatron.ucp.manifest import MANIFEST_NAME, FileInfo
 
 STAGING_SUFFIX = ".tmp"
+_REPLACED_SUFFIX = ".replaced"
 _OWNER = ".writing"
 _BLOCK = 16 << 20
 
 
-def stage(final: str | Path) -> Path:
+def stage(final: str | Path, replace: bool = False) -> Path:
     """A fresh, empty staging folder for `final`. A left-over of a dead run is removed; OutputExistsError if `final`
-    exists or another live process of this machine is writing it."""
+    exists (unless it is to be replaced) or another live process of this machine is writing it."""
     final = Path(final)
     staging = final.with_name(final.name + STAGING_SUFFIX)
-    if final.exists():
+    if final.exists() and not replace:
         raise OutputExistsError(
             "the output is already there",
             where=final,
@@ -52,12 +53,14 @@ def stage(final: str | Path) -> Path:
     return staging
 
 
-def commit(staging: str | Path, final: str | Path) -> None:
-    """Makes `staging`, complete with its ucp.json, the checkpoint `final`; on return it is on the disk."""
+def commit(staging: str | Path, final: str | Path, replace: bool = False) -> None:
+    """Makes `staging`, complete with its ucp.json, the checkpoint `final`; on return it is on the disk.
+
+    With `replace` an older `final` is moved aside first and removed last, so that a whole one always exists."""
     staging, final = Path(staging), Path(final)
     if not (staging / MANIFEST_NAME).is_file():
         raise NotACheckpointError(f"nothing to commit: {MANIFEST_NAME} was not written", where=staging)
-    if final.exists():
+    if final.exists() and not replace:
         raise OutputExistsError("the output is already there", where=final)
     (staging / _OWNER).unlink(missing_ok=True)
     folders = [staging, *(p for p in staging.rglob("*") if p.is_dir())]
@@ -66,8 +69,13 @@ def commit(staging: str | Path, final: str | Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(_flush, files))
         list(pool.map(_flush, folders))
+    aside = final.with_name(final.name + _REPLACED_SUFFIX)
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
     os.rename(staging, final)
     _flush(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def point_to(run_folder: str | Path, pointer: str, tag: str) -> None:
@@ -112,13 +120,19 @@ def checksum_file(path: str | Path) -> FileInfo:
 def checksum_folder(folder: str | Path, num_workers: int = 2) -> dict[str, FileInfo]:
     """The `files` table of a folder: every regular file but the manifest, by relative path, sorted."""
     folder = Path(folder)
-    paths = sorted(
+    paths = data_files(folder)
+    with ThreadPoolExecutor(num_workers) as pool:
+        return dict(zip(paths, pool.map(lambda p: checksum_file(folder / p), paths)))
+
+
+def data_files(folder: str | Path) -> list[str]:
+    """Relative paths of every regular file but the manifest, sorted: what its `files` table lists."""
+    folder = Path(folder)
+    return sorted(
         p.relative_to(folder).as_posix()
         for p in folder.rglob("*")
         if p.is_file() and p.name not in (MANIFEST_NAME, _OWNER)
     )
-    with ThreadPoolExecutor(num_workers) as pool:
-        return dict(zip(paths, pool.map(lambda p: checksum_file(folder / p), paths)))
 
 
 def _live_owner(staging: Path) -> int | None:
