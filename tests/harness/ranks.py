@@ -91,7 +91,7 @@ def _fork_server():
 
 
 def _rank_main(rank, world_size, scratch, writer, path, module, name, args) -> None:
-    log = open(Path(scratch) / f"rank{rank}.log", "w", buffering=1)
+    log = open(Path(scratch) / f"rank{rank}.log", "w", buffering=1)  # noqa: SIM115 - open until the process ends
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     faulthandler.enable(log)

@@ -1,0 +1,39 @@
+# make ex1     set up .venv if needed and run the main job: train under PP2, convert, resume on one rank, prove it
+# make test    set up and run the tests          make lint    ruff
+# make bench   side-by-side measurements         make install only set up
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: install ex1 ex2 ex3 ex4 test lint bench clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+# Re-run when the dependencies or the C++ sources change.
+$(STAMP): setup.py pyproject.toml megatron/data/index_helpers.cpp megatron/ucp/kernel.cpp
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON): set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is older than 3.11: set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=23.2"
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $(STAMP)
+
+ex1 ex2 ex3 ex4: $(STAMP)
+	bash examples/$@/run.sh
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/convert.py
+
+clean:
+	rm -rf runs build *.egg-info .pytest_cache .ruff_cache

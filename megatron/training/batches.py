@@ -1,0 +1,68 @@
+"""Micro batches for this rank, in an order that depends on nothing but the seed and the samples consumed.
+
+batches = Batches(config, context)                      # builds or opens the index caches
+for batch in batches.train(progress.consumed_train_samples): ...   # {"tokens", "labels", "loss_mask"}, [b, s]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.config.config import Config
+from megatron.data.collate import Collator
+from megatron.data.datasets import build_datasets
+from megatron.data.sampler import SampleIndexer
+from megatron.parallel.context import ParallelContext
+from torch.utils.data import DataLoader, Dataset
+
+
+class Batches:
+    """The three splits. Every rank builds the same; construction is local (the index cache is race-safe)."""
+
+    def __init__(self, config: Config, context: ParallelContext, eod: int) -> None:
+        self.context = context
+        self.micro_batch_size = config.run.micro_batch_size
+        self.global_batch_size = config.run.global_batch_size
+        self.num_workers = config.data.num_workers
+        self.collate = Collator(eod=eod, eod_mask_loss=config.data.eod_mask_loss)
+        self.train_set, self.valid_set, self.test_set = build_datasets(
+            config.data.data_path,
+            split=config.data.split,
+            seq_length=config.model.seq_length,
+            seed=config.run.seed,
+            num_samples=_samples_needed(config),
+            cache_dir=config.data.data_cache_path,
+        )
+
+    def train(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
+        return self._loader(self.train_set, consumed_samples)
+
+    def valid(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
+        return self._loader(self.valid_set, consumed_samples)
+
+    def test(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self._loader(self.test_set, 0)
+
+    def _loader(self, dataset: Dataset | None, consumed_samples: int) -> Iterator[dict[str, Any]]:
+        if dataset is None:
+            return iter(())
+        indexer = SampleIndexer(
+            num_samples=len(dataset),
+            consumed_samples=consumed_samples,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+            dp_rank=self.context.dp_rank,
+            dp_size=self.context.dp_size,
+        )
+        return iter(DataLoader(dataset, batch_sampler=indexer, collate_fn=self.collate, num_workers=self.num_workers))
+
+
+def _samples_needed(config: Config) -> tuple[int, int, int]:
+    """(train, valid, test) samples of the whole run, as Megatron counts them."""
+    run = config.run
+    train_iters = config.train_iters
+    evaluations = train_iters // run.eval_interval + 1
+    train = run.train_samples or train_iters * run.global_batch_size
+    return train, evaluations * run.eval_iters * run.global_batch_size, run.eval_iters * run.global_batch_size

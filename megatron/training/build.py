@@ -1,0 +1,174 @@
+"""From a configuration to a run that is ready to train: data, model, engine, and what it resumes from.
+
+run = build_run(config, launch, notes)      # collective; raises before training starts, never half way
+fit(run)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from megatron.config.config import Config
+from megatron.model.build import build_model, parameter_layouts
+from megatron.model.flops import flops_per_token, num_parameters
+from megatron.parallel.context import ParallelContext, build_context
+from megatron.parallel.rng import RandomStreams
+from megatron.training.ds_config import deepspeed_config
+from megatron.training.launch import LaunchInfo
+from megatron.training.schedule import LearningRateSchedule
+
+import megatron
+from megatron.config.model import ModelConfig
+from megatron.data.tokenizer import build_tokenizer
+from megatron.training.batches import Batches
+from megatron.training.checkpointing import Checkpointer, LoadOptions
+from megatron.training.engine import build_engine
+from megatron.training.loop import Run
+from megatron.training.progress import Progress
+from megatron.training.resume import ResumePlan, Wanted, choose_resume, find_checkpoints
+from megatron.training.tensorboard import RunLog
+
+log = logging.getLogger(__name__)
+
+
+def build_run(config: Config, launch: LaunchInfo) -> Run:
+    """Collective over the world; torch.distributed is up. Raises ConfigError, ResumeError, data errors and
+    checkpoint errors before the first step."""
+    config.validate(launch.world_size)
+    tokenizer = build_tokenizer(
+        config.data.tokenizer_type,
+        vocab_file=config.data.vocab_file,
+        merge_file=config.data.merge_file,
+        tokenizer_model=config.data.tokenizer_model,
+        vocab_size=config.model.vocab_size,
+    )
+    model_config = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=model_config)
+    topology = config.parallel.topology(launch.world_size)
+    user_json = _read_json(config.run.deepspeed_config)
+    ds_config, notes = deepspeed_config(config, topology, user_json)
+    for note in notes:
+        log.info("note: %s", note)
+    zero_stage = ds_config["zero_optimization"]["stage"]
+    plan = _plan(config, topology, zero_stage)
+    log.info("%s", plan.reason)
+
+    context = build_context(topology)
+    streams = RandomStreams(config.run.seed, context)
+    batches = Batches(config, context, eod=tokenizer.eod)
+    model = build_model(config.model, config.parallel, context, streams, config.run.seed)
+    layouts = parameter_layouts(model)
+    engine = build_engine(config.optimizer, model, context, ds_config)
+    schedule = LearningRateSchedule(config.optimizer, config.train_iters, config.run.global_batch_size)
+    schedule.attach(engine.optimizer)
+    checkpointer = Checkpointer(
+        engine, context, layouts, streams, schedule,
+        model=_identity(config.model),
+        padded_vocab_size=config.model.padded_vocab_size(topology.tp_size),
+    )  # fmt: skip
+    log.info(
+        "%s, ZeRO-%d, %s, %s parameters, %d ranks",
+        topology, zero_stage, config.optimizer.precision, f"{num_parameters(config.model):,}", launch.world_size,
+    )  # fmt: skip
+    progress = Progress()
+    if not plan.is_fresh:
+        progress = checkpointer.load(plan, _load_options(config))
+    run_log = RunLog.open(
+        config.run.tensorboard_dir,
+        _describe(config, context, plan, zero_stage, progress),
+        launch.rank,
+        config.run.tensorboard_queue_size,
+    )
+    return Run(
+        config,
+        context,
+        engine,
+        schedule,
+        checkpointer,
+        batches,
+        progress,
+        run_log,
+        flops_per_token(config.model),
+    )
+
+
+def _plan(config: Config, topology: Any, zero_stage: int) -> ResumePlan:
+    """Decided on rank 0, the same everywhere: folders may look different from another node."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        checkpoint = config.checkpoint
+        try:
+            found = find_checkpoints(Path(checkpoint.load), checkpoint.load_tag) if checkpoint.load else None
+            wanted = Wanted(
+                topology, zero_stage, checkpoint.universal_checkpoint, checkpoint.exit_on_missing_checkpoint
+            )
+            outcome[0] = choose_resume(found, wanted)
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _load_options(config: Config) -> LoadOptions:
+    checkpoint = config.checkpoint
+    return LoadOptions(
+        with_optimizer=not (checkpoint.no_load_optim or checkpoint.finetune),
+        with_schedule=not (checkpoint.no_load_lr_state or checkpoint.finetune),
+        with_rng=not (checkpoint.no_load_rng or checkpoint.finetune),
+        with_progress=not checkpoint.finetune,
+    )
+
+
+def _identity(model: ModelConfig) -> dict[str, Any]:
+    """What a Source must agree on: the values that decide the atomic parameters and the function they compute."""
+    names = (
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads",
+        "max_position_embeddings", "vocab_size", "normalization", "layernorm_epsilon", "swiglu",
+        "use_rotary_position_embeddings", "untie_embeddings_and_output_weights", "add_bias_linear",
+    )  # fmt: skip
+    return {name: getattr(model, name) for name in names}
+
+
+def _describe(
+    config: Config, context: ParallelContext, plan: ResumePlan, zero_stage: int, progress: Progress
+) -> dict[str, Any]:
+    """run.json: what the curves beside it are of."""
+    resumed_from = None
+    if not plan.is_fresh:
+        resumed_from = {"folder": str(plan.folder), "iteration": progress.iteration, "kind": plan.kind}
+    return {
+        "role": "source" if plan.is_fresh else "target",
+        "topology": str(context.topology),
+        "topology_degrees": context.topology.to_json(),
+        "zero_stage": zero_stage,
+        "precision": config.optimizer.precision,
+        "resumed_from": resumed_from,
+        "commit": _commit(),
+        "versions": {
+            "megatron": megatron.__version__,
+            "deepspeed": deepspeed.__version__,
+            "torch": torch.__version__,
+        },
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, where there is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _read_json(path: str | None) -> dict[str, Any] | None:
+    return None if path is None else json.loads(Path(path).read_text())

@@ -1,0 +1,188 @@
+"""The training loop: step, log, evaluate, save, stop; reads top to bottom as the story of a run.
+
+run = build_run(config, launch)     # training/build.py
+fit(run)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.config.config import Config
+from megatron.parallel.context import ParallelContext
+from megatron.training.schedule import LearningRateSchedule
+
+from megatron.training.batches import Batches
+from megatron.training.checkpointing import Checkpointer
+from megatron.training.engine import evaluate, train_step
+from megatron.training.metrics import Rate, StepMetrics, Throughput, console_line, duration
+from megatron.training.progress import Progress
+from megatron.training.tensorboard import RunLog
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite; training on would destroy the model. Nothing is saved."""
+
+
+@dataclass
+class Run:
+    """Everything a run consists of, built and ready."""
+
+    config: Config
+    context: ParallelContext
+    engine: Any
+    schedule: LearningRateSchedule
+    checkpointer: Checkpointer
+    batches: Batches
+    progress: Progress
+    run_log: RunLog
+    flops_per_token: float
+
+
+def fit(run: Run) -> Progress:
+    """Train until train_iters or an exit condition; returns how far it came. Collective over the world."""
+    config, progress = run.config, run.progress
+    started = time.monotonic()
+    stop = _StopSignal.install() if config.run.exit_signal_handler else None
+    train = run.batches.train(progress.consumed_train_samples)
+    tokens_per_iteration = config.run.global_batch_size * config.model.seq_length
+    throughput = Throughput(tokens_per_iteration, run.flops_per_token, dist.get_world_size())
+    saved_at = progress.iteration
+    losses: list[float] = []
+    skipped = 0
+    while progress.iteration < config.train_iters:
+        step = _one_iteration(run, train)
+        run.run_log.step(step)
+        skipped += step.is_skipped
+        if not step.is_skipped:
+            losses.append(step.loss)
+        if progress.iteration % config.run.log_interval == 0:
+            rate = throughput.since_last(config.run.log_interval)
+            _log(run, step, rate, losses, skipped)
+            losses, skipped = [], 0
+        if config.run.eval_iters and progress.iteration % config.run.eval_interval == 0:
+            validate(run)
+            throughput.restart()
+        reason = _exit_reason(config, progress, started, stop, run.engine.device)
+        if _is_save_due(config, progress) or (reason and config.checkpoint.save):
+            run.checkpointer.save(Path(config.checkpoint.save), progress)
+            saved_at = progress.iteration
+            throughput.restart()
+        if reason:
+            log.info("stopping at iteration %d: %s", progress.iteration, reason)
+            return progress
+    if config.checkpoint.save and saved_at != progress.iteration:
+        run.checkpointer.save(Path(config.checkpoint.save), progress)
+    return progress
+
+
+def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
+    engine, progress = run.engine, run.progress
+    learning_rate = run.schedule.get_last_lr()[0]
+    scaler = run.checkpointer.state.loss_scaler if run.config.optimizer.precision == "fp16" else None
+    loss_scale = None if scaler is None else float(scaler.cur_scale)
+    skipped_before = engine.skipped_steps
+    loss = train_step(engine, train)
+    is_skipped = engine.skipped_steps > skipped_before
+    if not math.isfinite(loss) and not is_skipped:
+        raise NonFiniteLossError(
+            f"loss is {loss} at iteration {progress.iteration + 1} (learning rate {learning_rate:.3e}). The last "
+            "checkpoint is untouched; resume from it with a lower --lr, or look at the data of this iteration."
+        )
+    global_batch_size = run.config.run.global_batch_size
+    progress.iteration += 1
+    progress.consumed_train_samples += global_batch_size
+    progress.consumed_train_tokens += global_batch_size * run.config.model.seq_length
+    progress.skipped_iterations += is_skipped
+    if not is_skipped:
+        run.schedule.step(global_batch_size)
+    norm = engine.get_global_grad_norm()
+    return StepMetrics(
+        iteration=progress.iteration,
+        consumed_samples=progress.consumed_train_samples,
+        consumed_tokens=progress.consumed_train_tokens,
+        loss=loss,
+        learning_rate=learning_rate,
+        grad_norm=math.nan if norm is None else float(norm),
+        loss_scale=loss_scale,
+        is_skipped=is_skipped,
+        global_batch_size=global_batch_size,
+    )
+
+
+def validate(run: Run) -> float:
+    """Mean loss over eval_iters batches of the validation split, logged; moves consumed_valid_samples."""
+    config, progress = run.config, run.progress
+    batches = run.batches.valid(progress.consumed_valid_samples)
+    with run.checkpointer.streams.preserved():
+        loss = evaluate(run.engine, batches, config.run.eval_iters)
+    progress.consumed_valid_samples += config.run.eval_iters * config.run.global_batch_size
+    log.info("validation at iteration %d | loss %.6f | ppl %.4g", progress.iteration, loss, math.exp(min(20, loss)))
+    run.run_log.validation(progress.iteration, progress.consumed_train_samples, progress.consumed_train_tokens, loss)
+    return loss
+
+
+def test(run: Run) -> float:
+    """Mean loss over eval_iters batches of the test split, logged."""
+    loss = evaluate(run.engine, run.batches.test(), run.config.run.eval_iters)
+    log.info("test | loss %.6f | ppl %.4g", loss, math.exp(min(20, loss)))
+    return loss
+
+
+def _log(run: Run, step: StepMetrics, rate: Rate, losses: list[float], skipped: int) -> None:
+    mean = sum(losses) / len(losses) if losses else math.nan
+    log.info(console_line(step, rate, run.config.train_iters, mean, skipped))
+    run.run_log.rate(step.iteration, rate)
+
+
+def _is_save_due(config: Config, progress: Progress) -> bool:
+    interval = config.checkpoint.save_interval
+    return bool(config.checkpoint.save and interval and progress.iteration % interval == 0)
+
+
+def _exit_reason(
+    config: Config, progress: Progress, started: float, stop: _StopSignal | None, device: torch.device
+) -> str | None:
+    """The same on every rank: rank 0's clock and any rank's signal decide."""
+    run = config.run
+    if run.exit_interval and progress.iteration % run.exit_interval == 0:
+        return f"--exit-interval {run.exit_interval}"
+    if run.exit_duration_in_mins is None and stop is None:
+        return None
+    minutes = (time.monotonic() - started) / 60
+    is_late = run.exit_duration_in_mins is not None and minutes > run.exit_duration_in_mins
+    flags = torch.tensor([is_late and dist.get_rank() == 0, stop is not None and stop.is_set], dtype=torch.int32)
+    flags = flags.to(device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    if flags[1]:
+        return "SIGTERM"
+    if flags[0]:
+        return f"--exit-duration-in-mins {run.exit_duration_in_mins} ({duration(minutes * 60)} passed)"
+    return None
+
+
+class _StopSignal:
+    """Remembers a SIGTERM, so that the run saves and ends at the next iteration."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    @classmethod
+    def install(cls) -> _StopSignal:
+        stop = cls()
+        signal.signal(signal.SIGTERM, stop._handle)
+        return stop
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.is_set = True

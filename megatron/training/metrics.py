@@ -1,0 +1,98 @@
+"""What a training step measured, and the one console line that tells it.
+
+    throughput = Throughput(tokens_per_step, flops_per_token, world_size)
+    print(console_line(step, throughput.since_last(), ...))
+
+TFLOP/s counts the model's own multiply-adds (forward + backward, no recomputation), per accelerator.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass, field
+
+from deepspeed.accelerator import get_accelerator
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, the same numbers on every rank."""
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    loss_scale: float | None
+    """None unless fp16."""
+    is_skipped: bool
+    """The gradient overflowed (fp16); nothing was updated."""
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
+class Rate:
+    seconds_per_iteration: float
+    tokens_per_second: float
+    """Of the whole run."""
+    tflops: float
+    """Per rank."""
+
+
+@dataclass
+class Throughput:
+    """Wall time between log lines, turned into rates. The clock starts at construction."""
+
+    tokens_per_iteration: int
+    flops_per_token: float
+    world_size: int
+    _last_time: float = field(default_factory=time.perf_counter)
+
+    def restart(self) -> None:
+        """Leave out what has passed since the last line (an evaluation, a save)."""
+        self._last_time = time.perf_counter()
+
+    def since_last(self, num_iterations: int) -> Rate:
+        now = time.perf_counter()
+        seconds = (now - self._last_time) / num_iterations
+        self._last_time = now
+        tokens_per_second = self.tokens_per_iteration / seconds
+        return Rate(seconds, tokens_per_second, tokens_per_second * self.flops_per_token / self.world_size / 1e12)
+
+
+def memory_gib() -> float:
+    """Peak memory of this process: the accelerator's where it counts, else resident memory."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return accelerator.max_memory_allocated() / 2**30
+
+
+def console_line(step: StepMetrics, rate: Rate, train_iters: int, loss: float, skipped: int) -> str:
+    """`loss` is the mean since the last line."""
+    left = (train_iters - step.iteration) * rate.seconds_per_iteration
+    fields = [
+        f"iteration {step.iteration:>{len(str(train_iters))}}/{train_iters}",
+        f"samples {step.consumed_samples}",
+        f"loss {loss:.6f}",
+        f"lr {step.learning_rate:.3e}",
+        f"grad norm {step.grad_norm:.4f}",
+        f"{rate.tokens_per_second:,.0f} tokens/s",
+        f"{rate.tflops:.3g} TFLOP/s",
+        f"{memory_gib():.2f} GiB",
+        f"ETA {duration(left)}",
+    ]
+    if step.loss_scale is not None:
+        fields.insert(5, f"loss scale {step.loss_scale:g}")
+    if skipped:
+        fields.insert(5, f"skipped {skipped}")
+    return " | ".join(fields)
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03 under an hour."""
+    minutes, second = divmod(int(round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,0 +1,142 @@
+"""What a run starts from: a pure choice between fresh, native, direct and universal.
+
+    found = find_checkpoints(Path("runs/source"))          # reads folders, loads nothing
+    plan = choose_resume(found, wanted)                    # pure
+    print(plan.reason)                                     # one line: what and why
+
+| kind | Source | when |
+|---|---|---|
+| fresh | none | no --load, or nothing saved there yet |
+| native | this folder's own save, same topology | bit-exact continuation, RNG included |
+| direct | a native save of another topology | each rank reads the ranges it keeps; nothing is converted |
+| universal | a universal folder | --universal-checkpoint, or there is nothing else |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.ucp.errors import NotACheckpointError
+from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megatron.ucp.topology import Topology
+
+LATEST = "latest"
+LATEST_UNIVERSAL = "latest_universal"
+
+
+class ResumeError(RuntimeError):
+    """The checkpoint asked for is not there or is not of the kind asked for."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One committed checkpoint, as much of it as the choice needs."""
+
+    folder: Path
+    kind: str
+    """native or universal"""
+    iteration: int
+    topology: Topology
+    zero_stage: int
+
+
+@dataclass(frozen=True)
+class FoundCheckpoints:
+    load: Path
+    native: Found | None = None
+    universal: Found | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    topology: Topology
+    zero_stage: int
+    use_universal: bool = False
+    exit_on_missing_checkpoint: bool = False
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    kind: str
+    folder: Path | None
+    reason: str
+
+    @property
+    def is_fresh(self) -> bool:
+        return self.folder is None
+
+
+def find_checkpoints(load: Path, tag: str | None = None) -> FoundCheckpoints:
+    """What `load` holds: a run folder with its pointers (or a `tag` in it), or a checkpoint folder itself.
+
+    Raises NotACheckpointError where a pointer names a folder that is no committed checkpoint.
+    """
+    if (load / MANIFEST_NAME).is_file():
+        return _sorted_by_kind(load, [_describe(load)])
+    if tag is not None:
+        return _sorted_by_kind(load, [_describe(load / tag)])
+    pointers = [load / LATEST, load / LATEST_UNIVERSAL]
+    return _sorted_by_kind(load, [_describe(load / p.read_text().strip()) for p in pointers if p.is_file()])
+
+
+def _sorted_by_kind(load: Path, found: list[Found]) -> FoundCheckpoints:
+    by_kind = {checkpoint.kind: checkpoint for checkpoint in found}
+    return FoundCheckpoints(load, by_kind.get("native"), by_kind.get("universal"))
+
+
+def _describe(folder: Path) -> Found:
+    if not (folder / MANIFEST_NAME).is_file():
+        raise NotACheckpointError(
+            f"no {MANIFEST_NAME} in the folder: it was never committed, or another program saved it",
+            where=folder,
+            do="remove the pointer to it, load an older tag, or convert a foreign DeepSpeed checkpoint with "
+            "tools/ds_to_universal.py and load the universal folder",
+        )
+    manifest: Manifest = read_manifest(folder)
+    return Found(folder, manifest.kind, int(manifest.common["iteration"]), manifest.topology, manifest.zero_stage)
+
+
+def choose_resume(found: FoundCheckpoints | None, wanted: Wanted) -> ResumePlan:
+    """Pure. Raises ResumeError where the flags ask for a checkpoint that is not there."""
+    if found is None:
+        return ResumePlan("fresh", None, "starting fresh: no --load was given")
+    native, universal = found.native, found.universal
+    if wanted.use_universal:
+        if universal is None:
+            raise ResumeError(
+                f"--universal-checkpoint was given but {found.load} has no {LATEST_UNIVERSAL}"
+                + (f" (there is a native checkpoint, {native.folder.name})" if native else "")
+                + ". Convert first with tools/ds_to_universal.py, or drop the flag: a native checkpoint of any "
+                "topology is resumed directly."
+            )
+        return ResumePlan(
+            "universal", universal.folder, f"resuming from universal checkpoint {_tell(universal)}: asked for"
+        )
+    if native is not None:
+        if (native.topology, native.zero_stage) == (wanted.topology, wanted.zero_stage):
+            return ResumePlan(
+                "native", native.folder, f"resuming from native checkpoint {_tell(native)}: same topology"
+            )
+        return ResumePlan(
+            "direct",
+            native.folder,
+            f"resuming directly from native checkpoint {_tell(native)} as {wanted.topology} "
+            f"ZeRO-{wanted.zero_stage}: the topology changed, nothing is converted",
+        )
+    if universal is not None:
+        return ResumePlan(
+            "universal",
+            universal.folder,
+            f"resuming from universal checkpoint {_tell(universal)}: the only one there",
+        )
+    if wanted.exit_on_missing_checkpoint:
+        raise ResumeError(
+            f"no checkpoint in {found.load} and --exit-on-missing-checkpoint was given. Expected a file named "
+            f"{LATEST} or {LATEST_UNIVERSAL} there."
+        )
+    return ResumePlan("fresh", None, f"starting fresh: nothing is saved in {found.load} yet")
+
+
+def _tell(found: Found) -> str:
+    return f"{found.folder.name} (iteration {found.iteration}, saved as {found.topology} ZeRO-{found.zero_stage})"

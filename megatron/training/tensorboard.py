@@ -1,0 +1,78 @@
+"""TensorBoard curves under upstream's keys, and run.json, which says what run they are of.
+
+    with RunLog.open(folder, description, rank) as run_log:      # writes on rank 0 only
+        run_log.step(metrics, rate)
+        run_log.validation(iteration, loss)
+
+The keys are those of Megatron-DeepSpeed (megatron/training.py, training_log), so tools that read its events read ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron.training.metrics import Rate, StepMetrics
+
+RUN_FILE = "run.json"
+
+
+class RunLog:
+    """A no-op without a folder or on ranks other than 0."""
+
+    def __init__(self, writer: Any | None) -> None:
+        self._writer = writer
+
+    @classmethod
+    def open(cls, folder: str | None, description: Mapping[str, Any], rank: int, queue_size: int = 1000) -> RunLog:
+        """Start an event file in `folder`; `description` becomes run.json beside it."""
+        if folder is None or rank != 0:
+            return cls(None)
+        from torch.utils.tensorboard import SummaryWriter
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / RUN_FILE).write_text(json.dumps(description, indent=2, default=str) + "\n")
+        return cls(SummaryWriter(log_dir=folder, max_queue=queue_size))
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def step(self, step: StepMetrics) -> None:
+        """Every iteration: the curves that a resume is judged by."""
+        curves = {
+            "lm-loss-training/lm loss": step.loss,
+            "learning-rate/learning-rate": step.learning_rate,
+            "grad-norm/grad-norm": step.grad_norm,
+            "batch-size/batch-size": step.global_batch_size,
+        }
+        if step.loss_scale is not None:
+            curves["loss-scale/loss-scale"] = step.loss_scale
+        for key, value in curves.items():
+            self._add(key, value, step.iteration)
+            self._add(f"{key} vs samples", value, step.consumed_samples)
+            self._add(f"{key} vs tokens", value, step.consumed_tokens)
+
+    def rate(self, iteration: int, rate: Rate) -> None:
+        self._add("iteration-time/iteration-time", rate.seconds_per_iteration, iteration)
+        self._add("throughput/tokens per second", rate.tokens_per_second, iteration)
+        self._add("throughput/TFLOPs per rank", rate.tflops, iteration)
+
+    def validation(self, step: int, samples: int, tokens: int, loss: float) -> None:
+        perplexity = math.exp(min(20.0, loss))
+        for suffix, at in (("", step), (" vs samples", samples), (" vs tokens", tokens)):
+            self._add(f"lm-loss-validation/lm loss validation{suffix}", loss, at)
+            self._add(f"lm-loss-validation/lm loss validation ppl{suffix}", perplexity, at)
+
+    def _add(self, key: str, value: float, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_scalar(key, value, step)
