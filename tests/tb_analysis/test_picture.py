@@ -1,0 +1,114 @@
+"""The picture, looked at as a figure object: what is drawn, and that no two texts cover each other."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from tb_analysis.curves import Curve
+from tb_analysis.picture import Labels, draw, save
+from tb_analysis.runs import Run, group
+from tb_analysis.verdict import Limits, judge
+
+STEPS = np.arange(1, 201)
+LOSSES = 6 + 4.8 * np.exp(-STEPS / 45)
+
+
+def verdict(num_targets: int = 1, extra: float = 2e-6, with_control: bool = True):
+    tail = STEPS[100:]
+    runs = [Run("source", Curve(STEPS, LOSSES), "source", "tp1 pp2 dp1", 1)]
+    for i in range(num_targets):
+        offset = extra * np.linspace(0, i + 1, len(tail))
+        runs.append(Run(f"target{i}", Curve(tail, LOSSES[100:] + offset), "target", f"tp{2**i} pp1 dp1", 1))
+    if with_control:
+        runs.append(Run("control", Curve(tail, LOSSES[100:] + 2e-6), "control", "tp1 pp2 dp1", 1))
+    return judge(group(runs), Limits())
+
+
+def lines(axis) -> dict[str, tuple[list, list]]:
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()}
+
+
+def test_upper_panel_holds_both_runs_on_one_axis():
+    upper, _ = draw(verdict(), Labels()).axes
+    drawn = lines(upper)
+    source = next(data for label, data in drawn.items() if label.startswith("Source  tp1 pp2 dp1"))
+    target = next(data for label, data in drawn.items() if label.startswith("Target  tp1 pp1 dp1"))
+    assert source[0] == STEPS.tolist() and source[1] == LOSSES.tolist()
+    assert target[0] == STEPS[100:].tolist()
+    assert upper.get_ylabel() == "LM loss"
+
+
+def test_lower_panel_holds_deltas_control_and_bound_on_a_log_axis():
+    made = verdict()
+    _, lower = draw(made, Labels()).axes
+    assert lower.get_yscale() == "log"
+    drawn = lines(lower)
+    target = next(data for label, data in drawn.items() if label.startswith("Target"))
+    assert target[1][1:] == np.abs(made.comparisons[0].deltas)[1:].tolist()
+    assert target[1][0] > 0, "a delta of 0 is drawn, at the bottom"
+    assert any(label.startswith("control  tp1 pp2 dp1") for label in drawn)
+    bound = next(data for label, data in drawn.items() if label.startswith("bound"))
+    assert set(bound[1]) == {made.comparisons[0].bound}
+    assert lower.get_ylim()[0] < min(target[1]) and lower.get_ylim()[1] > made.comparisons[0].bound
+
+
+@pytest.mark.parametrize(("extra", "stamp"), [(2e-6, "PASS"), (1e-3, "FAIL: too-far")])
+def test_the_verdict_and_its_number_are_in_the_picture(extra, stamp):
+    made = verdict(extra=extra)
+    legend = draw(made, Labels()).axes[1].get_legend()
+    assert legend.get_title().get_text().startswith(stamp)
+    assert any(f"max {made.comparisons[0].max_delta:.1e}" in text.get_text() for text in legend.get_texts())
+
+
+def test_a_title_given_is_the_title():
+    figure = draw(verdict(), Labels(title="Mine", x="iteration", y="loss"))
+    assert figure.get_suptitle() == "Mine"
+    assert (figure.axes[1].get_xlabel(), figure.axes[0].get_ylabel()) == ("iteration", "loss")
+
+
+@pytest.mark.parametrize("num_targets", [0, 1, 3])
+@pytest.mark.parametrize("extra", [0.0, 2e-6, 1e-3])
+def test_no_two_texts_overlap(tmp_path, num_targets, extra):
+    figure = draw(verdict(num_targets, extra), Labels())
+    save(figure, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert faults_of_texts(figure) == []
+
+
+def test_the_overlap_check_sees_a_covered_and_a_cut_off_text():
+    figure = draw(verdict(), Labels())
+    upper = figure.axes[0]
+    upper.text(0.8, 0.9, "in the way", transform=upper.transAxes)
+    figure.text(0.95, 0.5, "too long for the place it has")
+    faults = faults_of_texts(figure)
+    assert any("in the way" in fault and "covers" in fault for fault in faults)
+    assert any("too long" in fault and "leaves" in fault for fault in faults)
+
+
+def faults_of_texts(figure) -> list[str]:
+    figure.canvas.draw()
+    drawn = [(text.get_text(), text.get_window_extent()) for text in shown_texts(figure)]
+    assert len(drawn) > 10
+    inside = figure.bbox
+    cut = [f"{text!r} leaves the picture" for text, b in drawn if b.x0 < inside.x0 or b.x1 > inside.x1]
+    covered = [
+        f"{a!r} covers {b!r}"
+        for (a, box_a), (b, box_b) in combinations(drawn, 2)
+        if box_a.padded(-1).overlaps(box_b.padded(-1))
+    ]
+    return cut + covered
+
+
+def shown_texts(figure) -> list[Text]:
+    """Every text that is drawn. (Tick labels beyond the view exist too, with a place, but are not drawn.)"""
+    texts = list(figure.texts)
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        texts += [axes.xaxis.label, axes.yaxis.label, *axes.texts, legend.get_title(), *legend.get_texts()]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            places = axis.get_majorticklocs()
+            texts += [text for at, text in zip(places, axis.get_majorticklabels()) if low <= at <= high]
+    return [text for text in texts if text.get_visible() and text.get_text().strip()]
