@@ -1,0 +1,35 @@
+"""The cells of the matrix: topologies and ZeRO stages that the spine supports, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cell:
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    zero: int = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def name(self) -> str:
+        return f"tp{self.tp}pp{self.pp}dp{self.dp}-zero{self.zero}"
+
+    @property
+    def flags(self) -> dict[str, int]:
+        return {"tp": self.tp, "pp": self.pp, "zero": self.zero}
+
+
+TOPOLOGIES = ({}, {"dp": 2}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"tp": 2, "dp": 2})
+CELLS = tuple(
+    Cell(**degrees, zero=zero)
+    for degrees in TOPOLOGIES
+    for zero in (0, 1, 2)
+    if not (degrees.get("pp", 1) > 1 and zero > 1)  # DeepSpeed's pipeline engine takes ZeRO-0 and 1 only
+)
+MIN_CELLS = 16
