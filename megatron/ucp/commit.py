@@ -44,9 +44,7 @@ def stage(final: str | Path, replace: bool = False) -> Path:
     if staging.exists():
         owner = _live_owner(staging)
         if owner is not None:
-            raise OutputExistsError(
-                "another process is writing this output", found=f"pid {owner}", where=staging
-            )
+            raise OutputExistsError("another process is writing this output", found=f"pid {owner}", where=staging)
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
     (staging / _OWNER).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))

@@ -117,9 +117,7 @@ def _digest_numpy(bits: np.ndarray, runs: Runs, seed0: int, seed1: int) -> Diges
             blocks = ((start + a, local + a, min(_CHUNK, length - a)) for a in range(0, length, _CHUNK))
             parts = ((np.arange(s, s + n, dtype=np.uint64), bits[b : b + n]) for s, b, n in blocks)
         else:
-            within = np.arange(int(batch[:, 2].sum())) - np.repeat(
-                np.cumsum(batch[:, 2]) - batch[:, 2], batch[:, 2]
-            )
+            within = np.arange(int(batch[:, 2].sum())) - np.repeat(np.cumsum(batch[:, 2]) - batch[:, 2], batch[:, 2])
             index = np.repeat(batch[:, 0], batch[:, 2]) + within
             parts = ((index.astype(np.uint64), bits[np.repeat(batch[:, 1], batch[:, 2]) + within]),)
         for index, words in parts:

@@ -29,11 +29,12 @@ def whole_runs(numel: int, start: int = 0) -> Runs:
 
 
 def shard_runs(
-    layout: Layout, rank: ShardRank, start: int = 0, stop: int | None = None, owned: bool = False
+    layout: Layout, rank: ShardRank, start: int = 0, stop: int | None = None, owned: bool | None = None
 ) -> Runs:
     """Runs of elements [start, stop) of the rank's flattened shard; local_start counts from `start`.
 
-    Padding has no runs. With `owned`, copies that a lower tp rank holds too are left out (see Layout.boxes).
+    Padding has no runs. With `owned=True`, copies that a lower tp rank holds too are left out; with False only
+    those are given (see Layout.boxes).
     """
     shard_shape = layout.shard_shape(rank)
     pieces = [_box_runs(box, layout.shape, shard_shape) for box in layout.boxes(rank, owned)]
@@ -83,9 +84,7 @@ def intersect(target: Runs, source: Runs) -> np.ndarray:
     s = np.arange(len(t)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(low, count)
     begin = np.maximum(target[t, 0], source[s, 0])
     end = np.minimum(target_stop[t], source_stop[s])
-    out = np.stack(
-        [target[t, 1] + begin - target[t, 0], source[s, 1] + begin - source[s, 0], end - begin], axis=1
-    )
+    out = np.stack([target[t, 1] + begin - target[t, 0], source[s, 1] + begin - source[s, 0], end - begin], axis=1)
     return np.ascontiguousarray(out)
 
 

@@ -120,13 +120,9 @@ class Layout:
             raise LayoutError("every cut needs its own dimension and its own axis, tp or ep", found=self.cuts)
         for cut in self.cuts:
             if not 0 <= cut.dim < len(self.shape):
-                raise LayoutError(
-                    "cut of a dimension the parameter does not have", found=cut.dim, expected=self.shape
-                )
+                raise LayoutError("cut of a dimension the parameter does not have", found=cut.dim, expected=self.shape)
             if sum(part.size for part in cut.parts) != self.shape[cut.dim]:
-                raise LayoutError(
-                    "parts do not add up to the dimension", found=cut.parts, expected=self.shape
-                )
+                raise LayoutError("parts do not add up to the dimension", found=cut.parts, expected=self.shape)
             if cut.padded is not None and (len(cut.parts) != 1 or cut.padded < self.shape[cut.dim]):
                 raise LayoutError(
                     "padding needs one part and an extent not below the atomic one",
@@ -154,18 +150,18 @@ class Layout:
             shape[cut.dim] = _shard_extent(cut, *_position(cut, rank))
         return tuple(shape)
 
-    def boxes(self, rank: ShardRank, owned: bool = False) -> tuple[Box, ...]:
-        """What the rank holds; with `owned`, only what no lower rank holds too, so that over all ranks every
-        element is counted once (digests, choice of a replica)."""
-        if owned and not self._owns_replicas(rank):
-            return ()
-        per_dim = [[_Interval((0, n), (0, n), True)] if n else [] for n in self.shape]
+    def boxes(self, rank: ShardRank, owned: bool | None = None) -> tuple[Box, ...]:
+        """What the rank holds. With `owned=True` only what no lower tp rank holds too, so that over all ranks every
+        element is counted once (digests, choice of a replica); with False only the copies of what others own."""
+        is_first = self.is_cut_over("tp") or rank.tp_rank == 0
+        # Over ep a dense parameter is not copied: its ZeRO partitions span the expert groups.
+        per_dim = [[_Interval((0, n), (0, n), is_first)] if n else [] for n in self.shape]
         for cut in self.cuts:
             per_dim[cut.dim] = _intervals(cut, *_position(cut, rank))
         return tuple(
             Box(tuple(i.atomic for i in block), tuple(i.shard for i in block))
             for block in itertools.product(*per_dim)
-            if not owned or all(i.is_owned for i in block)
+            if owned is None or owned == (is_first and all(i.is_owned for i in block))
         )
 
     # -- arithmetic ---------------------------------------------------------------------------------------------
@@ -191,9 +187,7 @@ class Layout:
                 )
         if self.is_averaged:
             return (
-                torch.stack([shards[r].double() for r in sorted(shards)])
-                .mean(0)
-                .to(next(iter(shards.values())).dtype)
+                torch.stack([shards[r].double() for r in sorted(shards)]).mean(0).to(next(iter(shards.values())).dtype)
             )
         atomic = next(iter(shards.values())).new_zeros(self.shape)
         is_filled = torch.zeros(self.shape, dtype=torch.bool)
@@ -201,9 +195,7 @@ class Layout:
             for box in self.boxes(rank):
                 block, seen = shards[rank][box.shard_slices], is_filled[box.atomic_slices]
                 if bool((seen & (block != atomic[box.atomic_slices]).cpu()).any()):
-                    raise ReplicaMismatchError(
-                        "copies that must be equal differ", found=rank, where=box.atomic
-                    )
+                    raise ReplicaMismatchError("copies that must be equal differ", found=rank, where=box.atomic)
                 atomic[box.atomic_slices] = block
                 is_filled[box.atomic_slices] = True
         if not bool(is_filled.all()):
@@ -227,14 +219,9 @@ class Layout:
     @classmethod
     def from_json(cls, data: dict) -> Layout:
         cuts = tuple(
-            Cut(c["dim"], tuple(Part(*part) for part in c["parts"]), c["axis"], c["padded"])
-            for c in data["cuts"]
+            Cut(c["dim"], tuple(Part(*part) for part in c["parts"]), c["axis"], c["padded"]) for c in data["cuts"]
         )
         return cls(data["pattern"], tuple(data["shape"]), cuts)
-
-    def _owns_replicas(self, rank: ShardRank) -> bool:
-        # Over ep a dense parameter is not copied: its ZeRO partitions span the expert groups.
-        return self.is_cut_over("tp") or rank.tp_rank == 0
 
 
 def _position(cut: Cut, rank: ShardRank) -> tuple[int, int]:

@@ -80,6 +80,10 @@ class Manifest:
     """Native ZeRO-0 only: for each mp_rank (pp_rank * tp_size + tp_rank), the canonical names of the parameters in
     the order of torch's optimizer state indices (all groups, one after the other), because
     mp_rank_XX_model_states.pt keeps the optimizer's state by index."""
+    pipeline_layers: list[str | None] = field(default_factory=list)
+    """Native pipelines only: for each index XX of the files layer_XX-model_YY-model_states.pt the prefix that makes
+    their names canonical ("embedding", "layers.0", ...); None where a layer has no file. The ZeRO-0 weights are read
+    through it. A tied weight is listed under the layer that first holds it."""
     saved_by: dict[str, str] = field(default_factory=dict)
     """framework, version, deepspeed, torch."""
     source: dict[str, Any] | None = None
@@ -88,13 +92,16 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.kind not in ("native", "universal"):
-            raise ManifestError(
-                "unknown kind of checkpoint", found=self.kind, expected=["native", "universal"]
-            )
+            raise ManifestError("unknown kind of checkpoint", found=self.kind, expected=["native", "universal"])
 
     @property
     def iteration(self) -> int | None:
         return self.common.get("iteration")
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Native: optimizer files hold ZeRO's flat partitions. (BF16_Optimizer writes them at stage 0 too.)"""
+        return not self.zero0_order
 
     def to_json(self) -> dict[str, Any]:
         plain = (
@@ -105,6 +112,7 @@ class Manifest:
             "common",
             "digests",
             "zero0_order",
+            "pipeline_layers",
             "saved_by",
             "source",
         )
@@ -145,9 +153,7 @@ class Manifest:
             known["parameters"] = {name: _parameter(info) for name, info in data["parameters"].items()}
             return cls(**known)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ManifestError(
-                f"malformed manifest ({type(error).__name__}: {error})", where=where
-            ) from error
+            raise ManifestError(f"malformed manifest ({type(error).__name__}: {error})", where=where) from error
 
 
 def _parameter(data: dict[str, Any]) -> ParameterInfo:

@@ -98,7 +98,5 @@ class Topology:
         return cls(**data)
 
     def __str__(self) -> str:
-        extra = "".join(
-            f" {label}{size}" for label, size in (("sp", self.sp_size), ("ep", self.ep_size)) if size > 1
-        )
+        extra = "".join(f" {label}{size}" for label, size in (("sp", self.sp_size), ("ep", self.ep_size)) if size > 1)
         return f"tp{self.tp_size} pp{self.pp_size} dp{self.dp_size}{extra}"

@@ -1,0 +1,128 @@
+"""The one copy loop: put elements of a parameter's state where they are wanted, from wherever the Source has them.
+
+The one idea: intersect the wanted runs with each piece's runs, copy, and count; what was not found or found twice is
+an error that names the parameter and the interval. The digest of what was placed is returned.
+
+    runs = shard_runs(layout, ShardRank(tp_rank, tp_size), start, stop)
+    digest = read_into(source, "final_norm.weight", "exp_avg", runs, flat[hp_start : hp_start + stop - start])
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron.ucp.digest import Digest, _kernel, digest_runs
+from megatron.ucp.errors import CorruptFileError, ReplicaMismatchError, SourceError
+from megatron.ucp.fragment import Runs, clip_atomic, intersect, numel, tiling_faults
+from megatron.ucp.sources.source import Piece, Source
+
+
+def read_into(source: Source, name: str, state: str, runs: Runs, out: torch.Tensor) -> Digest:
+    """Fills the flat `out` (fp32, bf16 or fp16; any device) at the local side of `runs`. Local, no collective.
+
+    Returns the digest of what was placed, in `out`'s precision. Raises SourceError for a gap or an overlap."""
+    gather(source, name, state, source.pieces(name, state), runs, out)
+    shape = source.manifest.parameters[name].layout.shape
+    return digest_runs(out, runs, name=name, state=state, shape=shape)
+
+
+def gather(source: Source, name: str, state: str, pieces: list[Piece], runs: Runs, out: torch.Tensor) -> None:
+    """read_into without the digest, for callers that have the pieces already."""
+    if source.manifest.parameters[name].layout.is_averaged and source.manifest.kind == "native":
+        _gather_mean(source, name, state, pieces, runs, out)
+    else:
+        _gather_copy(source, name, state, [p for p in pieces if p.copy == 0], runs, out)
+
+
+def check_replicas(
+    source: Source, name: str, state: str, pieces: list[Piece], start: int, values: torch.Tensor
+) -> None:
+    """Compares every replica's share of atomic [start, start + len(values)) with `values`, bit by bit."""
+    if source.manifest.parameters[name].layout.is_averaged:
+        return
+    for piece in pieces:
+        if piece.copy == 0:
+            continue
+        held = clip_atomic(piece.runs, start, start + values.numel())
+        if not len(held):
+            continue
+        theirs = values.clone()
+        local = held.copy()
+        local[:, 1] += piece.offset
+        wanted = np.array([[start, 0, values.numel()]], dtype=np.int64)
+        copy_runs(theirs, source.tensor(piece), intersect(wanted, local), piece)
+        if not torch.equal(theirs.view(torch.uint8), values.view(torch.uint8)):
+            index = int((theirs != values).nonzero()[0]) if bool((theirs != values).any()) else 0
+            others = sorted({p.file.name for p in pieces if p.copy == 0})
+            raise ReplicaMismatchError(
+                f"copies of {name} ({state}) that must be equal differ",
+                found=f"element {start + index}: {theirs[index].item()!r} in {piece.file.name}",
+                expected=f"{values[index].item()!r} as in {', '.join(others[:4])}",
+                where=source.folder,
+                do="the ranks diverged in training, or the parameter is not replicated as its layout says",
+            )
+
+
+def copy_runs(target: torch.Tensor, origin: torch.Tensor, copies: np.ndarray, piece: Piece | None = None) -> None:
+    """target[t : t + n] = origin[s : s + n] for each row (t, s, n), with a cast where the precisions differ."""
+    if not len(copies):
+        return
+    if int((copies[:, 1] + copies[:, 2]).max()) > origin.numel():
+        raise CorruptFileError(
+            "a tensor in the file is shorter than the parameters it should hold",
+            found=origin.numel(),
+            expected=int((copies[:, 1] + copies[:, 2]).max()),
+            where=piece.file if piece else None,
+        )
+    if int((copies[:, 0] + copies[:, 2]).max()) > target.numel():
+        raise ValueError("the output tensor is shorter than the runs")
+    if target.dtype != origin.dtype or target.device != origin.device or not target.is_contiguous():
+        for t, s, n in copies.tolist():
+            target[t : t + n].copy_(origin[s : s + n])
+        return
+    if _kernel is None or target.device.type != "cpu":
+        for t, s, n in copies.tolist():
+            target[t : t + n] = origin[s : s + n]
+        return
+    copies = np.ascontiguousarray(copies, dtype=np.int64)
+    _kernel.copy_runs(
+        target.data_ptr(),
+        target.numel(),
+        origin.data_ptr(),
+        origin.numel(),
+        target.element_size(),
+        copies.ctypes.data,
+        len(copies),
+    )
+
+
+def _gather_copy(source: Source, name: str, state: str, pieces: list[Piece], runs: Runs, out: torch.Tensor) -> None:
+    copied = 0
+    for piece in pieces:
+        copies = intersect(runs, piece.runs)
+        if len(copies):
+            copies[:, 1] += piece.offset
+            copy_runs(out, source.tensor(piece), copies, piece)
+            copied += numel(copies)
+    # Runs of one target do not overlap, so equal counts and no doubles mean that all was placed once.
+    if copied != numel(runs):
+        missing, doubled = tiling_faults(runs, [p.runs for p in pieces])
+        raise SourceError(
+            f"the files do not tile {name} ({state})",
+            found=f"missing elements {missing[:5]}, doubled {doubled[:5]}",
+            expected=f"{numel(runs)} elements once",
+            where=source.folder,
+        )
+
+
+def _gather_mean(source: Source, name: str, state: str, pieces: list[Piece], runs: Runs, out: torch.Tensor) -> None:
+    copies = sorted({piece.copy for piece in pieces})
+    mean = torch.zeros(out.numel(), dtype=torch.float64)
+    part = torch.zeros(out.numel(), dtype=torch.float32)
+    for copy in copies:
+        _gather_copy(source, name, state, [p for p in pieces if p.copy == copy], runs, part)
+        mean += part
+    mean /= len(copies)
+    rows = np.stack([runs[:, 1], runs[:, 1], runs[:, 2]], axis=1)
+    copy_runs(out, mean, rows)

@@ -1,0 +1,77 @@
+"""Where training states are read from. `open_source` finds out what a folder is.
+
+source = open_source("checkpoints")                   # a run folder: follows `latest`
+source = open_source("checkpoints/global_step100")    # DeepSpeed's files, with or without ucp.json
+source = open_source("checkpoints/global_step100_universal")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron.ucp.commit import STAGING_SUFFIX
+from megatron.ucp.errors import NotACheckpointError, listed
+from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
+from megatron.ucp.sources.deepspeed import MODEL_FILE, ZERO_FILE, DeepSpeedSource
+from megatron.ucp.sources.source import Piece, Source
+from megatron.ucp.sources.universal import UniversalSource, infer_manifest
+
+__all__ = ["Piece", "Source", "find_checkpoint", "open_source"]
+
+POINTERS = ("latest", "latest_universal")
+
+
+def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
+    """The checkpoint folder that `folder` means: itself, its `tag`, or where its pointer file leads."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotACheckpointError("no such folder", where=folder)
+    if tag is not None:
+        return find_checkpoint(folder / tag)
+    if _kind(folder):
+        if folder.name.endswith(STAGING_SUFFIX):
+            raise NotACheckpointError(
+                "this is the left-over of a save or conversion that did not finish",
+                where=folder,
+                do="use an earlier checkpoint; the next save or conversion removes this folder",
+            )
+        return folder
+    for pointer in POINTERS:
+        if (folder / pointer).is_file():
+            target = folder / (folder / pointer).read_text().strip()
+            if target.is_dir() and _kind(target):
+                return target
+            raise NotACheckpointError(f"{pointer} points to what is not a checkpoint", found=target, where=folder)
+    inside = [p.name for p in folder.iterdir() if p.is_dir() and _kind(p)]
+    raise NotACheckpointError(
+        "not a checkpoint folder",
+        found=sorted(p.name for p in folder.iterdir())[:20] or "an empty folder",
+        expected=f"{MANIFEST_NAME}, DeepSpeed's mp_rank_*_model_states.pt, or a zero/ folder",
+        where=folder,
+        do=f"give one of the checkpoints inside: {listed(inside)}" if inside else None,
+    )
+
+
+def open_source(folder: str | Path, tag: str | None = None, column_parallel: tuple[str, ...] = ()) -> Source:
+    """The Source for a checkpoint folder, or for a run folder with `latest`. `column_parallel`: regular expressions
+    that foreign checkpoints need, see deepspeed_compat. Raises NotACheckpointError and what the Source raises."""
+    folder = find_checkpoint(folder, tag)
+    kind = _kind(folder)
+    if kind == "manifest":
+        manifest = read_manifest(folder)
+        return (UniversalSource if manifest.kind == "universal" else DeepSpeedSource)(folder, manifest)
+    if kind == "universal":
+        return UniversalSource(folder, infer_manifest(folder))
+    from megatron.ucp.deepspeed_compat import foreign_manifest
+
+    return DeepSpeedSource(folder, foreign_manifest(folder, column_parallel))
+
+
+def _kind(folder: Path) -> str | None:
+    if (folder / MANIFEST_NAME).is_file():
+        return "manifest"
+    if (folder / "zero").is_dir():
+        return "universal"
+    if any(MODEL_FILE.match(p.name) or ZERO_FILE.match(p.name) for p in folder.iterdir()):
+        return "native"
+    return None

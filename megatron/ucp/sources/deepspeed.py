@@ -1,0 +1,212 @@
+"""Source: the files DeepSpeed writes for ZeRO-0, 1, 2, BF16_Optimizer and pipelines, with the ucp.json beside them.
+
+The one idea: ZeRO concatenates the tensor-parallel shards of a parameter group and gives every rank one interval; each
+file says in `param_slice_mappings` which parameters it has and where, in the order of the ranks. The start inside the
+shard is the running sum over ranks. The layout turns shard intervals into runs.
+
+    source = DeepSpeedSource(folder, read_manifest(folder))
+
+ZeRO-0 keeps whole shards: weights by name ("module", or layer files in a pipeline), optimizer state by index, which
+`manifest.zero0_order` names. Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dict,
+_create_param_mapping), runtime/bf16_optimizer.py, runtime/engine.py (_get_rank_zero_ckpt_name), runtime/pipe/module.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.ucp.errors import (
+    CorruptFileError,
+    MissingFileError,
+    SourceError,
+    UnsupportedCheckpointError,
+    listed,
+)
+from megatron.ucp.fragment import shard_runs
+from megatron.ucp.layout import ShardRank
+from megatron.ucp.manifest import Manifest
+from megatron.ucp.sources.source import FileCache, Piece
+
+ZERO_FILE = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
+MODEL_FILE = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
+LAYER_FILE = re.compile(r"^layer_(\d+)-model_(\d+)-model_states\.pt$")
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """Elements [start, stop) of a (pp, tp) shard, in group `group` of a file, from element `offset` of its flat."""
+
+    file: Path
+    group: int
+    offset: int
+    start: int
+    stop: int
+
+
+class DeepSpeedSource:
+    """Opens lazily; the file table is checked at once, and all missing files are named together."""
+
+    def __init__(self, folder: str | Path, manifest: Manifest):
+        self.folder, self.manifest = Path(folder), manifest
+        self._cache = FileCache()
+        self._fragments: dict[tuple[str, int], list[_Fragment]] | None = None
+        if manifest.zero_stage not in (0, 1, 2):
+            raise UnsupportedCheckpointError("this ZeRO stage is not read yet", found=manifest.zero_stage, where=folder)
+        self.zero_files, self.model_files = _find_files(self.folder, manifest)
+
+    def step(self, name: str) -> float | None:
+        return _find(self.manifest, name, "fp32").step
+
+    def pieces(self, name: str, state: str) -> list[Piece]:
+        info = _find(self.manifest, name, state)
+        tp_size = self.manifest.topology.tp_size
+        pieces: list[Piece] = []
+        for index, pp in enumerate(sorted(info.pp_stages)):
+            for tp in range(tp_size):
+                copy = index * tp_size + tp
+                rank = ShardRank(tp, tp_size)
+                for file, key, offset, start, stop in self._holders(name, state, pp, tp):
+                    if info.layout.is_averaged or index:
+                        pieces.append(Piece(file, key, shard_runs(info.layout, rank, start, stop), offset, copy))
+                        continue
+                    pieces.append(Piece(file, key, shard_runs(info.layout, rank, start, stop, True), offset))
+                    if tp:  # tp rank 0 owns all it holds
+                        replica = shard_runs(info.layout, rank, start, stop, False)
+                        pieces.append(Piece(file, key, replica, offset, copy))
+        return [piece for piece in pieces if len(piece.runs)]
+
+    def tensor(self, piece: Piece) -> torch.Tensor:
+        return self._cache.tensor(piece.file, piece.key)
+
+    def _holders(self, name: str, state: str, pp: int, tp: int):
+        """(file, key, offset, start, stop): who holds which part of the (pp, tp) shard."""
+        topology = self.manifest.topology
+        mp_rank = topology.mp_rank(pp=pp, tp=tp)
+        info = self.manifest.parameters[name]
+        if not self.manifest.is_partitioned or not info.is_trainable:
+            # A tied weight is in the layer file of its first stage only.
+            if state != "fp32" or not self.manifest.is_pipelined or pp == min(info.pp_stages):
+                yield (*self._whole(name, state, mp_rank, tp), 0, 0, None)
+            return
+        for f in self._index().get((name, mp_rank), []):
+            yield f.file, _key(self._cache.load(f.file), f.group, state, f.file), f.offset, f.start, f.stop
+
+    def _whole(self, name: str, state: str, mp_rank: int, tp: int) -> tuple[Path, tuple[str | int, ...]]:
+        if state == "fp32":
+            layers = self.manifest.pipeline_layers
+            owners = [i for i, prefix in enumerate(layers) if prefix is not None and name.startswith(prefix + ".")]
+            if self.manifest.is_pipelined:
+                if not owners:
+                    raise SourceError("pipeline_layers of ucp.json names no layer with this parameter", found=name)
+                layer = max(owners, key=lambda i: (len(layers[i]), -i))
+                file = self.folder / f"layer_{layer:02d}-model_{tp:02d}-model_states.pt"
+                return file, (name[len(layers[layer]) + 1 :],)
+            return self.model_files[mp_rank], ("module", name)
+        order = self.manifest.zero0_order[mp_rank]
+        return self.model_files[mp_rank], ("optimizer", "state", order.index(name), state)
+
+    def _index(self) -> dict[tuple[str, int], list[_Fragment]]:
+        """(name, mp_rank) -> fragments in rank order, from every file's own table."""
+        if self._fragments is None:
+            fragments: dict[tuple[str, int], list[_Fragment]] = {}
+            for (_, mp_rank), file in sorted(self.zero_files.items()):
+                try:
+                    groups = self._cache.load(file)["optimizer_state_dict"]["param_slice_mappings"]
+                    for group, mapping in enumerate(groups):
+                        for name, address in mapping.items():
+                            before = fragments.setdefault((name, mp_rank), [])
+                            start = before[-1].stop if before else 0
+                            stop = start + address.numel
+                            before.append(_Fragment(file, group, address.start, start, stop))
+                except (KeyError, TypeError, AttributeError) as error:
+                    raise CorruptFileError("no parameter table (param_slice_mappings)", where=file) from error
+            _check_names(self.manifest, fragments)
+            self._fragments = fragments
+        return self._fragments
+
+
+def _find(manifest: Manifest, name: str, state: str):
+    info = manifest.parameters.get(name)
+    if info is None or state not in info.states:
+        raise SourceError(
+            f"the checkpoint holds no {state} of {name}",
+            expected=manifest.parameters if info is None else info.states,
+        )
+    return info
+
+
+def _key(content: Any, group: int, state: str, file: Path) -> tuple[str | int, ...]:
+    optimizer = content["optimizer_state_dict"]
+    if state == "fp32":
+        return ("optimizer_state_dict", "single_partition_of_fp32_groups", group)
+    base = optimizer["base_optimizer_state"]
+    # elastic_checkpoint: a list of per-group dicts; otherwise torch's own {"state": {index: ...}}.
+    if isinstance(base, list):
+        return ("optimizer_state_dict", "base_optimizer_state", group, state)
+    return ("optimizer_state_dict", "base_optimizer_state", "state", group, state)
+
+
+def _find_files(folder: Path, manifest: Manifest) -> tuple[dict[tuple[int, int], Path], dict[int, Path]]:
+    """Files by (zero rank, mp rank) and by mp rank, numbers compared as numbers. Raises naming all that are missing."""
+    topology = manifest.topology
+    num_mp = topology.pp_size * topology.tp_size
+    zero, model, layer = {}, {}, set()
+    for path in folder.iterdir():
+        if match := ZERO_FILE.match(path.name):
+            zero[int(match[1]), int(match[2])] = path
+        elif match := MODEL_FILE.match(path.name):
+            model[int(match[1])] = path
+        elif match := LAYER_FILE.match(path.name):
+            layer.add((int(match[1]), int(match[2])))
+    missing = [f"mp_rank_{mp:02d}_model_states.pt" for mp in range(num_mp) if mp not in model]
+    if manifest.is_partitioned:
+        wanted = {(z, mp) for z in range(topology.zero_size) for mp in range(num_mp)}
+        missing += [f"*zero_pp_rank_{z}_mp_rank_{mp:02d}_optim_states.pt" for z, mp in wanted - set(zero)]
+        foreign = [zero[key].name for key in set(zero) - wanted]
+    else:
+        foreign = [path.name for path in zero.values()]
+        if manifest.is_pipelined:
+            wanted = {(i, tp) for i, p in enumerate(manifest.pipeline_layers) if p for tp in range(topology.tp_size)}
+            missing += [f"layer_{i:02d}-model_{tp:02d}-model_states.pt" for i, tp in wanted - layer]
+    if missing:
+        raise MissingFileError(
+            f"{len(missing)} file(s) of the checkpoint are missing",
+            found=f"missing: {listed(missing)}",
+            expected=f"one file per rank of {topology}, ZeRO-{manifest.zero_stage}",
+            where=folder,
+            do="bring the files of every node into this folder",
+        )
+    if foreign:
+        raise SourceError(
+            "files of another topology lie in the folder",
+            found=foreign,
+            expected=f"{topology}, ZeRO-{manifest.zero_stage}",
+            where=folder,
+        )
+    return zero, model
+
+
+def _check_names(manifest: Manifest, fragments: dict[tuple[str, int], list[_Fragment]]) -> None:
+    """Every parameter, on every shard that should hold it, with exactly the shard's number of elements."""
+    topology, faults = manifest.topology, []
+    expected = set()
+    for name, info in manifest.parameters.items():
+        if not info.is_trainable:
+            continue
+        for pp in info.pp_stages:
+            for tp in range(topology.tp_size):
+                key = name, topology.mp_rank(pp=pp, tp=tp)
+                expected.add(key)
+                found = fragments[key][-1].stop if key in fragments else 0
+                numel = math.prod(info.layout.shard_shape(ShardRank(tp, topology.tp_size)))
+                if found != numel:
+                    faults.append(f"{name} on mp_rank {key[1]}: {found} elements, expected {numel}")
+    faults += [f"{name} on mp_rank {mp}: not in the manifest" for name, mp in set(fragments) - expected]
+    if faults:
+        raise SourceError("the files and the manifest disagree", found=faults)

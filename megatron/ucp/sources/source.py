@@ -1,0 +1,71 @@
+"""What every Source is: a folder that answers "where do the bytes of this parameter's state lie?"
+
+The one idea: an answer is a list of pieces, and a piece is a flat tensor in a file plus runs. Reading (execute.py),
+converting, comparing and verifying are written once against this and know no file format.
+
+    source = open_source("checkpoints/global_step100")
+    for piece in source.pieces("final_norm.weight", "exp_avg"): ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megatron.ucp.errors import CorruptFileError
+from megatron.ucp.fragment import Runs
+from megatron.ucp.manifest import Manifest
+from megatron.ucp.safe_load import load
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    file: Path
+    key: tuple[str | int, ...]
+    """Path to the tensor inside the file's nested dicts and lists."""
+    runs: Runs
+    offset: int = 0
+    """A run's local_start counts from this element of the flattened tensor."""
+    copy: int = 0
+    """0: the pieces with 0 tile the parameter exactly once. Others are replicas of parts of it, numbered by who
+    holds them; for an averaged parameter (Partial) each number is one whole, different, copy."""
+
+
+class Source(Protocol):
+    folder: Path
+    manifest: Manifest
+
+    def pieces(self, name: str, state: str) -> list[Piece]:
+        """All pieces, replicas included. Raises SourceError for an unknown name or state."""
+
+    def step(self, name: str) -> float | None:
+        """How many steps the optimizer took for this parameter; None where it keeps no such count."""
+
+    def tensor(self, piece: Piece) -> torch.Tensor:
+        """The flat tensor that holds the piece, memory-mapped."""
+
+
+class FileCache:
+    """Opened files by path. Tensors in them are memory-mapped, so what stays is structure, not data."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, Any] = {}
+
+    def load(self, path: Path) -> Any:
+        if path not in self._open:
+            self._open[path] = load(path)
+        return self._open[path]
+
+    def tensor(self, path: Path, key: tuple[str | int, ...]) -> torch.Tensor:
+        node = self.load(path)
+        try:
+            for part in key:
+                node = node[part]
+            return node.detach().contiguous().view(-1)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise CorruptFileError(
+                "the file lacks a tensor that it should hold", expected=" / ".join(map(str, key)), where=path
+            ) from error

@@ -1,0 +1,117 @@
+"""Source: a universal folder, ours or one that DeepSpeed's own converter wrote.
+
+The one idea: every (parameter, state) is one file with the whole atomic tensor, so a piece is that tensor. Without a
+ucp.json (DeepSpeed's) names, shapes and states are taken from the folder itself.
+
+    source = UniversalSource(folder, read_manifest(folder))         # or: infer_manifest(folder)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError
+from megatron.ucp.fragment import whole_runs
+from megatron.ucp.layout import Layout
+from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
+from megatron.ucp.safe_load import load
+from megatron.ucp.sources.source import FileCache, Piece
+from megatron.ucp.topology import Topology
+
+
+class UniversalSource:
+    def __init__(self, folder: str | Path, manifest: Manifest):
+        self.folder, self.manifest = Path(folder), manifest
+        self._cache = FileCache()
+        missing = [
+            path.relative_to(self.folder).as_posix()
+            for name, info in manifest.parameters.items()
+            for state in info.states
+            if not (path := self._file(name, state)).is_file()
+        ]
+        if missing:
+            raise MissingFileError(f"{len(missing)} file(s) are missing", found=missing, where=folder)
+
+    def step(self, name: str) -> float | None:
+        return self._info(name, "fp32").step
+
+    def pieces(self, name: str, state: str) -> list[Piece]:
+        layout = self._info(name, state).layout
+        return [Piece(self._file(name, state), ("param",), whole_runs(layout.numel))]
+
+    def tensor(self, piece: Piece) -> torch.Tensor:
+        flat = self._cache.tensor(piece.file, piece.key)
+        if flat.numel() != piece.runs[-1, 1] + piece.runs[-1, 2]:
+            raise CorruptFileError(
+                "wrong number of elements", found=flat.numel(), expected=int(piece.runs[-1, 2]), where=piece.file
+            )
+        return flat
+
+    def _file(self, name: str, state: str) -> Path:
+        return self.folder / "zero" / name / f"{state}.pt"
+
+    def _info(self, name: str, state: str) -> ParameterInfo:
+        info = self.manifest.parameters.get(name)
+        if info is None or state not in info.states:
+            raise SourceError(
+                f"the checkpoint holds no {state} of {name}",
+                expected=self.manifest.parameters if info is None else info.states,
+                where=self.folder,
+            )
+        return info
+
+
+def infer_manifest(folder: str | Path) -> Manifest:
+    """For DeepSpeed's universal folders of ZeRO-0 to 2 (those of ZeRO-3 have lost the shapes)."""
+    folder = Path(folder)
+    parameters = {}
+    for path in sorted((folder / "zero").iterdir()):
+        if not path.is_dir():
+            continue
+        states = sorted(p.stem for p in path.glob("*.pt") if p.stem != "step")
+        states.sort(key=lambda state: state != "fp32")
+        if "fp32" not in states:
+            raise MissingFileError("a parameter without fp32.pt", where=path)
+        content = load(path / "fp32.pt")
+        if not isinstance(content, dict) or "param" not in content:
+            raise CorruptFileError("not a universal parameter file of ZeRO-1 or 2", where=path / "fp32.pt")
+        step = load(path / "step.pt") if (path / "step.pt").is_file() else None
+        parameters[path.name] = ParameterInfo(
+            layout=Layout.unique(content["param"].shape),
+            states=tuple(states),
+            step=None if step is None else float(step),
+        )
+    state_file = folder / "zero" / "optimizer_state.pt"
+    groups = load(state_file).get("param_groups", []) if state_file.is_file() else []
+    return Manifest(
+        kind="universal",
+        topology=Topology(),
+        parameters=parameters,
+        optimizer=OptimizerInfo(kind="", groups={g.get("name", str(i)): group_values(g) for i, g in enumerate(groups)}),
+        common=common_from_model_states(sorted(folder.glob("mp_rank_*_model_states.pt"))),
+    )
+
+
+def group_values(group: dict) -> dict:
+    """A torch param_group as JSON values, without its parameters."""
+    plain = (bool, int, float, str, type(None))
+    values = {key: float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 else v for key, v in group.items()}
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if key != "params"}
+    return {k: v for k, v in values.items() if isinstance(v, (plain, list))}
+
+
+def common_from_model_states(files: list[Path]) -> dict:
+    """Counters that DeepSpeed and Megatron-DeepSpeed keep in mp_rank_XX_model_states.pt."""
+    if not files:
+        return {}
+    content = load(files[0])
+    names = ("iteration", "global_steps", "global_samples", "skipped_steps")
+    common = {n: content[n] for n in names if isinstance(content.get(n), int)}
+    common.setdefault("iteration", common.get("global_steps"))
+    arguments = content.get("args")
+    for name in ("consumed_train_samples", "consumed_valid_samples"):
+        if isinstance(getattr(arguments, name, None), int):
+            common[name] = getattr(arguments, name)
+    return common
