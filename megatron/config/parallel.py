@@ -1,6 +1,6 @@
 """How the run is spread over ranks.
 
-The one idea: degrees only. Which rank has which coordinates is the Topology's business (megatron.ucp.topology).
+The one idea: degrees only; which rank has which coordinates is the Topology's business (ucp/topology.py).
 
     parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, zero_stage=1)
     parallel.topology(world_size=8)          # tp2 pp2 dp2
@@ -29,9 +29,7 @@ class ParallelConfig:
     )  # fmt: skip
     pipeline_model_parallel_size: int = flag(1, help="pipeline stages", unit="stages")
     ds_sequence_parallel_size: int = flag(1, help="ranks that share one sequence (Ulysses)", unit="ranks")
-    sequence_parallel: bool = flag(
-        False, help="Megatron's sequence parallelism inside the tensor parallel group"
-    )
+    sequence_parallel: bool = flag(False, help="Megatron's sequence parallelism inside the tensor parallel group")
     no_pipeline_parallel: bool = flag(
         False, help="at one stage, build the plain model and not a one-stage PipelineModule"
     )
@@ -50,14 +48,10 @@ class ParallelConfig:
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model and one sequence: tp x pp x sp."""
-        return (
-            self.tensor_model_parallel_size
-            * self.pipeline_model_parallel_size
-            * self.ds_sequence_parallel_size
-        )
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.ds_sequence_parallel_size
 
     def topology(self, world_size: int) -> Topology:
-        """The Topology of this many ranks. Raises ConfigError, with legal neighbours, if they do not divide."""
+        """The Topology of this many ranks. ConfigError, with legal neighbours, if they do not divide."""
         from megatron.ucp.topology import Topology
 
         problem = self.world_size_problem(world_size)

@@ -1,0 +1,26 @@
+"""What is saved, and what a run starts from.
+
+checkpoint = CheckpointConfig(save="run", load="run", save_interval=100, universal_checkpoint=True)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.flag import flag
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Every save can be resumed under every topology; there is no second format to ask for."""
+
+    save: str | None = flag(None, help="run folder to save into")
+    save_interval: int | None = flag(None, help="between saves", unit="iterations")
+    load: str | None = flag(None, help="run folder to resume from")
+    load_tag: str | None = flag(None, help="folder inside --load, such as global_step100; default: the latest")
+    universal_checkpoint: bool = flag(False, help="resume from the universal folder that latest_universal names")
+    finetune: bool = flag(False, help="load weights only; start at iteration 0")
+    no_load_optim: bool = flag(False, help="do not load optimizer states")
+    no_load_rng: bool = flag(False, help="do not load the state of the random streams")
+    no_load_lr_state: bool = flag(False, help="do not load the schedule")
+    exit_on_missing_checkpoint: bool = flag(False, help="stop if --load has no checkpoint, instead of starting afresh")

@@ -1,0 +1,88 @@
+"""The whole configuration of a run, and the one place where it is judged.
+
+The one idea: `validate` checks everything that does not need a process group or a tensor, before anything is
+written, raises once with every problem, and returns the configuration with what was left to derive filled in.
+
+    config = parse(argv).config
+    config = config.validate(world_size=8)       # ConfigError, or run.global_batch_size is a number
+    config.train_iters, config.parallel.topology(8)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from megatron.config import model_checks, run_checks
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.data import DataConfig
+from megatron.config.errors import ConfigError
+from megatron.config.model import ModelConfig
+from megatron.config.optimizer import OptimizerConfig
+from megatron.config.parallel import ParallelConfig
+from megatron.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig
+    run: RunConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def validate(self, world_size: int) -> Config:
+        """This configuration for `world_size` ranks, with global batch size and token counts resolved. Local;
+        reads which files exist. Raises one ConfigError that holds every problem found."""
+        problems = [
+            *model_checks.model_problems(self.model),
+            *model_checks.parallel_problems(self.model, self.parallel, world_size),
+            *model_checks.batch_problems(self.run, self.parallel, world_size),
+            *run_checks.optimizer_problems(self.optimizer, self.run),
+            *run_checks.run_problems(self.run),
+            *run_checks.checkpoint_problems(self.checkpoint),
+            *run_checks.data_problems(self.data, self.model),
+        ]
+        if problems:
+            raise ConfigError(problems)
+        return self._resolved(world_size)
+
+    @property
+    def train_iters(self) -> int:
+        """Length of the run in iterations, whichever way it was given. Needs a resolved configuration where
+        it was given in samples or tokens."""
+        run = self.run
+        limits = []
+        if run.train_iters is not None:
+            limits.append(run.train_iters)
+        if run.train_samples is not None:
+            limits.append(run.train_samples // self._global_batch_size)
+        if run.train_tokens is not None:
+            limits.append(math.ceil(run.train_tokens / (self._global_batch_size * self.model.seq_length)))
+        return min(limits)
+
+    @property
+    def _global_batch_size(self) -> int:
+        if self.run.global_batch_size is None:
+            raise ValueError("global_batch_size is not resolved. What to do: config = config.validate(world_size)")
+        return self.run.global_batch_size
+
+    def _resolved(self, world_size: int) -> Config:
+        dp_size = world_size // self.parallel.model_parallel_size
+        run, optimizer = self.run, self.optimizer
+        if run.global_batch_size is None:
+            run = dataclasses.replace(run, global_batch_size=run.micro_batch_size * dp_size)
+        seq_length = self.model.seq_length
+        if optimizer.lr_warmup_tokens is not None:
+            optimizer = dataclasses.replace(
+                optimizer, lr_warmup_samples=round(optimizer.lr_warmup_tokens / seq_length), lr_warmup_tokens=None
+            )
+        if optimizer.lr_decay_tokens is not None:
+            optimizer = dataclasses.replace(
+                optimizer, lr_decay_samples=round(optimizer.lr_decay_tokens / seq_length), lr_decay_tokens=None
+            )
+        elif run.train_samples is not None and optimizer.lr_decay_samples is None:
+            optimizer = dataclasses.replace(optimizer, lr_decay_samples=run.train_samples)
+        return dataclasses.replace(self, run=run, optimizer=optimizer)

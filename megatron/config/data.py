@@ -1,0 +1,46 @@
+"""Where the tokens come from.
+
+data = DataConfig(data_path=("training_datasets/gpt2_text_document",), vocab_file="v.json", merge_file="m.txt")
+data.prefixes          # the dataset prefixes without their weights
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.flag import flag
+
+TOKENIZER_FILES = {
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "HFTokenizer": ("tokenizer_model",),
+    "NullTokenizer": (),
+}
+"""The fields that each tokenizer needs."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Paths are relative to the working directory."""
+
+    data_path: tuple[str, ...] = flag(
+        (), help="a dataset prefix (PREFIX.bin and PREFIX.idx), or `weight prefix weight prefix ...`"
+    )
+    split: str = flag("969, 30, 1", help="proportions of train, validation and test")
+    data_cache_path: str | None = flag(None, help="folder of the index caches; default: beside the dataset")
+    tokenizer_type: str = flag("GPT2BPETokenizer", help="kind of tokenizer", choices=tuple(TOKENIZER_FILES))
+    vocab_file: str | None = flag(None, help="vocabulary of a GPT2BPETokenizer (JSON)")
+    merge_file: str | None = flag(None, help="merges of a GPT2BPETokenizer (text)")
+    tokenizer_model: str | None = flag(None, help="local folder of an HFTokenizer")
+    eod_mask_loss: bool = flag(False, help="no loss where the input is the end-of-document token")
+    num_workers: int = flag(2, help="loader processes of one rank; 0 loads in the rank", unit="processes")
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Dataset prefixes, without the weights of a blend."""
+        return self.data_path if len(self.data_path) < 2 else self.data_path[1::2]
+
+    @property
+    def split_weights(self) -> tuple[float, ...]:
+        """Train, validation, test as written, missing ones 0. Raises ValueError on something else."""
+        weights = [float(part) for part in self.split.replace("/", ",").split(",") if part.strip()]
+        return tuple(weights + [0.0] * (3 - len(weights)))

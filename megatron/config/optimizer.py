@@ -1,0 +1,76 @@
+"""The optimizer, the learning-rate and weight-decay schedule, and the numbers' precision.
+
+The one idea: values only. training/schedule.py turns the schedule fields into a curve, training/ds_config.py
+turns the precision fields into DeepSpeed's blocks, training/engine.py builds the optimizer.
+
+    optimizer = OptimizerConfig(lr=6e-4, min_lr=6e-5, lr_decay_style="cosine", precision="bf16")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.flag import flag
+
+DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
+WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Iterations are counted in global batches; samples are sequences."""
+
+    optimizer: str = flag(
+        "adam", help="adam is AdamW, as in Megatron: decay is not part of the gradient", choices=("adam", "sgd")
+    )
+    lr: float | None = flag(None, help="peak learning rate")
+    min_lr: float = flag(0.0, help="learning rate at the end of the decay")
+    lr_warmup_init: float = flag(0.0, help="learning rate at the start of the warm-up")
+    lr_decay_style: str = flag("linear", help="shape of the decay", choices=DECAY_STYLES)
+    lr_decay_iters: int | None = flag(
+        None, help="length of warm-up and decay together; default: --train-iters", unit="iterations"
+    )
+    lr_decay_samples: int | None = flag(None, help="the same in samples; default: --train-samples", unit="samples")
+    lr_decay_tokens: int | None = flag(None, help="the same in tokens", unit="tokens")
+    lr_warmup_fraction: float | None = flag(None, help="part of the decay that is warm-up", unit="0..1")
+    lr_warmup_iters: int = flag(0, help="linear warm-up", unit="iterations")
+    lr_warmup_samples: int = flag(0, help="linear warm-up", unit="samples")
+    lr_warmup_tokens: int | None = flag(None, help="linear warm-up", unit="tokens")
+    lr_wsd_decay_style: str = flag(
+        "exponential", help="shape of the last part of WSD (warm-up, stable, decay)", choices=WSD_DECAY_STYLES
+    )
+    lr_wsd_decay_iters: int | None = flag(None, help="length of the last part of WSD", unit="iterations")
+    lr_wsd_decay_samples: int | None = flag(None, help="length of the last part of WSD", unit="samples")
+    override_opt_param_scheduler: bool = flag(
+        False, "--override-opt_param-scheduler", "--override-opt-param-scheduler",
+        help="on resume take the schedule from these flags where the checkpoint's differs",
+    )  # fmt: skip
+    use_checkpoint_opt_param_scheduler: bool = flag(
+        False, "--use-checkpoint-opt_param-scheduler", "--use-checkpoint-opt-param-scheduler",
+        help="on resume take the schedule from the checkpoint where it differs from these flags",
+    )  # fmt: skip
+    weight_decay: float = flag(0.01, help="decay of matrices (norms and biases are not decayed)")
+    start_weight_decay: float | None = flag(None, help="first weight decay, with --weight-decay-incr-style")
+    end_weight_decay: float | None = flag(None, help="last weight decay, with --weight-decay-incr-style")
+    weight_decay_incr_style: str = flag(
+        "constant", help="how weight decay goes from start to end", choices=("constant", "linear", "cosine")
+    )
+    clip_grad: float = flag(1.0, help="largest norm of the whole gradient; 0 is no clipping")
+    adam_beta1: float = flag(0.9, help="decay rate of the first moment")
+    adam_beta2: float = flag(0.999, help="decay rate of the second moment")
+    adam_eps: float = flag(1e-8, help="added to the root of the second moment")
+    sgd_momentum: float = flag(0.9, help="momentum of --optimizer sgd")
+    precision: str = flag(
+        "fp32",
+        help="precision of weights in the forward pass; the master weights are always fp32",
+        choices=("fp32", "bf16", "fp16"),
+        switches={"--bf16": "bf16", "--fp16": "fp16"},
+    )
+    loss_scale: float | None = flag(None, help="fixed scale of the fp16 loss; default: dynamic; 0 is dynamic")
+    initial_loss_scale: float = flag(2.0**32, help="first dynamic scale (a power of two)")
+    min_loss_scale: float = flag(1.0, help="smallest dynamic scale")
+    loss_scale_window: float = flag(1000, help="steps without overflow after which the scale doubles", unit="steps")
+    hysteresis: int = flag(2, help="overflows before the scale halves", unit="steps")
+    accumulate_allreduce_grads_in_fp32: bool = flag(
+        False, help="accumulate bf16 gradients in fp32 (with ZeRO-1: DeepSpeed's BF16_Optimizer)"
+    )

@@ -1,0 +1,43 @@
+"""One run: how much, how often, on what, and what it says.
+
+run = RunConfig(micro_batch_size=2, global_batch_size=8, train_iters=200)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.flag import flag
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Iterations are optimizer steps, one global batch each; samples are sequences."""
+
+    micro_batch_size: int = flag(help="sequences that one rank computes at a time", unit="samples")
+    global_batch_size: int | None = flag(
+        None, help="sequences of one optimizer step; default: micro batch x data parallel size", unit="samples"
+    )
+    train_iters: int | None = flag(None, help="length of the run", unit="iterations")
+    train_samples: int | None = flag(None, help="length of the run", unit="samples")
+    train_tokens: int | None = flag(None, help="length of the run, beside one of the others", unit="tokens")
+    seed: int = flag(1234, help="of initial weights, dropout and the order of samples")
+    log_interval: int = flag(100, help="between console lines", unit="iterations")
+    eval_interval: int = flag(1000, help="between evaluations", unit="iterations")
+    eval_iters: int = flag(100, help="global batches of one evaluation; 0 is none", unit="iterations")
+    exit_interval: int | None = flag(
+        None, help="save and stop at the first iteration divisible by this", unit="iterations"
+    )
+    exit_duration_in_mins: int | None = flag(None, help="save and stop after this long", unit="minutes")
+    exit_signal_handler: bool = flag(False, help="save and stop on SIGTERM")
+    tensorboard_dir: str | None = flag(None, help="folder of TensorBoard events and run.json")
+    tensorboard_queue_size: int = flag(1000, help="events kept before they are written", unit="events")
+    deepspeed: bool = flag(False, help="as upstream; the engine is DeepSpeed's with or without it")
+    deepspeed_config: str | None = flag(
+        None, "--deepspeed_config", "--deepspeed-config", help="DeepSpeed's JSON, merged with these flags"
+    )
+    distributed_backend: str = flag(
+        "nccl", help="of torch.distributed; without CUDA nccl becomes gloo", choices=("nccl", "gloo", "ccl", "hccl")
+    )
+    distributed_timeout_minutes: int = flag(10, help="of collectives", unit="minutes")
+    local_rank: int | None = flag(None, "--local-rank", "--local_rank", help="set by the launcher")

@@ -1,0 +1,254 @@
+"""Checks of the optimizer, the schedule, the length of the run, the checkpoints and the data.
+
+problems = [*optimizer_problems(config.optimizer, config.run), *run_problems(config.run)]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.config.checking import at_least, flag_of, within
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.data import TOKENIZER_FILES, DataConfig
+from megatron.config.errors import Problem
+from megatron.config.model import ModelConfig
+from megatron.config.optimizer import OptimizerConfig
+from megatron.config.run import RunConfig
+
+
+def optimizer_problems(optimizer: OptimizerConfig, run: RunConfig) -> Iterator[Problem]:
+    if optimizer.lr is None:
+        yield Problem("--lr is missing", flags=("--lr",), fix="give --lr FLOAT (peak learning rate)")
+    elif optimizer.lr <= 0:
+        yield Problem("the learning rate is not positive", found=f"--lr {optimizer.lr:g}", flags=("--lr",))
+    for name in ("min_lr", "lr_warmup_init"):
+        value = getattr(optimizer, name)
+        if value < 0 or (optimizer.lr is not None and value > optimizer.lr):
+            peak = "nothing" if optimizer.lr is None else f"{optimizer.lr:g}"
+            yield Problem(
+                f"{flag_of(name)} is outside 0..lr",
+                found=f"{flag_of(name)} {value:g} with --lr {peak}",
+                expected="0 <= value <= --lr",
+                flags=(flag_of(name), "--lr"),
+            )
+    yield from within(0.0, 1.0, optimizer, "adam_beta1", "adam_beta2", is_open_above=True)
+    for name in ("weight_decay", "clip_grad", "adam_eps", "loss_scale"):
+        value = getattr(optimizer, name)
+        if value is not None and value < 0:
+            yield Problem(
+                f"{flag_of(name)} is negative", found=f"{value:g}", expected="0 or more", flags=(flag_of(name),)
+            )
+    yield from at_least(0, optimizer, "lr_warmup_iters", "lr_warmup_samples")
+    yield from _schedule_problems(optimizer, run)
+    start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
+    is_constant = optimizer.weight_decay_incr_style == "constant"
+    if is_constant != (start is None and end is None) or (start is None) != (end is None):
+        yield Problem(
+            "--weight-decay-incr-style and its ends do not fit",
+            found=f"{optimizer.weight_decay_incr_style} from {start} to {end}",
+            expected="constant with neither --start-weight-decay nor --end-weight-decay, else both",
+            flags=("--weight-decay-incr-style", "--start-weight-decay", "--end-weight-decay"),
+        )
+    elif start is not None and not 0 <= start <= end:
+        yield Problem(
+            "weight decay does not rise", found=f"from {start:g} to {end:g}", expected="0 <= start <= end",
+            flags=("--start-weight-decay", "--end-weight-decay"),
+        )  # fmt: skip
+    for name in ("initial_loss_scale", "min_loss_scale"):
+        scale = getattr(optimizer, name)
+        if scale <= 0 or not math.log2(scale).is_integer():
+            yield Problem(
+                f"{flag_of(name)} is not a power of two",
+                found=f"{scale:g}",
+                expected="1, 2, 4, ...",
+                flags=(flag_of(name),),
+            )
+    if optimizer.override_opt_param_scheduler and optimizer.use_checkpoint_opt_param_scheduler:
+        yield Problem(
+            "the schedule cannot come from the flags and from the checkpoint",
+            flags=("--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"),
+            fix="drop one of the two",
+        )
+
+
+def _schedule_problems(optimizer: OptimizerConfig, run: RunConfig) -> Iterator[Problem]:
+    """Units that do not fit, and lengths that leave nothing to decay; as upstream's own checks."""
+    by_samples = run.train_samples is not None
+    wrong_unit = "iters" if by_samples else "samples"
+    stems = ("lr_decay", "lr_warmup", "lr_wsd_decay")
+    odd = [flag_of(f"{stem}_{wrong_unit}") for stem in stems if getattr(optimizer, f"{stem}_{wrong_unit}")]
+    if odd and (by_samples or run.train_iters is not None):
+        right = "samples" if by_samples else "iters"
+        yield Problem(
+            f"a run in {right} has its schedule in {wrong_unit}",
+            found=", ".join(odd),
+            expected=f"--lr-...-{right} with --train-{right}",
+            flags=tuple(odd),
+            fix=f"give them in {right}",
+        )
+    warmups = [
+        name
+        for name in ("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens")
+        if getattr(optimizer, name)
+    ]
+    if len(warmups) > 1:
+        yield Problem(
+            "the warm-up is given more than once", found=", ".join(map(flag_of, warmups)), expected="one of them",
+            flags=tuple(map(flag_of, warmups)),
+        )  # fmt: skip
+    unit = "samples" if by_samples else "iters"
+    decay = getattr(optimizer, f"lr_decay_{unit}")
+    decay = getattr(run, f"train_{unit}") if decay is None else decay
+    warmup = getattr(optimizer, f"lr_warmup_{unit}")
+    flags = (f"--lr-warmup-{unit}", f"--lr-decay-{unit}", f"--train-{unit}")
+    if decay is not None and warmup >= decay > 0 and optimizer.lr_decay_tokens is None:
+        yield Problem(
+            "the warm-up leaves nothing to decay",
+            found=f"--lr-warmup-{unit} {warmup} of {decay}",
+            expected="a warm-up shorter than the decay, which counts from the first iteration",
+            flags=flags,
+            fix=f"--lr-warmup-{unit} of at most {decay - 1}, or a longer --lr-decay-{unit}",
+        )
+    if optimizer.lr_warmup_fraction is not None and not 0 <= optimizer.lr_warmup_fraction < 1:
+        yield Problem(
+            "the warm-up leaves nothing to decay",
+            found=f"--lr-warmup-fraction {optimizer.lr_warmup_fraction:g}",
+            expected="0 <= fraction < 1",
+            flags=("--lr-warmup-fraction",),
+        )
+    if optimizer.lr_decay_style == "WSD":
+        length = getattr(optimizer, f"lr_wsd_decay_{unit}")
+        if length is None or length < 1 or (decay is not None and length > decay):
+            yield Problem(
+                "WSD needs the length of its last part",
+                found=f"--lr-wsd-decay-{unit} {length} of {decay}",
+                expected="1 to the length of the decay",
+                flags=(f"--lr-wsd-decay-{unit}",),
+                fix=f"give --lr-wsd-decay-{unit}",
+            )
+
+
+def run_problems(run: RunConfig) -> Iterator[Problem]:
+    lengths = ("--train-iters", "--train-samples", "--train-tokens")
+    if run.train_iters is None and run.train_samples is None and run.train_tokens is None:
+        yield Problem("the length of the run is missing", flags=lengths, fix="give --train-iters or --train-samples")
+    if run.train_iters is not None and run.train_samples is not None:
+        yield Problem(
+            "the length of the run is given twice",
+            found=f"--train-iters {run.train_iters} and --train-samples {run.train_samples}",
+            expected="one of them",
+            flags=lengths[:2],
+        )
+    for name in ("train_iters", "train_samples", "train_tokens", "exit_interval", "exit_duration_in_mins"):
+        if getattr(run, name) is not None:
+            yield from at_least(1, run, name)
+    yield from at_least(1, run, "log_interval", "eval_interval", "distributed_timeout_minutes")
+    yield from at_least(0, run, "eval_iters", "seed")
+    if run.deepspeed_config is not None:
+        yield from _json_problems(run.deepspeed_config)
+
+
+def _json_problems(path: str) -> Iterator[Problem]:
+    flags = ("--deepspeed_config",)
+    try:
+        value: Any = json.loads(Path(path).read_text())
+    except OSError as error:
+        yield Problem(
+            "the DeepSpeed configuration cannot be read", found=f"{path}: {error.strerror}", flags=flags,
+            fix="give an existing JSON file, or drop the flag: it is computed from the flags",
+        )  # fmt: skip
+    except ValueError as error:
+        yield Problem("the DeepSpeed configuration is not JSON", found=f"{path}: {error}", flags=flags)
+    else:
+        if not isinstance(value, dict):
+            yield Problem("the DeepSpeed configuration is not a JSON object", found=path, flags=flags)
+
+
+def checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    if checkpoint.save is not None and checkpoint.save_interval is None:
+        yield Problem(
+            "--save without --save-interval", found=f"--save {checkpoint.save}",
+            flags=("--save", "--save-interval"), fix="give --save-interval ITERATIONS",
+        )  # fmt: skip
+    if checkpoint.save_interval is not None:
+        yield from at_least(1, checkpoint, "save_interval")
+    for name in ("universal_checkpoint", "load_tag", "finetune", "exit_on_missing_checkpoint"):
+        if getattr(checkpoint, name) and checkpoint.load is None:
+            yield Problem(
+                f"{flag_of(name)} without --load", flags=(flag_of(name), "--load"), fix="give --load RUN_FOLDER"
+            )
+
+
+def data_problems(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
+    yield from at_least(0, data, "num_workers")
+    if not data.data_path:
+        yield Problem(
+            "--data-path is missing", flags=("--data-path",),
+            fix="give the dataset's prefix: --data-path training_datasets/gpt2_text_document",
+        )  # fmt: skip
+    is_blend = len(data.data_path) > 1
+    if is_blend and (len(data.data_path) % 2 or not all(map(_is_weight, data.data_path[::2]))):
+        yield Problem(
+            "a blend of datasets is not pairs of weight and prefix",
+            found=" ".join(data.data_path),
+            expected="WEIGHT PREFIX WEIGHT PREFIX ...",
+            flags=("--data-path",),
+        )
+    else:
+        for prefix in data.prefixes:
+            yield from _dataset_problems(prefix)
+    yield from _split_problems(data)
+    for name in TOKENIZER_FILES[data.tokenizer_type]:
+        path, flags = getattr(data, name), (flag_of(name), "--tokenizer-type")
+        if path is None:
+            yield Problem(
+                f"{flag_of(name)} is missing", found=f"--tokenizer-type {data.tokenizer_type}", flags=flags,
+                fix=f"give {flag_of(name)} PATH",
+            )  # fmt: skip
+        elif not Path(path).exists():
+            yield Problem(f"the file of {flag_of(name)} does not exist", found=str(Path(path).absolute()), flags=flags)
+    if data.tokenizer_type == "NullTokenizer" and model.vocab_size is None:
+        yield Problem(
+            "a NullTokenizer does not know the size of the vocabulary",
+            flags=("--vocab-size", "--tokenizer-type"), fix="give --vocab-size",
+        )  # fmt: skip
+
+
+def _dataset_problems(prefix: str) -> Iterator[Problem]:
+    missing = [prefix + suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).exists()]
+    if not missing:
+        return
+    fix = "make it with tools/preprocess_data.py"
+    for suffix in (".bin", ".idx"):
+        if prefix.endswith(suffix) and Path(prefix).exists():
+            fix = f"--data-path takes the prefix: {prefix.removesuffix(suffix)}"
+    yield Problem(
+        "a file of the dataset does not exist",
+        found=", ".join(str(Path(path).absolute()) for path in missing),
+        expected="PREFIX.bin and PREFIX.idx",
+        flags=("--data-path",),
+        fix=fix,
+    )
+
+
+def _split_problems(data: DataConfig) -> Iterator[Problem]:
+    try:
+        weights = data.split_weights
+    except ValueError:
+        weights = ()
+    if len(weights) != 3 or min(weights) < 0 or weights[0] <= 0:
+        yield Problem(
+            "--split is not three proportions with some training data",
+            found=data.split, expected="such as 949,50,1", flags=("--split",),
+        )  # fmt: skip
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False

@@ -1,0 +1,78 @@
+"""What one flag decides for another, and flags that only matter beside another: each said in a note.
+
+notes = settle({"model": {...}, "parallel": {...}, ...}, names={"--topk", ...})   # fills in and explains
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Values = dict[str, Any]
+
+
+def settle(sections: Mapping[str, Values], names: Collection[str]) -> list[str]:
+    """Add derived values to the given ones, in place; returns the notes."""
+    notes = [*_settle_zero_stage(sections["parallel"], sections["run"])]
+    notes += _settle_pipeline(sections["parallel"], sections["run"])
+    model = sections["model"]
+    if model.get("use_rotary_position_embeddings") or model.get("position_embedding_type") in ("rope", "alibi"):
+        model["add_position_embedding"] = False  # As upstream: rotary replaces the table.
+    return notes + [*_without_effect(sections, names)]
+
+
+def _settle_zero_stage(parallel: Values, run: Values) -> Iterator[str]:
+    path = run.get("deepspeed_config")
+    stage = _stage_of(path) if path is not None and "zero_stage" not in parallel else None
+    if stage is not None:
+        parallel["zero_stage"] = stage
+        yield f"ZeRO stage {stage} is taken from {path}: --zero-stage is not given"
+
+
+def _settle_pipeline(parallel: Values, run: Values) -> Iterator[str]:
+    """Which model one pipeline stage is: upstream's plain one without --deepspeed, its PipelineModule with it."""
+    is_plain = parallel.get("no_pipeline_parallel", False)
+    stage, pp_size = parallel.get("zero_stage", 0), parallel.get("pipeline_model_parallel_size", 1)
+    if not run.get("deepspeed"):
+        yield "--deepspeed is not given: the engine is DeepSpeed's all the same"
+        parallel["no_pipeline_parallel"] = is_plain or pp_size == 1
+    elif stage >= 2 and pp_size == 1 and not is_plain:
+        parallel["no_pipeline_parallel"] = True
+        yield f"the plain model is built, as with --no-pipeline-parallel: DeepSpeed's pipeline takes no ZeRO-{stage}"
+
+
+def _stage_of(path: str) -> int | None:
+    """zero_optimization.stage of a DeepSpeed JSON; None where it cannot be read (validate says why)."""
+    try:
+        stage = json.loads(Path(path).read_text())["zero_optimization"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return stage if stage in (0, 1, 2, 3) else None
+
+
+def _without_effect(sections: Mapping[str, Values], names: Collection[str]) -> Iterator[str]:
+    model, optimizer, checkpoint = sections["model"], sections["optimizer"], sections["checkpoint"]
+    precision = optimizer.get("precision", "fp32")
+    has_rotary = model.get("use_rotary_position_embeddings") or model.get("position_embedding_type") == "rope"
+    rows = (
+        (max(model.get("num_experts", (1,))) > 1, "--num-experts", "--topk --expert-interval"),
+        (has_rotary, "--use-rotary-position-embeddings",
+         "--rotary-percent --rotary-position-embeddings-theta --rotary-base"),
+        (model.get("recompute_granularity") == "full", "--recompute-granularity full",
+         "--recompute-num-layers --checkpoint-num-layers"),
+        (optimizer.get("optimizer") == "sgd", "--optimizer sgd", "--sgd-momentum"),
+        (optimizer.get("optimizer", "adam") == "adam", "--optimizer adam",
+         "--adam-beta1 --adam-beta2 --adam-eps"),
+        (precision == "fp16", "--fp16",
+         "--loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis"),
+        (precision == "bf16", "--bf16", "--accumulate-allreduce-grads-in-fp32"),
+        (optimizer.get("lr_decay_style") == "WSD", "--lr-decay-style WSD",
+         "--lr-wsd-decay-style --lr-wsd-decay-iters --lr-wsd-decay-samples"),
+        ("save" in checkpoint, "--save", "--save-interval"),
+    )  # fmt: skip
+    for is_used, condition, dependents in rows:
+        given = [name for name in dependents.split() if name in names]
+        if given and not is_used:
+            yield f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect without {condition}"
