@@ -1,0 +1,228 @@
+"""DeepSpeed's configuration, computed from the flags and merged with the user's JSON.
+
+The one idea: what decides the arithmetic of a run (batch sizes, ZeRO stage, precision) must be the same in both,
+or neither is obeyed; elsewhere the JSON wins, as upstream, and a note says over which flag.
+
+    ds_config, notes = deepspeed_config(config, topology, json.load(open("ds_config.json")))
+
+Pure: imports no deepspeed, reads no file. `config` is validated (its global batch size is a number).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron.config.config import Config
+from megatron.config.errors import ConfigError, Problem
+from megatron.config.optimizer import OptimizerConfig
+from megatron.ucp.topology import Topology
+
+Json = dict[str, Any]
+
+NEVER = 2**31 - 1
+"""steps_per_print: the training loop prints its own line. DeepSpeed's pipeline engine takes a modulus."""
+
+FLAG_OF = {
+    ("train_batch_size",): "--global-batch-size",
+    ("train_micro_batch_size_per_gpu",): "--micro-batch-size",
+    ("gradient_accumulation_steps",): "--global-batch-size, --micro-batch-size and the data parallel size",
+    ("zero_optimization", "stage"): "--zero-stage",
+    ("fp16", "enabled"): "--fp16",
+    ("bf16", "enabled"): "--bf16",
+    ("gradient_clipping",): "--clip-grad",
+    ("fp16", "loss_scale"): "--loss-scale",
+    ("fp16", "initial_scale_power"): "--initial-loss-scale",
+    ("fp16", "loss_scale_window"): "--loss-scale-window",
+    ("fp16", "min_loss_scale"): "--min-loss-scale",
+    ("fp16", "hysteresis"): "--hysteresis",
+    ("data_types", "grad_accum_dtype"): "--accumulate-allreduce-grads-in-fp32",
+}
+"""Which flag gives a value of the JSON."""
+
+MUST_AGREE = tuple(FLAG_OF)[:6]
+
+# DeepSpeed's features under which a saved state cannot be placed or a global batch is not what the flags say.
+REFUSED = {
+    ("elasticity", "enabled"): "it changes the batch sizes that the flags give",
+    ("curriculum_learning", "enabled"): "the sampler does not follow it",
+    ("data_efficiency", "enabled"): "the sampler does not follow it",
+    ("progressive_layer_drop", "enabled"): "the model does not follow it",
+    ("zero_optimization", "zero_quantized_weights"): "a state under ZeRO++ cannot be resumed",
+    ("zero_optimization", "zero_quantized_gradients"): "a state under ZeRO++ cannot be resumed",
+    ("zero_optimization", "zenflow"): "a state under ZenFlow cannot be resumed",
+    ("compile", "deepcompile"): "a state under DeepCompile cannot be resumed",
+    ("bf16", "bf16_master_weights_and_grads"): "there would be no fp32 master weights to save",
+    ("fp16", "fp16_master_weights_and_grads"): "there would be no fp32 master weights to save",
+}
+
+
+def deepspeed_config(config: Config, topology: Topology, user_json: Json | None = None) -> tuple[Json, list[str]]:
+    """The dictionary for DeepSpeed, and what to tell the user. Raises one ConfigError with every contradiction.
+
+    Low precision without ZeRO runs as ZeRO-1: DeepSpeed's stage-0 low-precision optimizers take a step at
+    construction (fp16/unfused_optimizer.py, initialize_optimizer_states) and unscale what was never scaled.
+    """
+    user = copy.deepcopy(user_json or {})
+    if "bfloat16" in user:  # DeepSpeed's old name of the block
+        user.setdefault("bf16", user.pop("bfloat16"))
+    flags = flag_values(config, topology)
+    problems = [*_contradictions(flags, user, topology), *_refused(user)]
+    if problems:
+        raise ConfigError(problems)
+    notes: list[str] = []
+    if flags["zero_optimization"]["stage"] == 0 and config.optimizer.precision != "fp32":
+        flags["zero_optimization"]["stage"] = 1
+        user.get("zero_optimization", {}).pop("stage", None)
+        notes.append(
+            f"ZeRO-0 with {config.optimizer.precision} is run as ZeRO-1, which trains the same weights: DeepSpeed's "
+            "ZeRO-0 optimizer for low precision takes an extra step at construction"
+        )
+    if "scheduler" in user:
+        del user["scheduler"]
+        notes.append('"scheduler" of the DeepSpeed JSON is not used: the --lr-... flags are the schedule')
+    _fill_optimizer(user, config.optimizer, notes)
+    _drop_defaults_of_given_fp16(flags, user, config.optimizer)
+    won: list[str] = []
+    merged = _merge(flags, user, (), won, notes)
+    if won:
+        notes.append("the DeepSpeed JSON wins over the flags: " + ", ".join(won))
+    return merged, notes
+
+
+def flag_values(config: Config, topology: Topology) -> Json:
+    """The DeepSpeed configuration that the flags alone give."""
+    run, optimizer = config.run, config.optimizer
+    values: Json = {
+        "train_batch_size": run.global_batch_size,
+        "train_micro_batch_size_per_gpu": run.micro_batch_size,
+        "gradient_accumulation_steps": run.global_batch_size // (run.micro_batch_size * topology.dp_size),
+        "gradient_clipping": optimizer.clip_grad,
+        "steps_per_print": NEVER,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        # With offload DeepSpeed would insist on its own CPU Adam, compiled at the first use.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "fp16": {"enabled": optimizer.precision == "fp16"},
+        "bf16": {"enabled": optimizer.precision == "bf16"},
+    }
+    if optimizer.precision == "fp16":
+        values["fp16"] |= _loss_scale_values(optimizer)
+    if optimizer.precision == "bf16" and optimizer.accumulate_allreduce_grads_in_fp32:
+        # With ZeRO-1 this makes DeepSpeed build its BF16_Optimizer; without it, its ZeRO optimizer.
+        values["data_types"] = {"grad_accum_dtype": "fp32"}
+    return values
+
+
+def _loss_scale_values(optimizer: OptimizerConfig) -> Json:
+    return {
+        "loss_scale": optimizer.loss_scale or 0,
+        "initial_scale_power": int(math.log2(optimizer.initial_loss_scale)),
+        "loss_scale_window": int(optimizer.loss_scale_window),
+        "min_loss_scale": optimizer.min_loss_scale,
+        "hysteresis": optimizer.hysteresis,
+    }
+
+
+def _contradictions(flags: Json, user: Json, topology: Topology) -> Iterator[Problem]:
+    for path in MUST_AGREE:
+        found, expected = _get(user, path), _get(flags, path)
+        if found is None or found == "auto" or found == expected:
+            continue
+        yield Problem(
+            f"the flags and the DeepSpeed JSON contradict each other on {'.'.join(path)}",
+            found=f"{found} in the JSON, {expected} from {FLAG_OF[path]} on {topology}",
+            expected='the same value, or none or "auto" in the JSON',
+            flags=("--deepspeed_config", FLAG_OF[path]),
+            fix=f"make them equal, or remove {'.'.join(path)} from the JSON",
+        )
+
+
+def _refused(user: Json) -> Iterator[Problem]:
+    for block in ("zero_optimization", "fp16", "bf16", "optimizer"):
+        if not isinstance(user.get(block, {}), Mapping):
+            yield Problem(
+                f"{block} in the DeepSpeed JSON is not an object",
+                found=str(user[block]),
+                expected='such as {"zero_optimization": {"stage": 1}}',
+                flags=("--deepspeed_config",),
+            )
+    for path, reason in REFUSED.items():
+        if _get(user, path) not in (None, False, "auto"):
+            yield Problem(
+                f"{'.'.join(path)} in the DeepSpeed JSON is refused: {reason}",
+                found=str(_get(user, path)),
+                flags=("--deepspeed_config",),
+                fix="remove it",
+            )
+    for block in ("offload_optimizer", "offload_param"):
+        offload = _get(user, ("zero_optimization", block))
+        if not isinstance(offload, Mapping):
+            continue
+        is_partial = block == "offload_optimizer" and offload.get("ratio", 1.0) != 1.0
+        if offload.get("device") == "nvme" or is_partial:
+            yield Problem(
+                f"zero_optimization.{block} in the DeepSpeed JSON is refused: such a state cannot be resumed",
+                found=str(offload),
+                expected="device cpu, whole",
+                flags=("--deepspeed_config",),
+            )
+
+
+def _fill_optimizer(user: Json, optimizer: OptimizerConfig, notes: list[str]) -> None:
+    """An "optimizer" block is kept: DeepSpeed builds that optimizer instead of ours. Its "auto" and missing values
+    come from the flags."""
+    block = user.get("optimizer")
+    if block is None:
+        return
+    params = block.setdefault("params", {})
+    of_flags: Json = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
+    if "adam" in str(block.get("type", "")).lower():
+        of_flags |= {"betas": [optimizer.adam_beta1, optimizer.adam_beta2], "eps": optimizer.adam_eps}
+    for name, value in of_flags.items():
+        if params.get(name, "auto") == "auto":
+            params[name] = value
+    notes.append(
+        f"the optimizer is {block.get('type')} of the DeepSpeed JSON, not --optimizer {optimizer.optimizer}; "
+        "its learning rate still follows the --lr-... flags"
+    )
+
+
+def _drop_defaults_of_given_fp16(flags: Json, user: Json, optimizer: OptimizerConfig) -> None:
+    """A JSON with its own fp16 block means DeepSpeed's defaults for what it leaves out, unless a flag says
+    otherwise: Megatron's default first scale, 2^32, would skip the first steps of such a run."""
+    if "fp16" not in user or not flags["fp16"]["enabled"]:
+        return
+    defaults = _loss_scale_values(OptimizerConfig())
+    for name, value in _loss_scale_values(optimizer).items():
+        if value == defaults[name] and user["fp16"].get(name, "auto") == "auto":
+            del flags["fp16"][name]
+            user["fp16"].pop(name, None)
+
+
+def _merge(flags: Json, user: Json, path: tuple[str, ...], won: list[str], notes: list[str]) -> Json:
+    merged = dict(flags)
+    for key, value in user.items():
+        here = (*path, key)
+        if isinstance(value, Mapping):
+            under = flags.get(key, {})
+            merged[key] = _merge(under if isinstance(under, Mapping) else {}, value, here, won, notes)
+        elif value != "auto":
+            merged[key] = value
+            if here in FLAG_OF and key in flags and value != flags[key]:
+                won.append(f"{'.'.join(here)} {value} (not {flags[key]} of {FLAG_OF[here]})")
+        elif key not in flags:
+            notes.append(f'{".".join(here)} is "auto" in the DeepSpeed JSON and no flag gives it: DeepSpeed\'s default')
+    return merged
+
+
+def _get(tree: Json, path: tuple[str, ...]) -> Any:
+    value: Any = tree
+    for key in path:
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
