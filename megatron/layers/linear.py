@@ -1,0 +1,77 @@
+"""Linear layers cut over tp: by columns of the output, then by rows of the input, with one sum at the end.
+
+The one idea (Shoeybi et al., Megatron-LM, section 3): a column-parallel layer, something elementwise or per head,
+and a row-parallel layer need one all-reduce forward and one backward.
+
+    up = ColumnLinear(h, 4 * h, context, normal(0.02))
+    down = RowLinear(4 * h, h, context, normal(0.02))
+    y_bsh = down(gelu(up(x_bsh)))
+
+Weights are torch's [out, in].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.layers.parameter import ZEROS, Initial, declare
+from megatron.parallel.collectives import copy_to_tp, reduce_from_tp
+from megatron.parallel.context import ParallelContext
+from megatron.ucp.layout import Layout, Part
+
+
+class ColumnLinear(nn.Module):
+    """Each rank computes some of the output features. `parts` (of the output) are cut one by one."""
+
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        context: ParallelContext,
+        initial: Initial,
+        has_bias: bool = True,
+        parts: Sequence[Part] | None = None,
+    ) -> None:
+        super().__init__()
+        self.context = context
+        self.weight = declare(_by_output((out_size, in_size), parts), context, initial, is_decayed=True)
+        bias = declare(_by_output((out_size,), parts), context, ZEROS, is_decayed=False) if has_bias else None
+        self.register_parameter("bias", bias)
+
+    def forward(self, x_bsh: Tensor) -> Tensor:
+        """[b, s, in] -> [b, s, this rank's part of out]. Backward is collective over tp."""
+        return F.linear(copy_to_tp(x_bsh, self.context), self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """Each rank has some of the input features, never splitting `unit` neighbours; the bias is replicated."""
+
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        context: ParallelContext,
+        initial: Initial,
+        has_bias: bool = True,
+        unit: int = 1,
+    ) -> None:
+        super().__init__()
+        self.context = context
+        self.weight = declare(Layout.shard_h((out_size, in_size), unit), context, initial, is_decayed=True)
+        bias = declare(Layout.replicate((out_size,)), context, ZEROS, is_decayed=False) if has_bias else None
+        self.register_parameter("bias", bias)
+
+    def forward(self, x_bsp: Tensor) -> Tensor:
+        """[b, s, this rank's part of in] -> [b, s, out], equal on all tp ranks. Collective over tp."""
+        if self.context.tp_size == 1:
+            return F.linear(x_bsp, self.weight, self.bias)
+        y_bsh = reduce_from_tp(F.linear(x_bsp, self.weight), self.context)
+        # After the sum, or it would be added tp_size times.
+        return y_bsh if self.bias is None else y_bsh + self.bias
+
+
+def _by_output(shape: tuple[int, ...], parts: Sequence[Part] | None) -> Layout:
+    return Layout.shard_v(shape) if parts is None else Layout.shard_nc(shape, 0, parts)

@@ -1,0 +1,25 @@
+"""Layer normalisation with its parameters, replicated on every tp rank.
+
+y_bsh = LayerNorm(hidden_size, context, epsilon=1e-5)(x_bsh)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron.kernels.layer_norm import layer_norm
+from megatron.layers.parameter import ONES, ZEROS, declare
+from megatron.parallel.context import ParallelContext
+from megatron.ucp.layout import Layout
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, hidden_size: int, context: ParallelContext, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        layout = Layout.replicate((hidden_size,))
+        self.weight = declare(layout, context, ONES, is_decayed=False)
+        self.bias = declare(layout, context, ZEROS, is_decayed=False)
+
+    def forward(self, x_bsh: Tensor) -> Tensor:
+        return layer_norm(x_bsh, self.weight, self.bias, self.epsilon)

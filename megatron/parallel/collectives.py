@@ -1,0 +1,116 @@
+"""Tensor-parallel communication with gradients: four pairs of conjugate operations.
+
+The one idea: what forward does, backward does the conjugate of (Shoeybi et al., Megatron-LM, section 3).
+
+    x = copy_to_tp(x, context)        # forward: identity          backward: sum over tp
+    y = reduce_from_tp(y, context)    # forward: sum over tp       backward: identity
+    y = gather_from_tp(y, context)    # forward: concatenate       backward: own part      (last dimension)
+    x = split_to_tp(x, context)       # forward: own part          backward: concatenate   (last dimension)
+
+At tp_size 1 all are the identity. Uneven parts follow numpy.array_split, or `sizes` where given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.parallel.context import ParallelContext
+
+
+def copy_to_tp(x: Tensor, context: ParallelContext) -> Tensor:
+    """Mark where replicated activations enter column-parallel weights."""
+    return x if context.tp_size == 1 else _Copy.apply(x, context)
+
+
+def reduce_from_tp(x: Tensor, context: ParallelContext) -> Tensor:
+    """Sum the partial results of row-parallel weights. Collective over tp."""
+    return x if context.tp_size == 1 else _Reduce.apply(x, context)
+
+
+def gather_from_tp(x: Tensor, context: ParallelContext, sizes: Sequence[int] | None = None) -> Tensor:
+    """Concatenate along the last dimension; `sizes` of all ranks where not equal. Collective over tp."""
+    if context.tp_size == 1:
+        return x
+    return _Gather.apply(x, context, tuple(sizes or [x.shape[-1]] * context.tp_size))
+
+
+def split_to_tp(x: Tensor, context: ParallelContext, sizes: Sequence[int] | None = None) -> Tensor:
+    """This rank's part of the last dimension. Backward is collective over tp."""
+    if context.tp_size == 1:
+        return x
+    return _Split.apply(x, context, tuple(sizes or even_sizes(x.shape[-1], context.tp_size)))
+
+
+def even_sizes(total: int, num_parts: int) -> list[int]:
+    """As numpy.array_split: the first parts get one more."""
+    base, rest = divmod(total, num_parts)
+    return [base + (part < rest) for part in range(num_parts)]
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext) -> Tensor:
+        ctx.context = context
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _all_reduced(grad, ctx.context), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext) -> Tensor:
+        return _all_reduced(x, context)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext, sizes: tuple[int, ...]) -> Tensor:
+        ctx.context, ctx.sizes = context, sizes
+        return _concatenated(x, context, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _own_part(grad, ctx.context, ctx.sizes), None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext, sizes: tuple[int, ...]) -> Tensor:
+        ctx.context, ctx.sizes = context, sizes
+        return _own_part(x, context, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _concatenated(grad, ctx.context, ctx.sizes), None, None
+
+
+def _all_reduced(x: Tensor, context: ParallelContext) -> Tensor:
+    # A copy: autograd may hand the same gradient tensor to another branch, and forward inputs may be saved.
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=context.tp_group)
+    return total
+
+
+def _own_part(x: Tensor, context: ParallelContext, sizes: tuple[int, ...]) -> Tensor:
+    return x.split(sizes, dim=-1)[context.tp_rank].contiguous()
+
+
+def _concatenated(x: Tensor, context: ParallelContext, sizes: tuple[int, ...]) -> Tensor:
+    # gloo's all_gather wants equal shapes, so uneven parts travel padded to the longest.
+    longest = max(sizes)
+    if x.shape[-1] < longest:
+        x = torch.nn.functional.pad(x, (0, longest - x.shape[-1]))
+    parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in sizes]
+    dist.all_gather(parts, x.contiguous(), group=context.tp_group)
+    return torch.cat([part[..., :size] for part, size in zip(parts, sizes)], dim=-1)

@@ -1,0 +1,104 @@
+"""This rank's place and its process groups, as one frozen value that is passed to whoever communicates.
+
+The one idea: no global groups. A layer that talks to others gets the context by parameter, so what it can talk to
+is visible where it is built, and a single process is just `ParallelContext.single()`.
+
+    context = build_context(topology)         # collective over the world
+    context.tp_rank, context.tp_size          # 1, 2
+    torch.distributed.all_reduce(x, group=context.tp_group)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron.ucp.layout import ShardRank
+from megatron.ucp.topology import RankCoords, Topology
+
+
+class WorldSizeError(RuntimeError):
+    """The process group that is running is not of the topology's size."""
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    topology: Topology
+    rank: int = 0
+    tp_group: ProcessGroup | None = None
+    """Ranks that share one block's matrices. A group of one rank is None, here and below."""
+    dp_group: ProcessGroup | None = None
+    """Ranks that hold the same shard and see other samples."""
+    pp_group: ProcessGroup | None = None
+    """Ranks that hold the stages of one model."""
+
+    @classmethod
+    def single(cls) -> ParallelContext:
+        """One process, no groups; torch.distributed need not be initialised."""
+        return cls(Topology())
+
+    @cached_property
+    def coords(self) -> RankCoords:
+        return self.topology.coords(self.rank)
+
+    @property
+    def tp_rank(self) -> int:
+        return self.coords.tp
+
+    @property
+    def tp_size(self) -> int:
+        return self.topology.tp_size
+
+    @property
+    def dp_rank(self) -> int:
+        return self.coords.dp
+
+    @property
+    def dp_size(self) -> int:
+        return self.topology.dp_size
+
+    @property
+    def pp_rank(self) -> int:
+        return self.coords.pp
+
+    @property
+    def pp_size(self) -> int:
+        return self.topology.pp_size
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def shard_rank(self) -> ShardRank:
+        """What layouts ask for."""
+        return ShardRank(tp_rank=self.tp_rank, tp_size=self.tp_size)
+
+
+def build_context(topology: Topology) -> ParallelContext:
+    """Collective over the world, which must be initialised. Raises WorldSizeError."""
+    if dist.get_world_size() != topology.world_size:
+        raise WorldSizeError(
+            f"the topology {topology} does not fit the processes that were started. Found: "
+            f"{dist.get_world_size()} processes. Expected: {topology.world_size}. What to do: start that many, or "
+            "change a parallel degree."
+        )
+    rank = dist.get_rank()
+    groups: dict[str, ProcessGroup | None] = {}
+    # new_group is collective over the world: every rank creates every group, in the same order.
+    for axis in ("tp", "dp", "pp"):
+        groups[axis] = None
+        for ranks in topology.groups(axis):
+            if len(ranks) == 1:
+                continue
+            group = dist.new_group(ranks)
+            if rank in ranks:
+                groups[axis] = group
+    return ParallelContext(topology, rank, groups["tp"], groups["dp"], groups["pp"])
