@@ -120,7 +120,7 @@ def foreign_manifest(folder: str | Path, column_parallel: tuple[str, ...] = ()) 
             layouts[name] = layout
     if unnamed:
         raise UnsupportedCheckpointError(
-            f"{len(unnamed)} parameter(s) of a tensor-parallel checkpoint match no pattern in universal_checkpoint_info",
+            f"{len(unnamed)} tensor-parallel parameter(s) match no pattern in universal_checkpoint_info",
             found=unnamed,
             where=folder,
             do="say which are cut along dimension 0: --column_parallel REGEX (repeatable; '.*' is DeepSpeed's default)",

@@ -4,8 +4,9 @@ The one idea: a digest is a sum over elements of a hash of (bit pattern, index i
 state name), so it adds up over any partition: each rank digests the runs it owns, one integer SUM all-reduce ends it,
 and the same state has the same digest under every topology, padding and ZeRO stage.
 
-    part = digest_runs(flat, shard_runs(layout, rank, start, stop, owned=True), name=n, state="exp_avg", shape=layout.shape)
-    total = sum(parts, Digest())      # or: all_reduce(torch.tensor(part.to_int64_pair())), Digest.from_int64_pair(...)
+    runs = shard_runs(layout, rank, start, stop, owned=True)
+    part = digest_runs(flat, runs, name=name, state="exp_avg", shape=layout.shape)
+    whole = sum(parts, Digest())      # or: all_reduce(torch.tensor(part.to_int64_pair())), Digest.from_int64_pair(...)
 
 It guards against accident, not against an adversary. Each element must be counted exactly once: replicas by one owner,
 padding by nobody. -0.0 and 0.0 differ; bf16 and fp16 states count as their exact fp32 values.

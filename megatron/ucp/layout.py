@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -163,6 +163,14 @@ class Layout:
             for block in itertools.product(*per_dim)
             if owned is None or owned == (is_first and all(i.is_owned for i in block))
         )
+
+    def without_padding(self) -> Layout:
+        """The same cut of the true extent, which is what a file of the whole parameter has."""
+        cuts = tuple(
+            replace(cut, padded=None, parts=tuple(replace(p, unit=1) for p in cut.parts)) if cut.padded else cut
+            for cut in self.cuts
+        )
+        return replace(self, cuts=cuts)
 
     # -- arithmetic ---------------------------------------------------------------------------------------------
 

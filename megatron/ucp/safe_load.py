@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def _enum_value(value: Any) -> Any:
     return value
 
 
-_STAND_INS: list[tuple[Any, str]] = [
+STAND_INS: list[tuple[Any, str]] = [
     (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
@@ -58,6 +59,8 @@ _STAND_INS: list[tuple[Any, str]] = [
     (_enum_value, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (argparse.Namespace, "argparse.Namespace"),
 ]
+
+_LOCK = threading.Lock()
 
 
 def load(path: str | Path, mmap: bool = True) -> Any:
@@ -67,7 +70,8 @@ def load(path: str | Path, mmap: bool = True) -> Any:
         raise MissingFileError("no such file", where=path)
     is_mapped = mmap and zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
+        # The allow-list is the process's, so a second thread must not see it end.
+        with _LOCK, torch.serialization.safe_globals(STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except pickle.UnpicklingError as error:
         if "nsupported" not in str(error) and "global" not in str(error).lower():
@@ -87,7 +91,7 @@ def load(path: str | Path, mmap: bool = True) -> Any:
 
 
 def _unknown_globals(path: Path) -> list[str]:
-    known = {name for _, name in _STAND_INS}
+    known = {name for _, name in STAND_INS}
     try:
         return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - known)
     except Exception:  # a hostile file may break the scan too; the refusal stands without the list

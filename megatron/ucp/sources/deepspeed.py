@@ -84,6 +84,40 @@ class DeepSpeedSource:
     def tensor(self, piece: Piece) -> torch.Tensor:
         return self._cache.tensor(piece.file, piece.key)
 
+    def step_object(self, name: str) -> Any:
+        info = _find(self.manifest, name, "fp32")
+        mp_rank = self.manifest.topology.mp_rank(pp=min(info.pp_stages), tp=0)
+        if not info.is_trainable:
+            return None
+        if not self.manifest.is_partitioned:
+            state = self._cache.load(self.model_files[mp_rank])["optimizer"]["state"]
+            return state.get(self.manifest.zero0_order[mp_rank].index(name), {}).get("step")
+        fragments = self._index().get((name, mp_rank))
+        if not fragments:
+            return None
+        base = self._cache.load(fragments[0].file)["optimizer_state_dict"]["base_optimizer_state"]
+        return (base if isinstance(base, list) else base["state"])[fragments[0].group].get("step")
+
+    def side_files(self) -> dict[str, Any]:
+        files = {}
+        for path in self.model_files.values():
+            content = dict(self._cache.load(path))
+            # Weights and optimizer state are in zero/; DeepSpeed's universal loader asks only for the rest.
+            content["module"], content["optimizer"] = {}, None
+            files[path.name] = content
+        if self.manifest.is_partitioned:
+            optimizer = dict(self._cache.load(self.zero_files[0, 0])["optimizer_state_dict"])
+            base = optimizer.pop("base_optimizer_state")
+            for key in ("param_slice_mappings", "single_partition_of_fp32_groups"):
+                optimizer.pop(key)
+            groups = base.get("param_groups", []) if isinstance(base, dict) else []
+        else:
+            content = self._cache.load(self.model_files[0])
+            groups = content["optimizer"]["param_groups"]
+            optimizer = {"zero_stage": 0, "ds_version": content.get("ds_version")}
+        files["zero/optimizer_state.pt"] = {**optimizer, "param_groups": groups}
+        return files
+
     def _holders(self, name: str, state: str, pp: int, tp: int):
         """(file, key, offset, start, stop): who holds which part of the (pp, tp) shard."""
         topology = self.manifest.topology

@@ -9,6 +9,7 @@ converting, comparing and verifying are written once against this and know no fi
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,17 +48,26 @@ class Source(Protocol):
     def tensor(self, piece: Piece) -> torch.Tensor:
         """The flat tensor that holds the piece, memory-mapped."""
 
+    def step_object(self, name: str) -> Any:
+        """The step as the optimizer keeps it (a tensor or an int), or None."""
+
+    def side_files(self) -> dict[str, Any]:
+        """What DeepSpeed's universal loader wants beside the parameters, by relative path: the optimizer's state
+        that belongs to no parameter, and the model state files without their tensors."""
+
 
 class FileCache:
     """Opened files by path. Tensors in them are memory-mapped, so what stays is structure, not data."""
 
     def __init__(self) -> None:
         self._open: dict[Path, Any] = {}
+        self._lock = threading.Lock()
 
     def load(self, path: Path) -> Any:
-        if path not in self._open:
-            self._open[path] = load(path)
-        return self._open[path]
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = load(path)
+            return self._open[path]
 
     def tensor(self, path: Path, key: tuple[str | int, ...]) -> torch.Tensor:
         node = self.load(path)

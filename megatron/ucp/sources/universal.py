@@ -9,6 +9,7 @@ ucp.json (DeepSpeed's) names, shapes and states are taken from the folder itself
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +49,14 @@ class UniversalSource:
                 "wrong number of elements", found=flat.numel(), expected=int(piece.runs[-1, 2]), where=piece.file
             )
         return flat
+
+    def step_object(self, name: str) -> Any:
+        path = self.folder / "zero" / name / "step.pt"
+        return load(path) if path.is_file() else None
+
+    def side_files(self) -> dict[str, Any]:
+        paths = [self.folder / "zero/optimizer_state.pt", *self.folder.glob("mp_rank_*_model_states.pt")]
+        return {p.relative_to(self.folder).as_posix(): load(p) for p in paths if p.is_file()}
 
     def _file(self, name: str, state: str) -> Path:
         return self.folder / "zero" / name / f"{state}.pt"

@@ -1,0 +1,168 @@
+"""Convert a checkpoint of any topology into a universal folder.
+
+The one idea: open a Source, check everything that can be checked, write the universal Target under a temporary name
+in one pass, prove it by the digests of the save, and make it appear at once.
+
+    result = convert("run/global_step100", "run/global_step100_universal", num_workers=2)
+    result.digest                                     # one line for the whole state
+
+`main(arguments)` takes the namespace that DeepSpeed's own ds_to_universal.main takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.ucp.commit import commit, point_to, require_space, stage
+from megatron.ucp.digest import total
+from megatron.ucp.errors import UcpError
+from megatron.ucp.manifest import Manifest, write_manifest
+from megatron.ucp.sources import find_checkpoint, open_source
+from megatron.ucp.targets.universal import tensor_bytes, write_universal
+
+POINTER = "latest_universal"
+_SPARE_BYTES = 4 << 20
+"""For ucp.json, steps and model states."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    source: Path
+    output: Path
+    manifest: Manifest
+    digest: str
+    num_bytes: int
+    seconds: float
+
+
+def convert(
+    input_folder: str | Path,
+    output_folder: str | Path,
+    *,
+    num_workers: int = 2,
+    column_parallel: tuple[str, ...] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Writes `output_folder` and points `latest_universal` beside it to it. Raises before anything is written where
+    the input is incomplete, the output exists or the disk is too small; a failure later leaves no output.
+
+    `progress(done, total)` in bytes, from several threads."""
+    started = time.perf_counter()
+    # A trailing slash must not put the pointer inside the folder.
+    output = Path(str(output_folder).rstrip("/") or "/")
+    source = open_source(input_folder, column_parallel=column_parallel)
+    num_bytes = tensor_bytes(source.manifest)
+    require_space(output, num_bytes + _SPARE_BYTES)
+    staging = stage(output)
+    try:
+        manifest = write_universal(
+            source, staging, num_workers=num_workers, progress=_counter(progress, num_bytes) or (lambda n: None)
+        )
+        write_manifest(staging, manifest)
+        commit(staging, output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    point_to(output.parent, POINTER, output.name)
+    seconds = time.perf_counter() - started
+    return Conversion(source.folder, output, manifest, total(manifest.digests), num_bytes, seconds)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of DeepSpeed's ds_to_universal and ours."""
+    p = argparse.ArgumentParser(
+        prog="ds_to_universal.py", description="Convert a DeepSpeed checkpoint of any topology to a universal one."
+    )
+    p.add_argument("--input_folder", required=True, help="a checkpoint (global_stepN), or the run folder: `latest`")
+    p.add_argument("--output_folder", required=True, help="must not exist")
+    p.add_argument("--num_workers", type=int, help="threads; default: what the two flags below ask for, at most 4")
+    p.add_argument("--num_extract_workers", type=int, default=4, help="as DeepSpeed's: one pass here, so a hint only")
+    p.add_argument("--num_merge_workers", type=int, default=2, help="as DeepSpeed's: one pass here, so a hint only")
+    p.add_argument("--keep_temp_folder", action="store_true", help="accepted; no temporary folder is made")
+    p.add_argument("--no_strict", dest="strict", action="store_false", help="accepted; nothing is matched by pattern")
+    p.add_argument("--inject_missing_state", action="store_true", help="accepted; nothing has to be injected")
+    p.add_argument(
+        "--column_parallel",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="for checkpoints without ucp.json under tensor parallelism: parameters cut along dimension 0",
+    )
+    return p
+
+
+def main(arguments: argparse.Namespace | list[str] | None = None) -> int:
+    """Command line, or a namespace as DeepSpeed's `main` takes. Prints what was done; 0, or 1 after an error."""
+    if not isinstance(arguments, argparse.Namespace):
+        arguments = parser().parse_args(arguments)
+    hints = getattr(arguments, "num_extract_workers", 4), getattr(arguments, "num_merge_workers", 2)
+    num_workers = getattr(arguments, "num_workers", None) or max(1, min(4, *hints))
+    try:
+        found = find_checkpoint(arguments.input_folder)
+        if found != Path(arguments.input_folder):
+            print(f"{arguments.input_folder} is a run folder; converting {found.name}, its latest checkpoint")
+        result = convert(
+            found,
+            arguments.output_folder,
+            num_workers=num_workers,
+            column_parallel=tuple(getattr(arguments, "column_parallel", ())),
+            progress=ProgressLine(),
+        )
+    except (UcpError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    source = result.manifest.source
+    size = result.num_bytes / 2**20
+    print(
+        f"{result.source} (ZeRO-{source['zero_stage']}, {_topology(result)}) -> {result.output}\n"
+        f"{len(result.manifest.parameters)} parameters, {size:.1f} MiB in {result.seconds:.2f} s "
+        f"({size / max(result.seconds, 1e-9):.0f} MiB/s); state digest {result.digest}"
+    )
+    return 0
+
+
+class ProgressLine:
+    """Bytes, rate and time left: one line that is redrawn on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, stream=None):
+        self._stream = stream or sys.stderr
+        self._is_terminal = self._stream.isatty()
+        self._started = self._shown = time.monotonic()
+
+    def __call__(self, done: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        is_last = done >= total_bytes
+        if now - self._shown < (0.2 if self._is_terminal else 10) and not (is_last and self._is_terminal):
+            return
+        self._shown = now
+        rate = done / max(now - self._started, 1e-9)
+        left = (total_bytes - done) / max(rate, 1)
+        text = f"{done / 2**20:.0f} / {total_bytes / 2**20:.0f} MiB, {rate / 2**20:.0f} MiB/s, {left:.0f} s left"
+        start, end = ("\r", "\n" if is_last else "") if self._is_terminal else ("", "\n")
+        print(f"{start}{text:<60}", end=end, file=self._stream, flush=True)
+
+
+def _counter(progress: Callable[[int, int], None] | None, total_bytes: int) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    lock, done = threading.Lock(), 0
+
+    def add(num_bytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += num_bytes
+            progress(done, total_bytes)
+
+    return add
+
+
+def _topology(result: Conversion) -> str:
+    sizes = result.manifest.source["topology"]
+    return " ".join(f"{axis}{sizes[f'{axis}_size']}" for axis in ("tp", "pp", "dp"))

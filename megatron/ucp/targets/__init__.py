@@ -1,0 +1,1 @@
+"""Where training states are written to."""

@@ -1,0 +1,193 @@
+"""Target: a universal folder that DeepSpeed's own universal loader reads, plus ucp.json.
+
+The one idea: one pass. Each (parameter, state) is gathered in atomic order into a small buffer that stays in the
+cache; while it is there it is compared with its replicas, digested, checksummed and appended to its file. Nothing is
+written twice, no parameter is ever whole in memory, and a digest that differs from the save's stops the conversion.
+
+    manifest = write_universal(source, staging, num_workers=2)
+
+Threads, not processes: every heavy step (copy, digest, CRC, write) runs without the GIL, and the memory-mapped files
+and the index are shared. Keys in the files: deepspeed/checkpoint/ds_to_universal.py (merge_tp_slices).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.ucp.commit import checksum_file
+from megatron.ucp.digest import Digest, digest_runs
+from megatron.ucp.errors import DigestMismatchError, UcpError
+from megatron.ucp.execute import check_replicas, gather
+from megatron.ucp.fragment import whole_runs
+from megatron.ucp.layout import Layout
+from megatron.ucp.manifest import FileInfo, Manifest
+from megatron.ucp.safe_load import SubparamShape
+from megatron.ucp.sources.source import Source
+from megatron.ucp.topology import Topology
+from megatron.ucp.torch_file import TensorFile, save
+
+CHUNK = 1 << 20
+"""Elements of the buffer: 4 MiB, so that the passes over it after the first find it in the cache."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    path: str
+    info: FileInfo
+    name: str
+    state: str
+    digest: Digest
+
+
+def tensor_bytes(manifest: Manifest) -> int:
+    """Size of all states of all parameters as float32: what the output will hold."""
+    return sum(4 * info.layout.numel * len(info.states) for info in manifest.parameters.values())
+
+
+def write_universal(
+    source: Source,
+    folder: Path,
+    *,
+    num_workers: int = 2,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> Manifest:
+    """Fills `folder` with everything but ucp.json, and returns that. `progress` is told bytes as they are written,
+    from several threads. The first failure stops the others and is raised, naming its parameter and state."""
+    manifest = source.manifest
+    stop = threading.Event()
+    jobs = [(name, state) for name, info in manifest.parameters.items() for state in info.states]
+    # Largest first, so that no worker is left alone with a big one at the end.
+    jobs.sort(key=lambda job: -manifest.parameters[job[0]].layout.numel)
+    for name in manifest.parameters:
+        (folder / "zero" / name).mkdir(parents=True)
+
+    def work(job: tuple[str, str]) -> _Written | None:
+        return None if stop.is_set() else _write_tensor(source, folder, *job, progress, stop)
+
+    if jobs:
+        source.pieces(*jobs[0])  # builds the source's index once, before the threads ask for it
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        futures = [pool.submit(work, job) for job in jobs]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        if any(future.done() and future.exception() for future in futures):
+            stop.set()
+        errors = [error for future in futures if (error := future.exception())]
+    if errors:
+        raise errors[0]
+    written = [result for future in futures if (result := future.result())]
+    files = {w.path: w.info for w in written}
+    files.update(_write_side_files(source, folder))
+    digests: dict[str, dict[str, str]] = {name: {} for name in manifest.parameters}
+    for w in sorted(written, key=lambda w: manifest.parameters[w.name].states.index(w.state)):
+        digests[w.name][w.state] = w.digest.hex()
+    return replace(
+        manifest,
+        kind="universal",
+        topology=Topology(),
+        zero_stage=0,
+        is_pipelined=False,
+        parameters={
+            name: replace(info, layout=info.layout.without_padding(), pp_stages=(0,))
+            for name, info in manifest.parameters.items()
+        },
+        digests=digests,
+        files=dict(sorted(files.items())),
+        zero0_order=[],
+        pipeline_layers=[],
+        source={
+            "folder": source.folder.name,
+            "kind": manifest.kind,
+            "topology": manifest.topology.to_json(),
+            "zero_stage": manifest.zero_stage,
+            "is_pipelined": manifest.is_pipelined,
+        },
+    )
+
+
+def _write_tensor(
+    source: Source, folder: Path, name: str, state: str, progress: Callable[[int], None], stop: threading.Event
+) -> _Written | None:
+    layout = source.manifest.parameters[name].layout
+    relative = f"zero/{name}/{state}.pt"
+    try:
+        pieces = source.pieces(name, state)
+        digest = Digest()
+        buffer = torch.empty(min(CHUNK, max(1, layout.numel)), dtype=torch.float32)
+        with TensorFile(folder / relative, file_keys(layout, name), layout.shape) as file:
+            for start in range(0, layout.numel, CHUNK):
+                if stop.is_set():
+                    return None
+                values = buffer[: min(CHUNK, layout.numel - start)]
+                runs = whole_runs(len(values), start)
+                gather(source, name, state, pieces, runs, values)
+                check_replicas(source, name, state, pieces, start, values)
+                digest += digest_runs(values, runs, name=name, state=state, shape=layout.shape)
+                file.write(values)
+                progress(4 * len(values))
+        _compare(source, name, state, digest)
+        return _Written(relative, file.info, name, state, digest)
+    except UcpError:
+        stop.set()
+        raise
+    except Exception as error:
+        stop.set()
+        raise UcpError(f"writing {name} ({state}) failed: {type(error).__name__}: {error}", where=folder) from error
+
+
+def _compare(source: Source, name: str, state: str, digest: Digest) -> None:
+    saved = source.manifest.digests.get(name, {}).get(state)
+    if saved is not None and saved != digest.hex():
+        raise DigestMismatchError(
+            f"{name} ({state}) is not what was saved",
+            found=digest.hex(),
+            expected=saved,
+            where=source.folder,
+            do="the files changed since the save: run `python -m megatron.ucp verify` on the folder",
+        )
+
+
+def file_keys(layout: Layout, name: str) -> dict[str, Any]:
+    """DeepSpeed's keys beside "param": how its loader is to cut the tensor for another tensor-parallel size."""
+    cut = next((cut for cut in layout.cuts if cut.axis == "tp"), None)
+    keys: dict[str, Any] = {}
+    if cut is None:
+        # DeepSpeed writes no key for replicated and averaged; what matched no list it would cut along dimension 0.
+        if layout.pattern == "unique":
+            keys["cat_dim"] = 0
+    elif len(cut.parts) > 1:
+        shape = [n if d != cut.dim else tuple(p.size for p in cut.parts) for d, n in enumerate(layout.shape)]
+        sub_params = SubparamShape()
+        sub_params.patterns, sub_params.shape, sub_params.partition_dim = [name], tuple(shape), cut.dim
+        keys["sub_param_shape"] = sub_params
+    else:
+        keys["cat_dim"] = cut.dim
+    if cut is not None and cut.padded is not None:
+        keys["vocab_tensor"] = True
+    return keys
+
+
+def _write_side_files(source: Source, folder: Path) -> dict[str, FileInfo]:
+    """Steps, the optimizer's common state, model states, and whatever else the save had that is not a .pt file."""
+    infos: dict[str, FileInfo] = {}
+    contents = source.side_files()
+    for name in source.manifest.parameters:
+        if (step := source.step_object(name)) is not None:
+            contents[f"zero/{name}/step.pt"] = step
+    for relative, content in contents.items():
+        save(content, folder / relative)
+        infos[relative] = checksum_file(folder / relative)
+    for relative in source.manifest.files:
+        if not relative.endswith(".pt") and (source.folder / relative).is_file():
+            os.makedirs((folder / relative).parent, exist_ok=True)
+            shutil.copyfile(source.folder / relative, folder / relative)
+            infos[relative] = checksum_file(folder / relative)
+    return infos
