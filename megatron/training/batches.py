@@ -10,21 +10,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
+
 from megatron.config.config import Config
-from megatron.data.collate import Collator
-from megatron.data.datasets import build_datasets
+from megatron.data.gpt_dataset import build_datasets
+from megatron.data.loader import Collator, build_loader
 from megatron.data.sampler import SampleIndexer
 from megatron.parallel.context import ParallelContext
-from torch.utils.data import DataLoader, Dataset
 
 
 class Batches:
     """The three splits. Every rank builds the same; construction is local (the index cache is race-safe)."""
 
-    def __init__(self, config: Config, context: ParallelContext, eod: int) -> None:
+    def __init__(self, config: Config, context: ParallelContext, eod: int | None) -> None:
         self.context = context
         self.micro_batch_size = config.run.micro_batch_size
-        self.global_batch_size = config.run.global_batch_size
         self.num_workers = config.data.num_workers
         self.collate = Collator(eod=eod, eod_mask_loss=config.data.eod_mask_loss)
         self.train_set, self.valid_set, self.test_set = build_datasets(
@@ -34,6 +34,7 @@ class Batches:
             seed=config.run.seed,
             num_samples=_samples_needed(config),
             cache_dir=config.data.data_cache_path,
+            vocab_size=config.model.vocab_size,
         )
 
     def train(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -45,18 +46,18 @@ class Batches:
     def test(self) -> Iterator[dict[str, torch.Tensor]]:
         return self._loader(self.test_set, 0)
 
-    def _loader(self, dataset: Dataset | None, consumed_samples: int) -> Iterator[dict[str, Any]]:
+    def _loader(self, dataset: Any | None, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
         if dataset is None:
             return iter(())
         indexer = SampleIndexer(
             num_samples=len(dataset),
             consumed_samples=consumed_samples,
             micro_batch_size=self.micro_batch_size,
-            global_batch_size=self.global_batch_size,
             dp_rank=self.context.dp_rank,
             dp_size=self.context.dp_size,
         )
-        return iter(DataLoader(dataset, batch_sampler=indexer, collate_fn=self.collate, num_workers=self.num_workers))
+        pin_memory = get_accelerator().device_name() != "cpu"
+        return iter(build_loader(dataset, indexer, self.collate, self.num_workers, pin_memory))
 
 
 def _samples_needed(config: Config) -> tuple[int, int, int]:

@@ -16,24 +16,24 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+
+import megatron
 from megatron.config.config import Config
+from megatron.config.model import ModelConfig
+from megatron.data.tokenizer import build_tokenizer
 from megatron.model.build import build_model, parameter_layouts
 from megatron.model.flops import flops_per_token, num_parameters
 from megatron.parallel.context import ParallelContext, build_context
 from megatron.parallel.rng import RandomStreams
-from megatron.training.ds_config import deepspeed_config
-from megatron.training.launch import LaunchInfo
-from megatron.training.schedule import LearningRateSchedule
-
-import megatron
-from megatron.config.model import ModelConfig
-from megatron.data.tokenizer import build_tokenizer
 from megatron.training.batches import Batches
 from megatron.training.checkpointing import Checkpointer, LoadOptions
+from megatron.training.ds_config import deepspeed_config
 from megatron.training.engine import build_engine
+from megatron.training.launch import LaunchInfo
 from megatron.training.loop import Run
 from megatron.training.progress import Progress
 from megatron.training.resume import ResumePlan, Wanted, choose_resume, find_checkpoints
+from megatron.training.schedule import LearningRateSchedule
 from megatron.training.tensorboard import RunLog
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 def build_run(config: Config, launch: LaunchInfo) -> Run:
     """Collective over the world; torch.distributed is up. Raises ConfigError, ResumeError, data errors and
     checkpoint errors before the first step."""
-    config.validate(launch.world_size)
+    config = config.validate(launch.world_size)
     tokenizer = build_tokenizer(
         config.data.tokenizer_type,
         vocab_file=config.data.vocab_file,

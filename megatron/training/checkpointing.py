@@ -27,19 +27,19 @@ import deepspeed
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from megatron.parallel.context import ParallelContext
-from megatron.parallel.rng import RandomStreams
-from megatron.training.schedule import LearningRateSchedule
-from megatron.ucp.deepspeed_compat import universal_checkpoint_info
-from megatron.ucp.execute import read_into
 
 import megatron
-from megatron.training.engine_state import EngineState
+from megatron.parallel.context import ParallelContext
+from megatron.parallel.rng import RandomStreams
+from megatron.training.engine_state import EngineState, OwnedInterval
 from megatron.training.progress import Progress
 from megatron.training.resume import LATEST, ResumePlan
+from megatron.training.schedule import LearningRateSchedule
 from megatron.training.state_digest import MASTER, state_digests
 from megatron.ucp import commit
+from megatron.ucp.deepspeed_compat import universal_checkpoint_info
 from megatron.ucp.digest import total
+from megatron.ucp.execute import gather
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import FileInfo, Manifest, OptimizerInfo, ParameterInfo, write_manifest
 from megatron.ucp.sources import Source, open_source
@@ -117,7 +117,10 @@ class Checkpointer:
         self.state = EngineState(engine, self.atlas.layouts, context, self.atlas.pp_stages)
         # Where DeepSpeed's own converter looks for it (engine._save_checkpoint).
         engine.module.universal_checkpoint_info = universal_checkpoint_info(
-            self.atlas.layouts, padded_vocab_size=padded_vocab_size
+            self.atlas.layouts,
+            tp_size=context.tp_size,
+            padded_vocab_size=padded_vocab_size,
+            tied=[name for name, stages in self.atlas.pp_stages.items() if len(stages) > 1],
         )
 
     # -- save ---------------------------------------------------------------------------------------------------
@@ -312,12 +315,12 @@ class Checkpointer:
         num_elements = 0
         steps: dict[int, float] = {}
         for interval in self.state.intervals:
-            read_into(source, interval.name, MASTER, interval.runs, interval.master)
+            self._read(source, interval, MASTER, interval.master)
             num_elements += interval.numel
             if not options.with_optimizer:
                 continue
             for state in self.state.state_names:
-                read_into(source, interval.name, state, interval.runs, interval.state(self.state.base, state))
+                self._read(source, interval, state, interval.state(self.state.base, state))
                 num_elements += interval.numel
             step = source.step(interval.name)
             if step is not None and steps.setdefault(id(interval.flat), step) != step:
@@ -332,6 +335,10 @@ class Checkpointer:
                     self.state.set_step(flat, step)
             self.state.set_hyper_parameters(source.manifest.optimizer.groups)
         return num_elements
+
+    @staticmethod
+    def _read(source: Source, interval: OwnedInterval, state: str, out: torch.Tensor) -> None:
+        gather(source, interval.name, state, source.pieces(interval.name, state), interval.runs, out)
 
     def _check_digests(self, source: Source, options: LoadOptions, plan: ResumePlan) -> None:
         placed = state_digests(self.state)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.ucp.errors import NotACheckpointError
-from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megatron.ucp.manifest import MANIFEST_NAME
+from megatron.ucp.sources import open_source
 from megatron.ucp.topology import Topology
 
 LATEST = "latest"
@@ -86,15 +87,16 @@ def _sorted_by_kind(load: Path, found: list[Found]) -> FoundCheckpoints:
 
 
 def _describe(folder: Path) -> Found:
-    if not (folder / MANIFEST_NAME).is_file():
+    is_foreign_universal = (folder / "zero").is_dir()  # DeepSpeed's own converter writes no ucp.json
+    if not (folder / MANIFEST_NAME).is_file() and not is_foreign_universal:
         raise NotACheckpointError(
             f"no {MANIFEST_NAME} in the folder: it was never committed, or another program saved it",
             where=folder,
             do="remove the pointer to it, load an older tag, or convert a foreign DeepSpeed checkpoint with "
             "tools/ds_to_universal.py and load the universal folder",
         )
-    manifest: Manifest = read_manifest(folder)
-    return Found(folder, manifest.kind, int(manifest.common["iteration"]), manifest.topology, manifest.zero_stage)
+    manifest = open_source(folder).manifest
+    return Found(folder, manifest.kind, int(manifest.iteration or 0), manifest.topology, manifest.zero_stage)
 
 
 def choose_resume(found: FoundCheckpoints | None, wanted: Wanted) -> ResumePlan:

@@ -115,8 +115,9 @@ def _rank_main(rank, world_size, scratch, writer, path, module, name, args) -> N
 
 
 def _initialise(rank: int, world_size: int, scratch: str) -> None:
-    import harness.warm  # noqa: F401 - a no-op when the server preloaded it
     import torch
+
+    import harness.warm  # noqa: F401 - a no-op when the server preloaded it
 
     torch.set_num_threads(1)
     os.environ.update(

@@ -111,10 +111,9 @@ def command_line(data: Path, *, tp=1, pp=1, zero=0, micro_batch=1, iters=4, **fl
 
 
 def build(argv: list[str], rank: int, world_size: int):
-    from megatron.training.launch import LaunchInfo
-
     from megatron.config.arguments import parse
     from megatron.training.build import build_run
+    from megatron.training.launch import LaunchInfo
 
     run = build_run(parse(argv).config, LaunchInfo(rank=rank, local_rank=rank, world_size=world_size))
     run.run_log = RecordingLog()

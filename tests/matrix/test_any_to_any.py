@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import CELLS, MIN_CELLS, Cell
 from matrix.recording import build, command_line, train, write_dataset
