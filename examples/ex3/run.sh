@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Example 3, all of it: two data-parallel ranks become one (DP2 -> 1).
+#
+# Shows:     two data-parallel ranks train and save; the save is converted; one rank
+#            resumes from it; a number and a picture tell whether training went on as if nothing had
+#            happened. A control run (tp1 pp1 dp2, another micro batch) says how far the order of float sums
+#            alone drives two runs apart.
+# Hardware:  SIZE=tiny (default on a CPU): 2 cores. SIZE=125M: 2 CUDA devices.
+# Minutes:   about 4 (tiny).
+# You see:   a table that ends with PASS, runs/ex3/ucp_training_loss.png with both curves on one line, verdict.txt,
+#            verdict.json and csv/. Exit code 0 on PASS, 1 on FAIL.
+# Knobs:     SIZE DEVICE LAUNCHER RUN_DIR CONTROL DRY_RUN ...: examples/README.md
+set -euo pipefail
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=examples/ex3/topology.sh
+source "$HERE/topology.sh"
+# shellcheck source=examples/common.sh
+source "$HERE/../common.sh"
+
+bash "$HERE/init_train_source.sh"
+bash "$HERE/convert.sh"
+bash "$HERE/resume_train_target.sh"
+train_control
+judge

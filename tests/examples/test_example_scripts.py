@@ -1,0 +1,198 @@
+"""The example scripts, without training: DRY_RUN=1 prints what would run, and that must be right.
+
+Each training command is read back by the project's own command line; paths that one step writes must be those
+the next one reads.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron.config.arguments import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+
+# example: (Source, Target) as (tp, pp, dp)
+DEGREES = {
+    "ex1": ((1, 2, 1), (1, 1, 1)),
+    "ex2": ((2, 1, 1), (1, 1, 1)),
+    "ex3": ((1, 1, 2), (1, 1, 1)),
+    "ex4": ((2, 1, 1), (1, 2, 1)),
+}
+STEPS = ("init_train_source.sh", "convert.sh", "resume_train_target.sh", "run.sh")
+SIZES = {"tiny": ("fp32", 4, 64), "125M": ("fp16", 12, 768)}
+
+
+@dataclass(frozen=True)
+class Command:
+    words: tuple[str, ...]
+
+    @property
+    def program(self) -> str:
+        return next(Path(word).name for word in self.words if word.endswith(".py"))
+
+    @property
+    def flags(self) -> list[str]:
+        at = next(i for i, word in enumerate(self.words) if word.endswith(".py"))
+        return list(self.words[at + 1 :])
+
+    def value(self, flag: str) -> str:
+        return self.words[self.words.index(flag) + 1]
+
+
+def bash(script: Path, run_dir: Path, **knobs: str) -> subprocess.CompletedProcess:
+    clean = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG")}
+    # DEVICE given: finding it out starts Python and imports torch.
+    knobs = {"DRY_RUN": "1", "DEVICE": "cpu", "RUN_DIR": str(run_dir), **knobs}
+    return subprocess.run(["bash", str(script)], env={**clean, **knobs}, capture_output=True, text=True)
+
+
+def commands(script: Path, run_dir: Path, **knobs: str) -> list[Command]:
+    done = bash(script, run_dir, **knobs)
+    assert done.returncode == 0, done.stderr
+    return [Command(tuple(shlex.split(line))) for line in done.stdout.splitlines()]
+
+
+def test_every_example_has_every_step():
+    scripts = sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.glob("*/*.sh"))
+    assert {f"{example}/{step}" for example in DEGREES for step in STEPS} <= set(scripts)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.sh")), ids=lambda p: str(p.relative_to(EXAMPLES)))
+def test_script_is_sound_bash(path):
+    assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+    text = path.read_text()
+    assert not re.search(r"^\s*eval\b", text, re.MULTILINE)
+    if path.name in STEPS:
+        assert os.access(path, os.X_OK) and text.startswith("#!/usr/bin/env bash\n")
+        assert "\nset -euo pipefail\n" in text
+        assert all(f"# {word}:" in text for word in ("Shows", "Hardware", "Minutes", "You see"))
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("example", DEGREES)
+def test_run_is_five_commands_that_fit_together(example, size, launcher, tmp_path):
+    run_dir = tmp_path / "run"
+    run = commands(EXAMPLES / example / "run.sh", run_dir, SIZE=size, LAUNCHER=launcher)
+    programs = [command.program for command in run]
+    assert programs == [
+        "pretrain_gpt.py",
+        "ds_to_universal.py",
+        "pretrain_gpt.py",
+        "pretrain_gpt.py",
+        "tb_analysis_script.py",
+    ]
+    source, convert, target, control, judge = run
+    assert not run_dir.exists(), "DRY_RUN wrote something"
+
+    degrees = DEGREES[example]
+    topologies = {"source": degrees[0], "target": degrees[1], "control": degrees[0]}
+    for role, command in zip(topologies, (source, target, control)):
+        tp, pp, dp = topologies[role]
+        check_training(command, tp, pp, dp, launcher, size)
+        assert command.value("--tensorboard-dir") == f"{run_dir}/tensorboard/{role}_tp{tp}_pp{pp}_dp{dp}"
+
+    tag = "global_step100"
+    assert convert.value("--input_folder") == f"{source.value('--save')}/{tag}"
+    universal = Path(convert.value("--output_folder"))
+    assert universal.name == f"{tag}_universal"
+    assert target.value("--load") == str(universal.parent) and "--universal-checkpoint" in target.words
+    assert control.value("--load") == source.value("--save") and control.value("--load-tag") == tag
+    assert "--universal-checkpoint" not in control.words and "--save" not in control.words
+    assert judge.value("--tb_dir") == f"{run_dir}/tensorboard"
+    # The control changes the order of sums, and nothing else.
+    assert control.value("--micro-batch-size") != source.value("--micro-batch-size")
+    assert target.value("--micro-batch-size") == source.value("--micro-batch-size")
+
+
+def check_training(command: Command, tp: int, pp: int, dp: int, launcher: str, size: str) -> None:
+    world = tp * pp * dp
+    assert Path(command.words[command.words.index("DS_ACCELERATOR=cpu") + 1]).name == launcher
+    assert command.value({"deepspeed": "--num_gpus", "torchrun": "--nproc-per-node"}[launcher]) == str(world)
+    config = parse(command.flags).config
+    topology = config.parallel.topology(world)
+    assert (topology.tp_size, topology.pp_size, topology.dp_size) == (tp, pp, dp)
+    assert (config.optimizer.precision, config.model.num_layers, config.model.hidden_size) == SIZES[size]
+    assert (config.run.global_batch_size, config.run.train_iters, config.checkpoint.save_interval) == (4, 200, 100)
+    assert (config.optimizer.lr, config.optimizer.min_lr, config.optimizer.lr_decay_style) == (2e-3, 2e-4, "cosine")
+    assert (config.model.hidden_dropout, config.model.attention_dropout) == (0.0, 0.0)
+    assert config.parallel.zero_stage == 1
+
+
+@pytest.mark.parametrize("example", DEGREES)
+def test_source_command_passes_every_check_of_the_configuration(example, tmp_path):
+    """Not only parsed: sizes divide, files of the data and tokenizer are there."""
+    tp, pp, dp = DEGREES[example][0]
+    (command,) = commands(EXAMPLES / example / "init_train_source.sh", tmp_path / "run", SIZE="tiny")
+    parse(command.flags).config.validate(tp * pp * dp)
+
+
+@pytest.mark.parametrize("example", DEGREES)
+def test_run_is_the_three_steps(example, tmp_path):
+    run = commands(EXAMPLES / example / "run.sh", tmp_path, SIZE="tiny")
+    steps = [commands(EXAMPLES / example / step, tmp_path, SIZE="tiny") for step in STEPS[:3]]
+    assert run[:3] == [command for step in steps for command in step]
+
+
+def test_example_4_uses_the_source_of_example_2_and_writes_nothing_there(tmp_path):
+    ex2, ex4 = tmp_path / "ex 2", tmp_path / "ex4"
+    (ex2 / "checkpoints/source/global_step100").mkdir(parents=True)
+    for folder in ("source_tp2_pp1_dp1", "control_tp2_pp1_dp1", "target_tp1_pp1_dp1"):
+        (ex2 / "tensorboard" / folder).mkdir(parents=True)
+    knobs = {"SIZE": "tiny", "SOURCE_RUN_DIR": str(ex2)}
+    done = bash(EXAMPLES / "ex4" / "init_train_source.sh", ex4, **{**knobs, "DRY_RUN": "0"})
+    assert done.returncode == 0, done.stderr
+    copied = sorted(path.name for path in (ex4 / "tensorboard").iterdir())
+    assert copied == ["control_tp2_pp1_dp1", "source_tp2_pp1_dp1"]
+    (convert,) = commands(EXAMPLES / "ex4" / "convert.sh", ex4, **knobs)
+    assert convert.value("--input_folder") == f"{ex2}/checkpoints/source/global_step100"
+    assert convert.value("--output_folder").startswith(f"{ex4}/")
+    run = commands(EXAMPLES / "ex4" / "run.sh", ex4, **knobs)
+    programs = [command.program for command in run if any(word.endswith(".py") for word in command.words)]
+    assert programs == ["ds_to_universal.py", "pretrain_gpt.py", "tb_analysis_script.py"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"SIZE": "huge"}, "neither tiny nor 125M"),
+        ({"SIZE": "tiny", "PRECISION": "fp8"}, "none of fp32, bf16, fp16"),
+        ({"SIZE": "tiny", "LAUNCHER": "mpirun"}, "neither deepspeed nor torchrun"),
+        ({"SIZE": "tiny", "SOURCE_RUN_DIR": "/nowhere"}, "has no checkpoints/source/global_step100"),
+    ],
+    ids=lambda value: next(reversed(value.values())) if isinstance(value, dict) else "",
+)
+def test_wrong_knob_stops_before_anything_runs(knobs, message, tmp_path):
+    done = bash(EXAMPLES / "ex4" / "init_train_source.sh", tmp_path / "run", **{"DRY_RUN": "0", **knobs})
+    assert done.returncode == 2
+    assert message in done.stderr and "error:" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_knobs_reach_the_command(tmp_path):
+    knobs = {"SIZE": "tiny", "TARGET_TP": "2", "TARGET_DP": "2", "ZERO_STAGE": "2", "PRECISION": "bf16"}
+    (command,) = commands(EXAMPLES / "ex1" / "resume_train_target.sh", tmp_path, **knobs, MICRO_BATCH="1")
+    config = parse(command.flags).config
+    assert str(config.parallel.topology(4)) == "tp2 pp1 dp2"
+    assert (config.parallel.zero_stage, config.optimizer.precision) == (2, "bf16")
+    assert config.run.micro_batch_size == 1
+    assert command.value("--num_gpus") == "4"
+
+
+def test_readme_lists_every_example_and_only_knobs_that_exist():
+    text = (EXAMPLES / "README.md").read_text()
+    scripts = "".join(path.read_text() for path in EXAMPLES.rglob("*.sh"))
+    assert all(f"| `{example}` |" in text for example in DEGREES)
+    table = text[text.index("| knob |") :]
+    knobs = {
+        word for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for word in re.findall("[A-Z_]{2,}", cell)
+    }
+    assert len(knobs) > 20
+    assert sorted(knob for knob in knobs if not re.search(rf"\$\{{{knob}:[=-]", scripts)) == []
