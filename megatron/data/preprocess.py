@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.data.errors import DatasetExistsError, DataError, InputTextError
+from megatron.data.errors import DataError, DatasetExistsError, InputTextError
 from megatron.data.indexed_dataset import IndexedDatasetWriter, best_dtype, bin_path, idx_path
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
