@@ -1,0 +1,177 @@
+"""Config.validate: each wrong configuration is refused with what to do, several at once, and a right one passes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config.arguments import SECTIONS
+from megatron.config.config import Config
+from megatron.config.data import DataConfig
+from megatron.config.errors import ConfigError
+from megatron.config.model import ModelConfig
+from megatron.config.optimizer import OptimizerConfig
+from megatron.config.parallel import ParallelConfig
+from megatron.config.run import RunConfig
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    for name in ("d.bin", "d.idx", "v.json", "m.txt"):
+        (tmp_path / name).touch()
+    return Config(
+        model=ModelConfig(num_layers=4, hidden_size=48, num_attention_heads=12, seq_length=32),
+        run=RunConfig(micro_batch_size=2, global_batch_size=8, train_iters=20),
+        optimizer=OptimizerConfig(lr=1e-3),
+        data=DataConfig(
+            data_path=(str(tmp_path / "d"),), vocab_file=str(tmp_path / "v.json"), merge_file=str(tmp_path / "m.txt")
+        ),
+    )
+
+
+def changed(config: Config, **values: Any) -> Config:
+    """`config` with fields replaced, wherever they are. Derived sizes are derived anew."""
+    for section, owner in SECTIONS.items():
+        mine = {f.name: values[f.name] for f in dataclasses.fields(owner) if f.name in values}
+        if mine:
+            derived = ("ffn_hidden_size", "num_key_value_heads", "kv_channels", "max_position_embeddings")
+            fresh = {name: None for name in derived} if section == "model" else {}
+            config = dataclasses.replace(
+                config, **{section: dataclasses.replace(getattr(config, section), **{**fresh, **mine})}
+            )
+    return config
+
+
+def problems_of(config: Config, world_size: int = 4) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.validate(world_size)
+    return str(caught.value)
+
+
+def test_a_right_configuration_passes(config: Config) -> None:
+    assert config.validate(4) == config
+
+
+CASES: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("heads", {"num_attention_heads": 10}, ["heads do not divide the hidden size", "heads of", "12"]),
+    ("kv-heads", {"num_key_value_heads": 5}, ["key/value heads do not divide the query heads", "4 or 6"]),
+    ("kv-channels", {"kv_channels": 7}, ["--kv-channels 7", "expected: 4"]),
+    ("positions", {"max_position_embeddings": 16}, ["--max-position-embeddings 32"]),
+    ("dropout", {"hidden_dropout": 1.5}, ["--hidden-dropout is out of range"]),
+    ("layers", {"num_layers": 0}, ["--num-layers is too small"]),
+    ("recompute", {"recompute_method": "uniform"}, ["--recompute-granularity full"]),
+    ("tp-heads", {"tensor_model_parallel_size": 8}, ["query heads cannot be cut into 8", "4, 6 or 12", "world size 4"]),
+    ("tp-kv-heads", {"tensor_model_parallel_size": 4, "num_key_value_heads": 2},
+     ["key/value heads cannot be cut into 4", "1 or 2"]),
+    ("pp-layers", {"pipeline_model_parallel_size": 5}, ["more pipeline stages than blocks", "at most 4"]),
+    ("world", {"tensor_model_parallel_size": 3}, ["world size 4", "a multiple of 3", "start 3 or 6 ranks"]),
+    ("no-pp", {"no_pipeline_parallel": True, "pipeline_model_parallel_size": 2}, ["--no-pipeline-parallel with"]),
+    ("zero2-pp", {"zero_stage": 2, "pipeline_model_parallel_size": 2}, ["refuses ZeRO-2", "--zero-stage 1"]),
+    ("zero3", {"zero_stage": 3}, ["ZeRO-3: not built yet", "--zero-stage 2"]),
+    ("sequence-parallel", {"sequence_parallel": True}, ["sequence parallelism: not built yet"]),
+    ("ulysses", {"ds_sequence_parallel_size": 2, "micro_batch_size": 1}, ["Ulysses sequence parallelism: not built"]),
+    ("expert-parallel", {"moe_expert_parallel_size": 2}, ["expert parallelism: not built yet"]),
+    ("experts", {"num_experts": (4,)}, ["mixture of experts: not built yet"]),
+    ("swiglu", {"swiglu": True}, ["SwiGLU: not built yet"]),
+    ("rmsnorm", {"normalization": "rmsnorm"}, ["rmsnorm: not built yet"]),
+    ("rotary", {"use_rotary_position_embeddings": True}, ["rotary positions: not built yet"]),
+    ("alibi", {"position_embedding_type": "alibi"}, ["alibi: not built yet"]),
+    ("no-positions", {"add_position_embedding": False}, ["without positions: not built yet"]),
+    ("no-biases", {"add_bias_linear": False}, ["without biases: not built yet"]),
+    ("global-batch", {"global_batch_size": 12}, ["a multiple of 8 = 2 x 4", "--global-batch-size 8 or 16",
+                                                 "--micro-batch-size of 1 or 3"]),
+    ("micro-batch", {"micro_batch_size": 0}, ["--micro-batch-size is too small"]),
+    ("lr-missing", {"lr": None}, ["--lr is missing"]),
+    ("min-lr", {"min_lr": 1.0}, ["--min-lr is outside 0..lr"]),
+    ("beta", {"adam_beta2": 1.0}, ["--adam-beta2 is out of range"]),
+    ("warmup", {"lr_warmup_iters": 20}, ["leaves nothing to decay", "at most 19"]),
+    ("warmup-fraction", {"lr_warmup_fraction": 1.0}, ["--lr-warmup-fraction 1"]),
+    ("warmup-twice", {"lr_warmup_fraction": 0.1, "lr_warmup_iters": 2}, ["given more than once"]),
+    ("unit", {"lr_warmup_samples": 8}, ["a run in iters has its schedule in samples", "--lr-warmup-samples"]),
+    ("wsd", {"lr_decay_style": "WSD"}, ["WSD needs the length", "--lr-wsd-decay-iters"]),
+    ("decay-ends", {"weight_decay_incr_style": "linear"}, ["--start-weight-decay"]),
+    ("decay-falls", {"weight_decay_incr_style": "linear", "start_weight_decay": 0.2, "end_weight_decay": 0.1},
+     ["does not rise"]),
+    ("loss-scale", {"initial_loss_scale": 12.0}, ["not a power of two", "12"]),
+    ("both-schedules", {"override_opt_param_scheduler": True, "use_checkpoint_opt_param_scheduler": True},
+     ["from the flags and from the checkpoint"]),
+    ("length-missing", {"train_iters": None}, ["the length of the run is missing"]),
+    ("length-twice", {"train_samples": 80}, ["given twice"]),
+    ("interval", {"log_interval": 0}, ["--log-interval is too small"]),
+    ("save-interval", {"save": "run"}, ["--save without --save-interval"]),
+    ("universal", {"universal_checkpoint": True}, ["--universal-checkpoint without --load"]),
+    ("load-tag", {"load_tag": "global_step1"}, ["--load-tag without --load"]),
+    ("no-data", {"data_path": ()}, ["--data-path is missing"]),
+    ("no-dataset", {"data_path": ("nowhere/x",)}, ["nowhere/x.bin", "nowhere/x.idx", "tools/preprocess_data.py"]),
+    ("blend", {"data_path": ("a", "b", "c")}, ["pairs of weight and prefix"]),
+    ("split", {"split": "a,b"}, ["--split is not three proportions"]),
+    ("split-no-train", {"split": "0,1,1"}, ["--split is not three proportions"]),
+    ("vocab-missing", {"vocab_file": None}, ["--vocab-file is missing"]),
+    ("vocab-absent", {"vocab_file": "nowhere.json"}, ["--vocab-file does not exist", "nowhere.json"]),
+    ("hf", {"tokenizer_type": "HFTokenizer"}, ["--tokenizer-model is missing"]),
+    ("null", {"tokenizer_type": "NullTokenizer"}, ["give --vocab-size"]),
+    ("json-absent", {"deepspeed_config": "nowhere.json"}, ["nowhere.json", "cannot be read"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "parts"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_wrong_configuration_says_what_to_do(config: Config, values: dict[str, Any], parts: list[str]) -> None:
+    text = problems_of(changed(config, **values))
+    for part in parts:
+        assert part in text
+
+
+def test_all_problems_at_once(config: Config) -> None:
+    wrong = changed(config, lr=None, num_attention_heads=10, split="x", save="run", global_batch_size=9)
+    with pytest.raises(ConfigError) as caught:
+        wrong.validate(4)
+    assert len(caught.value.problems) == 5
+    assert "5 problems" in str(caught.value)
+
+
+def test_prefix_with_suffix_is_recognised(config: Config) -> None:
+    path = config.data.data_path[0]
+    assert f"takes the prefix: {path}" in problems_of(changed(config, data_path=(path + ".bin",)))
+
+
+def test_json_that_is_no_json(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text("{")
+    assert "is not JSON" in problems_of(changed(config, deepspeed_config=str(tmp_path / "ds.json")))
+
+
+def test_global_batch_size_is_resolved(config: Config) -> None:
+    open_config = changed(config, global_batch_size=None)
+    assert open_config.validate(4).run.global_batch_size == 8
+    assert changed(open_config, tensor_model_parallel_size=2).validate(4).run.global_batch_size == 4
+
+
+def test_length_in_samples_and_tokens(config: Config) -> None:
+    by_samples = changed(config, train_iters=None, train_samples=85).validate(4)
+    assert by_samples.train_iters == 10
+    assert by_samples.optimizer.lr_decay_samples == 85
+    assert changed(config, train_tokens=32 * 8 * 3 + 1).validate(4).train_iters == 4
+    by_tokens = changed(config, lr_decay_tokens=320, lr_warmup_tokens=64).validate(4).optimizer
+    assert (by_tokens.lr_decay_samples, by_tokens.lr_warmup_samples) == (10, 2)
+    assert by_tokens.lr_decay_tokens is None
+
+
+def test_topology(config: Config) -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    topology = parallel.topology(8)
+    assert (topology.tp_size, topology.pp_size, topology.dp_size, topology.world_size) == (2, 2, 2, 8)
+    with pytest.raises(ConfigError, match="start 4 or 8 ranks"):
+        parallel.topology(6)
+
+
+@pytest.mark.parametrize(("true", "multiple", "tp_size", "padded"), [(50257, 128, 1, 50304), (50257, 128, 2, 50432),
+                                                                     (96, 8, 4, 96), (97, 8, 4, 128)])  # fmt: skip
+def test_padded_vocab_size(true: int, multiple: int, tp_size: int, padded: int) -> None:
+    model = ModelConfig(2, 64, 4, 32, vocab_size=true, make_vocab_size_divisible_by=multiple)
+    assert model.padded_vocab_size(tp_size) == padded
+
+
+def test_swiglu_width_is_upstreams() -> None:
+    assert ModelConfig(2, 4096, 32, 32, swiglu=True).ffn_hidden_size == 10880  # int(4*4096*2/3 / 64) * 64
