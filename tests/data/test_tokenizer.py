@@ -1,0 +1,81 @@
+"""Tokenizers against known ids."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from megatron.data.errors import TokenizerError
+from megatron.data.tokenizer import build_tokenizer
+
+DATA = Path(__file__).parents[2] / "training_datasets"
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return build_tokenizer("GPT2BPETokenizer", DATA / "gpt2-vocab.json", DATA / "gpt2-merges.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello world", [15496, 995]),
+        ("Hello, my dog is cute", [15496, 11, 616, 3290, 318, 13779]),
+        ("a\n\nb", [64, 198, 198, 65]),
+        ("", []),
+    ],
+)
+def test_gpt2_gives_the_published_ids(gpt2, text, ids):
+    assert gpt2.tokenize(text) == ids and gpt2.detokenize(ids) == text
+
+
+def test_gpt2_sizes_and_round_trip(gpt2):
+    assert (gpt2.vocab_size, gpt2.eod) == (50257, 50256)
+    text = "Ünïcode — 日本語, tabs\tand  blanks\r\n'll"
+    assert gpt2.detokenize(gpt2.tokenize(text)) == text
+    assert gpt2.detokenize([50256]) == "<|endoftext|>"
+
+
+def test_text_cannot_produce_end_of_document(gpt2):
+    assert gpt2.eod not in gpt2.tokenize("a<|endoftext|>b")
+
+
+def test_gpt2_pickles(gpt2):
+    assert pickle.loads(pickle.dumps(gpt2)).tokenize("Hello world") == [15496, 995]
+
+
+def test_null_tokenizer():
+    tokenizer = build_tokenizer("NullTokenizer", vocab_size=100)
+    assert (tokenizer.vocab_size, tokenizer.eod) == (101, 100)
+    assert tokenizer.tokenize("5 99") == [5, 99] and tokenizer.detokenize([5, 99]) == "5 99"
+
+
+def test_hf_tokenizer_from_a_folder(tmp_path, gpt2):
+    from transformers import GPT2TokenizerFast
+
+    (tmp_path / "vocab.json").write_bytes((DATA / "gpt2-vocab.json").read_bytes())
+    (tmp_path / "merges.txt").write_bytes((DATA / "gpt2-merges.txt").read_bytes())
+    GPT2TokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path / "hf")
+    tokenizer = build_tokenizer("HFTokenizer", tokenizer_model=tmp_path / "hf")
+    assert (tokenizer.vocab_size, tokenizer.eod) == (50257, 50256)
+    for text in ("Hello world", "To be, or not to be: that is the question:\n", "a<|endoftext|>b"):
+        assert tokenizer.tokenize(text) == gpt2.tokenize(text)
+        assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("GPT2BPETokenizer",), "--vocab-file"),
+        (("GPT2BPETokenizer", DATA / "gpt2-vocab.json", "nowhere.txt"), "nowhere.txt"),
+        (("GPT2BPETokenizer", DATA / "gpt2-merges.txt", DATA / "gpt2-merges.txt"), "cannot be read"),
+        (("HFTokenizer",), "--tokenizer-model"),
+        (("HFTokenizer", None, None, DATA), "no tokenizer that transformers"),
+        (("NullTokenizer",), "--vocab-size"),
+        (("BertWordPieceCase",), "BERT"),
+        (("Nonsense",), "GPT2BPETokenizer, HFTokenizer or NullTokenizer"),
+    ],
+)
+def test_what_is_missing_is_named(arguments, message):
+    with pytest.raises(TokenizerError, match=message):
+        build_tokenizer(*arguments)
