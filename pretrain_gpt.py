@@ -9,30 +9,36 @@
 import sys
 
 from megatron.config.arguments import parse
-from megatron.training.launch import LaunchInfo, distributed
-
-from megatron.config.errors import ConfigError
+from megatron.training.launch import LaunchInfo, close_distributed, init_distributed
+from megatron.training.reporting import report_errors, set_up_logging
 
 
 def main(argv: list[str]) -> int:
-    try:
-        result = parse(argv)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    launch = LaunchInfo.from_environment()
-    with distributed(launch, result.config.run, notes=result.notes):
-        # Imported late: a wrong flag is told in a moment, without loading DeepSpeed first.
-        from megatron.training.build import build_run
-        from megatron.training.loop import fit, test
+    result = parse(argv)
+    launch = LaunchInfo.from_environment(local_rank=result.config.run.local_rank)
+    log = set_up_logging(launch.rank)
+    # Before any process group: a configuration that cannot run is told by one rank, at once.
+    config = result.config.validate(launch.world_size)
+    run = config.run
+    notes = init_distributed(launch, run.distributed_backend, timeout_minutes=run.distributed_timeout_minutes)
+    for note in (*result.notes, *notes):
+        log.info("note: %s", note)
 
-        run = build_run(result.config, launch)
-        with run.run_log:
-            fit(run)
-            if run.config.run.eval_iters:
-                test(run)
+    # Imported late: what is wrong with the flags is told without waiting for DeepSpeed to load.
+    from megatron.training.build import build_run
+    from megatron.training.loop import fit, test
+
+    built = build_run(config, launch)
+    with built.run_log:
+        fit(built)
+        if run.eval_iters:
+            test(built)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with report_errors():
+        try:
+            sys.exit(main(sys.argv[1:]))
+        finally:
+            close_distributed()

@@ -40,9 +40,8 @@ log = logging.getLogger(__name__)
 
 
 def build_run(config: Config, launch: LaunchInfo) -> Run:
-    """Collective over the world; torch.distributed is up. Raises ConfigError, ResumeError, data errors and
-    checkpoint errors before the first step."""
-    config = config.validate(launch.world_size)
+    """Collective over the world; torch.distributed is up and `config` is validated. Raises ConfigError, ResumeError,
+    data errors and checkpoint errors before the first step."""
     tokenizer = build_tokenizer(
         config.data.tokenizer_type,
         vocab_file=config.data.vocab_file,

@@ -193,14 +193,16 @@ def _fill_optimizer(user: Json, optimizer: OptimizerConfig, notes: list[str]) ->
 
 def _drop_defaults_of_given_fp16(flags: Json, user: Json, optimizer: OptimizerConfig) -> None:
     """A JSON with its own fp16 block means DeepSpeed's defaults for what it leaves out, unless a flag says
-    otherwise: Megatron's default first scale, 2^32, would skip the first steps of such a run."""
+    otherwise: Megatron's default first scale, 2^32, would skip the first steps of such a run. And nobody is
+    told that the block wins over a flag that was not given."""
     if "fp16" not in user or not flags["fp16"]["enabled"]:
         return
     defaults = _loss_scale_values(OptimizerConfig())
     for name, value in _loss_scale_values(optimizer).items():
-        if value == defaults[name] and user["fp16"].get(name, "auto") == "auto":
+        if value == defaults[name]:
             del flags["fp16"][name]
-            user["fp16"].pop(name, None)
+            if user["fp16"].get(name) == "auto":
+                del user["fp16"][name]
 
 
 def _merge(flags: Json, user: Json, path: tuple[str, ...], won: list[str], notes: list[str]) -> Json:

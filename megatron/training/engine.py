@@ -17,6 +17,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+
 from megatron.config.optimizer import OptimizerConfig
 from megatron.model.build import parameter_groups
 from megatron.parallel.context import ParallelContext
@@ -29,6 +30,8 @@ class _Fp32GradNorm:
     DeepSpeed computes no norm there unless it clips, and with pipeline stages it clips by a norm over the wrong
     set of ranks (runtime/utils.py, clip_grad_norm_). The ZeRO wrappers are right and are left alone.
     """
+
+    context: ParallelContext
 
     def _take_model_step(self, lr_kwargs: Mapping[str, Any] | None) -> None:
         if isinstance(self.optimizer, torch.optim.Optimizer):
@@ -45,10 +48,11 @@ class _Fp32GradNorm:
 
     def _reduced_grad_norm(self) -> float:
         """L2 norm of the whole model's gradient, each element counted once. Collective over the world."""
-        tp_rank = self.mpu.get_model_parallel_rank() if self.mpu is not None else 0
         square = 0.0
         for param in self.module.parameters():
-            is_copy = getattr(param, "ds_pipe_replicated", False) or (tp_rank > 0 and not param.model_parallel)
+            is_copy = getattr(param, "ds_pipe_replicated", False) or (
+                self.context.tp_rank > 0 and not param.model_parallel
+            )
             if param.grad is not None and not is_copy:
                 square += param.grad.double().norm().item() ** 2
         total = torch.tensor(square, dtype=torch.float64, device=self.device)
@@ -72,7 +76,7 @@ def build_engine(
     client_optimizer = None if "optimizer" in ds_config else build_optimizer(optimizer, groups)
     is_pipelined = isinstance(model, PipelineModule)
     mpu = model.mpu() if is_pipelined else Mpu(context)
-    return (PipeEngine if is_pipelined else PlainEngine)(
+    engine = (PipeEngine if is_pipelined else PlainEngine)(
         args=None,
         model=model,
         optimizer=client_optimizer,
@@ -82,6 +86,9 @@ def build_engine(
         config=ds_config,
         config_class=DeepSpeedConfig(ds_config, mpu),
     )
+    # Its own mpu will not do: a pipeline's "model parallel rank" counts stages too.
+    engine.context = context
+    return engine
 
 
 def build_optimizer(config: OptimizerConfig, groups: Iterable[Mapping[str, Any]]) -> torch.optim.Optimizer:

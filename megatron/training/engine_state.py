@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.parallel.context import ParallelContext
 
+from megatron.parallel.context import ParallelContext
 from megatron.ucp.fragment import EMPTY, shard_runs
 from megatron.ucp.layout import Layout, ShardRank
 

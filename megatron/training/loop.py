@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from megatron.config.config import Config
 from megatron.parallel.context import ParallelContext
-from megatron.training.schedule import LearningRateSchedule
-
 from megatron.training.batches import Batches
 from megatron.training.checkpointing import Checkpointer
 from megatron.training.engine import evaluate, train_step
 from megatron.training.metrics import Rate, StepMetrics, Throughput, console_line, duration
 from megatron.training.progress import Progress
+from megatron.training.schedule import LearningRateSchedule
 from megatron.training.tensorboard import RunLog
 
 log = logging.getLogger(__name__)

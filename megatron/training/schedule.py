@@ -137,7 +137,19 @@ def _shape(style: str, ratio: float) -> float:
     return 2.0 * 0.5**ratio - 1.0  # exponential: halves along the way, shifted to end at 0
 
 
-_LIVE_FIELDS = tuple(field.name for field in dataclasses.fields(LearningRateCurve))
+def _relevant(curve: LearningRateCurve) -> dict[str, Any]:
+    """The values that shape this curve; two curves that agree in them are the same."""
+    values = dataclasses.asdict(curve)
+    irrelevant = set()
+    if curve.warmup == 0:
+        irrelevant |= {"init_lr"}
+    if curve.style == "constant":
+        irrelevant |= {"min_lr", "decay"}
+    if curve.style != "WSD":
+        irrelevant |= {"wsd_decay", "wsd_style"}
+    if curve.weight_decay_style == "constant":
+        irrelevant |= {"weight_decay_length", "start_weight_decay"}
+    return {name: value for name, value in values.items() if name not in irrelevant}
 
 
 class LearningRateSchedule:
@@ -186,18 +198,20 @@ class LearningRateSchedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved schedule, exactly. Where its curve is not this one's, ScheduleError names every
         difference, unless the flags say which to take."""
-        saved = {name: state[name] for name in _LIVE_FIELDS if name in state}
-        mine = dataclasses.asdict(self.curve)
-        different = {name: value for name, value in saved.items() if value != mine[name]}
+        saved_curve = LearningRateCurve(**{key: value for key, value in state.items() if key != "num_samples"})
+        saved, mine = _relevant(saved_curve), _relevant(self.curve)
+        different = [name for name in {**saved, **mine} if saved.get(name) != mine.get(name)]
         if different and not (self._takes_flags or self._takes_checkpoint):
-            listed = "; ".join(f"{name}: saved {value}, now {mine[name]}" for name, value in different.items())
+            listed = "; ".join(
+                f"{name}: saved {getattr(saved_curve, name)}, now {getattr(self.curve, name)}" for name in different
+            )
             raise ScheduleError(
                 f"the schedule differs from the checkpoint's (lengths in samples): {listed}. What to do: give the "
                 "flags of the saved run, or --use-checkpoint-opt_param-scheduler to go on with its curve, or "
                 "--override-opt_param-scheduler to take the curve of these flags"
             )
         if self._takes_checkpoint:
-            self.curve = dataclasses.replace(self.curve, **saved)
+            self.curve = saved_curve
         self.num_samples = int(state["num_samples"])
         self._apply()
 

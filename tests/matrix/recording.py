@@ -115,7 +115,8 @@ def build(argv: list[str], rank: int, world_size: int):
     from megatron.training.build import build_run
     from megatron.training.launch import LaunchInfo
 
-    run = build_run(parse(argv).config, LaunchInfo(rank=rank, local_rank=rank, world_size=world_size))
+    config = parse(argv).config.validate(world_size)
+    run = build_run(config, LaunchInfo(rank=rank, local_rank=rank, world_size=world_size))
     run.run_log = RecordingLog()
     return run
 
