@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from megatron.config.arguments import SECTIONS, build_parser, known_flags, parse
@@ -10,10 +12,10 @@ from megatron.config.flag import flag_fields
 from megatron.config.flag_table import flag_table
 from megatron.config.upstream_flags import ACCEPTED, REFUSED
 
-REQUIRED = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 1".split()
+REQUIRED = shlex.split("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 1")
 
 # The options of the universal checkpointing artifact's first example (GPT 125M, PP2, fp16, ZeRO-1).
-EX1 = """
+EX1 = shlex.split("""
     --tensor-model-parallel-size 1 --pipeline-model-parallel-size 2 --ds-sequence-parallel-size 1
     --num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 1024 --loss-scale 12
     --max-position-embeddings 1024 --micro-batch-size 2 --global-batch-size 4 --train-iters 100000
@@ -23,10 +25,10 @@ EX1 = """
     --init-method-std 0.006 --fp16 --checkpoint-activations --exit-interval 200 --save run --load run
     --make-vocab-size-divisible-by 256 --tensorboard-dir tb --universal-checkpoint
     --deepspeed --deepspeed_config=ds.json --zero-stage=1 --deepspeed-activation-checkpointing --local_rank=1
-""".split()
+""")
 
 # What public Megatron-DeepSpeed pretraining scripts add to that.
-OTHERS = """
+OTHERS = shlex.split("""
     --no-query-key-layer-scaling --attention-softmax-in-fp32 --DDP-impl local --no-masked-softmax-fusion
     --no-bias-gelu-fusion --no-bias-dropout-fusion --no-gradient-accumulation-fusion --use-flash-attn-v2
     --log-timers-to-tensorboard --log-batch-size-to-tensorboard --log-validation-ppl-to-tensorboard
@@ -34,7 +36,7 @@ OTHERS = """
     --optimizer adam --override-opt_param-scheduler --no-load-lr-state --lr-warmup-iters 2
     --zero-reduce-scatter --contigious-checkpointing --synchronize-each-layer
     --no-async-tensor-model-parallel-allreduce --remote-device none --hidden-dropout 0 --attention-dropout 0
-""".split()
+""")
 
 
 def problems_of(*argv: str) -> str:
@@ -165,9 +167,7 @@ def test_last_of_a_repeated_flag_wins() -> None:
 
 def test_two_names_of_a_field_must_agree() -> None:
     assert "contradict" in problems_of(*REQUIRED, "--encoder-seq-length", "64")
-    assert "contradict" in problems_of(
-        *REQUIRED, "--checkpoint-activations", "--recompute-granularity", "selective"
-    )
+    assert "contradict" in problems_of(*REQUIRED, "--checkpoint-activations", "--recompute-granularity", "selective")
     parse([*REQUIRED, "--encoder-seq-length", "32"])
 
 

@@ -38,7 +38,7 @@ def changed(config: Config, **values: Any) -> Config:
         mine = {f.name: values[f.name] for f in dataclasses.fields(owner) if f.name in values}
         if mine:
             derived = ("ffn_hidden_size", "num_key_value_heads", "kv_channels", "max_position_embeddings")
-            fresh = {name: None for name in derived} if section == "model" else {}
+            fresh = dict.fromkeys(derived) if section == "model" else {}
             config = dataclasses.replace(
                 config, **{section: dataclasses.replace(getattr(config, section), **{**fresh, **mine})}
             )

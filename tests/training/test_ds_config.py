@@ -1,0 +1,189 @@
+"""The DeepSpeed configuration: from flags, merged with JSON; contradictions show both values."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from megatron.config.config import Config
+from megatron.config.errors import ConfigError
+from megatron.config.model import ModelConfig
+from megatron.config.optimizer import OptimizerConfig
+from megatron.config.parallel import ParallelConfig
+from megatron.config.run import RunConfig
+from megatron.training.ds_config import MUST_AGREE, deepspeed_config
+from megatron.ucp.topology import Topology
+
+# As the universal checkpointing artifact's scripts write it.
+ARTIFACT: dict[str, Any] = {
+    "train_batch_size": 4,
+    "train_micro_batch_size_per_gpu": 2,
+    "steps_per_print": 1,
+    "zero_optimization": {"stage": 1},
+    "bf16": {"enabled": False},
+    "fp16": {
+        "enabled": True, "loss_scale": 0, "loss_scale_window": 50, "hysteresis": 2, "min_loss_scale": 1,
+        "initial_scale_power": 12,
+    },
+    "wall_clock_breakdown": False,
+}  # fmt: skip
+
+
+def config(stage: int = 1, **optimizer: Any) -> Config:
+    return Config(
+        model=ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, seq_length=32),
+        run=RunConfig(micro_batch_size=2, global_batch_size=4, train_iters=10),
+        parallel=ParallelConfig(zero_stage=stage),
+        optimizer=OptimizerConfig(lr=1e-3, **optimizer),
+    )
+
+
+def test_from_flags_alone() -> None:
+    values, notes = deepspeed_config(config(clip_grad=0.7), Topology(pp_size=2))
+    assert notes == []
+    assert values["train_batch_size"] == 4
+    assert values["train_micro_batch_size_per_gpu"] == 2
+    assert values["gradient_accumulation_steps"] == 2
+    assert values["gradient_clipping"] == 0.7
+    assert values["zero_optimization"] == {"stage": 1}
+    assert values["fp16"] == values["bf16"] == {"enabled": False}
+    assert "optimizer" not in values and "scheduler" not in values and "data_types" not in values
+    assert values["zero_allow_untested_optimizer"] is True
+    assert values["zero_force_ds_cpu_optimizer"] is False
+    assert values["steps_per_print"] > 10**6
+    assert deepspeed_config(config(), Topology(dp_size=2))[0]["gradient_accumulation_steps"] == 1
+
+
+def test_artifact_json_beside_a_fixed_loss_scale() -> None:
+    asked = config(precision="fp16", loss_scale=12.0)
+    values, notes = deepspeed_config(asked, Topology(pp_size=2), copy.deepcopy(ARTIFACT))
+    assert values["fp16"] == ARTIFACT["fp16"]
+    assert values["gradient_clipping"] == 1.0
+    assert values["steps_per_print"] == 1
+    (note,) = notes
+    assert "fp16.loss_scale 0 (not 12.0 of --loss-scale)" in note
+    assert "initial_scale_power" not in note  # no flag asked for another
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"train_batch_size": 8}, ["train_batch_size", "8 in the JSON, 4 from --global-batch-size"]),
+        ({"train_micro_batch_size_per_gpu": 1}, ["1 in the JSON, 2 from --micro-batch-size"]),
+        ({"gradient_accumulation_steps": 3}, ["3 in the JSON, 2 from", "tp1 pp2 dp1"]),
+        ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage", "2 in the JSON, 1 from --zero-stage"]),
+        ({"fp16": {"enabled": False}}, ["fp16.enabled", "False in the JSON, True from --fp16"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled", "True in the JSON, False from --bf16"]),
+        ({"bfloat16": {"enabled": True}, "bf16": None}, ["bf16.enabled"]),
+        ({"elasticity": {"enabled": True}}, ["elasticity.enabled", "refused"]),
+        ({"curriculum_learning": {"enabled": True}}, ["curriculum_learning.enabled", "refused"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, ["offload_optimizer", "refused"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, ["cannot be resumed"]),
+        ({"zero_optimization": True}, ["zero_optimization in the DeepSpeed JSON is not an object"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_contradiction_shows_both_values(change: dict[str, Any], parts: list[str]) -> None:
+    user = {**ARTIFACT, **change}
+    user = {key: value for key, value in user.items() if value is not None}
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_config(config(precision="fp16"), Topology(pp_size=2), user)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_all_contradictions_at_once() -> None:
+    user = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_config(config(), Topology(), user)
+    assert len(caught.value.problems) == 3
+
+
+def test_auto_is_filled_from_the_flags() -> None:
+    auto: dict[str, Any] = {}
+    for first, *rest in MUST_AGREE:
+        auto.setdefault(first, {})
+        if rest:
+            auto[first][rest[0]] = "auto"
+        else:
+            auto[first] = "auto"
+    auto["zero_optimization"]["reduce_bucket_size"] = "auto"
+    auto["gradient_clipping"] = "auto"
+    values, notes = deepspeed_config(config(clip_grad=0.5), Topology(dp_size=2), auto)
+    expected, _ = deepspeed_config(config(clip_grad=0.5), Topology(dp_size=2))
+    assert values == expected
+    (note,) = notes
+    assert "zero_optimization.reduce_bucket_size" in note
+    assert "auto" not in json.dumps(values)
+
+
+def test_json_wins_elsewhere_and_says_so() -> None:
+    user = {"gradient_clipping": 0.3, "zero_optimization": {"stage": 1, "reduce_bucket_size": 500}, "dump_state": True}
+    values, notes = deepspeed_config(config(), Topology(), user)
+    assert values["gradient_clipping"] == 0.3
+    assert values["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 500}
+    assert values["dump_state"] is True
+    assert notes == ["the DeepSpeed JSON wins over the flags: gradient_clipping 0.3 (not 1.0 of --clip-grad)"]
+
+
+def test_fp16_block_keeps_deepspeeds_defaults_but_takes_given_flags() -> None:
+    user = {"fp16": {"enabled": True}}
+    values, _ = deepspeed_config(config(precision="fp16", loss_scale_window=77), Topology(), user)
+    assert values["fp16"] == {"enabled": True, "loss_scale_window": 77}
+    alone, _ = deepspeed_config(config(precision="fp16"), Topology())
+    assert alone["fp16"]["initial_scale_power"] == 32
+    assert alone["fp16"]["loss_scale"] == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("user", [None, {"zero_optimization": {"stage": 0}}], ids=["flags", "json"])
+def test_low_precision_without_zero_runs_as_zero1(precision: str, user: dict[str, Any] | None) -> None:
+    values, notes = deepspeed_config(config(stage=0, precision=precision), Topology(dp_size=2), user)
+    assert values["zero_optimization"]["stage"] == 1
+    assert any("ZeRO-1" in note for note in notes)
+    assert deepspeed_config(config(stage=0), Topology(dp_size=2), user)[0]["zero_optimization"]["stage"] == 0
+
+
+def test_bf16_gradients_in_fp32_only_if_asked_for() -> None:
+    assert "data_types" not in deepspeed_config(config(precision="bf16"), Topology())[0]
+    asked = config(precision="bf16", accumulate_allreduce_grads_in_fp32=True)
+    assert deepspeed_config(asked, Topology())[0]["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_optimizer_block_is_kept_and_filled() -> None:
+    user = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": 1e-6, "torch_adam": True}}}
+    values, notes = deepspeed_config(config(weight_decay=0.2), Topology(), user)
+    assert values["optimizer"]["params"] == {
+        "lr": 1e-3, "eps": 1e-6, "torch_adam": True, "weight_decay": 0.2, "betas": [0.9, 0.999],
+    }  # fmt: skip
+    assert any("AdamW of the DeepSpeed JSON" in note for note in notes)
+
+
+def test_scheduler_block_is_dropped_with_a_note() -> None:
+    values, notes = deepspeed_config(config(), Topology(), {"scheduler": {"type": "WarmupLR"}})
+    assert "scheduler" not in values
+    assert any("scheduler" in note for note in notes)
+
+
+def test_inputs_are_not_changed() -> None:
+    user = {"optimizer": {"type": "Adam"}, "fp16": {"enabled": True}, "scheduler": {}, "gradient_clipping": 0.1}
+    before, asked = copy.deepcopy(user), config(precision="fp16")
+    deepspeed_config(asked, Topology(), user)
+    assert user == before
+    assert asked == dataclasses.replace(asked)
+
+
+def test_config_and_ds_config_do_not_import_deepspeed() -> None:
+    code = (
+        "import sys, megatron.config.config, megatron.config.arguments, megatron.training.schedule;"
+        "assert 'torch' not in sys.modules, 'torch';"
+        "import megatron.training.ds_config;"
+        "assert 'deepspeed' not in sys.modules, 'deepspeed'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
