@@ -199,9 +199,9 @@ def _layout(
     shape = shards[0]
     tp_size = len(shards)
     is_vocabulary = _matches(info.get(VOCABULARY, []), name)
-    if tp_size > 1 and _matches(info.get(REPLICATED, []), name):
+    if _matches(info.get(REPLICATED, []), name):
         return Layout.replicate(shape)
-    if tp_size > 1 and _matches(info.get(AVERAGED, []), name):
+    if _matches(info.get(AVERAGED, []), name):
         return Layout.partial(shape)
 
     def joined(dim: int) -> tuple[int, ...]:
@@ -210,8 +210,6 @@ def _layout(
     if is_vocabulary:
         padded = joined(0)
         return Layout.shard_v((int(info["original_vocab_size"]), *padded[1:]), padded=padded[0])
-    if tp_size == 1:
-        return Layout.unique(shape)
     if _matches(info.get(TWO_PARTS, []), name):
         whole = joined(0)
         return Layout.shard_nc(whole, 0, (Part(whole[0] // 2), Part(whole[0] // 2)))
@@ -226,7 +224,7 @@ def _layout(
         return Layout.shard_h(joined(1))
     if _matches((*info.get(COLUMN, []), *column_parallel), name):
         return Layout.shard_v(joined(0))
-    return None
+    return Layout.unique(shape) if tp_size == 1 else None
 
 
 def _parameters(
