@@ -88,7 +88,6 @@ def _unbuilt_model(model: ModelConfig) -> Iterator[Problem]:
         (not model.add_position_embedding and not model.use_rotary_position_embeddings
          and model.position_embedding_type == "learned_absolute",
          "--no-position-embedding", "a model without positions", "drop it"),
-        (not model.add_bias_linear, "--disable-bias-linear", "a model without biases", "drop it"),
         (any(n > 1 for n in model.num_experts), "--num-experts", "mixture of experts", "--num-experts 1"),
     )  # fmt: skip
     for is_asked, name, what, fix in rows:

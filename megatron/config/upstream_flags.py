@@ -40,11 +40,12 @@ _STATE = "Megatron's own DDP and optimizer are not used: DeepSpeed's engine redu
 _ALWAYS = "this is how it is always done here"
 
 ACCEPTED = _table(
+    ("--no-bias-gelu-fusion --openai-gelu", "the GELU is the tanh approximation, with or without this flag"),
     ("--no-query-key-layer-scaling", "queries are never scaled by the layer number, so there is nothing to turn off"),
     ("--attention-softmax-in-fp32", "the kernels of scaled_dot_product_attention accumulate the softmax in fp32"),
     ("--use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-v3 --use-flash-attn-triton", _SDPA),
     ("--use-flash-attn-builder", _SDPA),
-    ("--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-bias-swiglu-fusion", _FUSION),
+    ("--no-masked-softmax-fusion --no-bias-dropout-fusion --no-bias-swiglu-fusion", _FUSION),
     ("--no-gradient-accumulation-fusion --no-persist-layer-norm --disable-mem-efficient-ln --no-rope-fusion", _FUSION),
     ("--no-async-tensor-model-parallel-allreduce --no-scatter-gather-tensors-in-pipeline", _COMMUNICATION),
     ("--no-contiguous-buffers-in-local-ddp --use-contiguous-buffers-in-ddp --overlap-p2p-communication", _STATE),
@@ -138,7 +139,7 @@ REFUSED = _table(
     ("--use-distributed-optimizer", "use --zero-stage 1, which partitions the same state"),
     ("--data-parallel-random-init", "copies of a weight are equal here, and that is checked"),
     ("--init-method-xavier-uniform --apply-layernorm-1p --apply-residual-connection-post-layernorm", _MODEL),
-    ("--openai-gelu --squared-relu --fp32-residual-connection --fp16-lm-cross-entropy", _MODEL),
+    ("--squared-relu --fp32-residual-connection --fp16-lm-cross-entropy", _MODEL),
     ("--embedding-weights-in-fp32", _MODEL),
     ("--onnx-safe --lazy-mpu-init --use-dataset-only", "not built: external trainers are not served", 1, ("False",)),
     ("--num-experts-switch", "use --num-experts", 1),
