@@ -112,6 +112,20 @@ def init_distributed(launch: LaunchInfo, backend: str = "nccl", timeout_minutes:
     return notes
 
 
+def check_precision(precision: str) -> None:
+    """Raise LaunchError if this device does not compute in `precision`; DeepSpeed would, but without advice."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    is_supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not is_supported[precision]:
+        raise LaunchError(
+            f"--{precision} is not supported on this device ({accelerator.device_name()}). "
+            f"Expected one of: {', '.join(name for name, is_there in is_supported.items() if is_there)}. "
+            f"What to do: drop --{precision} or use another; a checkpoint of one precision resumes in any other"
+        )
+
+
 def close_distributed() -> None:
     """Leave the process group; after an error too, so that the other ranks notice."""
     import torch

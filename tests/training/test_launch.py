@@ -12,6 +12,7 @@ import pytest
 from megatron.training.launch import (
     LaunchError,
     LaunchInfo,
+    check_precision,
     choose_backend,
     prepare_environment,
     threads_per_process,
@@ -62,6 +63,19 @@ def test_backend() -> None:
     assert backend == "gloo" and "no CUDA" in note
     with pytest.raises(LaunchError, match="hccl"):
         choose_backend("hccl", "cpu")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_unsupported_precision_is_refused_with_advice(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    other = {"bf16": "fp16", "fp16": "bf16"}[precision]
+    monkeypatch.setattr(get_accelerator(), f"is_{precision}_supported", lambda: False)
+    monkeypatch.setattr(get_accelerator(), f"is_{other}_supported", lambda: True)
+    with pytest.raises(LaunchError, match=f"--{precision} is not supported.*fp32, {other}"):
+        check_precision(precision)
+    check_precision(other)
+    check_precision("fp32")
 
 
 def test_environment_is_completed_not_overwritten() -> None:
