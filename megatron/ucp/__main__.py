@@ -1,0 +1,5 @@
+import sys
+
+from megatron.ucp.cli import main
+
+sys.exit(main())

@@ -1,0 +1,179 @@
+"""The command line of the checkpoint library: `python -m megatron.ucp COMMAND DIR...`, installed as `ucp`.
+
+The one idea: five questions about any checkpoint folder, DeepSpeed's or universal, of any topology.
+
+    inspect DIR              what is in it
+    verify DIR               is it whole            exit 0 sound, 1 not
+    diff A B                 the same state?        exit 0 equal, 1 not
+    plan DIR --tp 2 --dp 2   what would each rank of that topology read
+    convert DIR OUT          make a universal folder
+
+--json prints one JSON object instead of text. Exit code 2: wrong usage, or a folder that is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from megatron.ucp.convert import ProgressLine, convert
+from megatron.ucp.diff import diff
+from megatron.ucp.digest import total
+from megatron.ucp.errors import NotACheckpointError, UcpError
+from megatron.ucp.manifest import Manifest
+from megatron.ucp.plan import plan
+from megatron.ucp.sources import open_source
+from megatron.ucp.targets.universal import tensor_bytes
+from megatron.ucp.topology import Topology
+from megatron.ucp.verify import verify
+
+OK, NOT, USAGE = 0, 1, 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        code, data, text = arguments.run(arguments)
+    except NotACheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except (UcpError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NOT
+    print(json.dumps(data, indent=1) if arguments.json else text)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    # The text after the drawing line of the docstring is the manual.
+    parser = argparse.ArgumentParser(
+        prog="ucp", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, *folders: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name)
+        for folder in folders:
+            p.add_argument(folder)
+        p.add_argument("--json", action="store_true", help="print one JSON object")
+        p.add_argument(
+            "--column_parallel", action="append", default=[], metavar="REGEX", help="for foreign checkpoints"
+        )
+        p.set_defaults(run=run)
+        return p
+
+    command("inspect", _inspect, "folder")
+    command("verify", _verify, "folder").add_argument("--num_workers", type=int, default=2)
+    command("diff", _diff, "left", "right").add_argument(
+        "--full", action="store_true", help="read every element, even where saved digests are equal"
+    )
+    p = command("plan", _plan, "folder")
+    for axis in ("dp", "tp", "pp", "sp"):
+        p.add_argument(f"--{axis}", type=int, default=1, help=f"{axis}_size of the Target")
+    p.add_argument("--zero", type=int, default=1, help="ZeRO stage of the Target (0, 1 or 2)")
+    command("convert", _convert, "folder", "output").add_argument("--num_workers", type=int, default=2)
+    return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> tuple[int, Any, str]:
+    source = open_source(arguments.folder, column_parallel=tuple(arguments.column_parallel))
+    manifest = source.manifest
+    rows = [
+        (
+            name,
+            "x".join(map(str, info.layout.shape)) or "scalar",
+            info.layout.pattern,
+            info.group or "-",
+            ",".join(map(str, info.pp_stages)),
+            "-" if info.step is None else f"{info.step:g}",
+            " ".join(info.states),
+        )
+        for name, info in manifest.parameters.items()
+    ]
+    numel = sum(info.layout.numel for info in manifest.parameters.values())
+    head = [
+        f"{source.folder}",
+        f"kind        {_kind(manifest)}",
+        f"topology    {manifest.topology}" + (f" (from {_origin(manifest)})" if manifest.source else ""),
+        f"iteration   {manifest.iteration}",
+        f"optimizer   {manifest.optimizer.kind or 'unknown'}, groups {', '.join(manifest.optimizer.groups) or '-'}",
+        f"parameters  {len(rows)}, {numel:,} elements, states {tensor_bytes(manifest) / 2**20:.1f} MiB as float32",
+        f"digest      {total(manifest.digests) if manifest.digests else 'none saved'}",
+        "",
+    ]
+    data = {"folder": str(source.folder), **manifest.to_json()}
+    return OK, data, "\n".join(head) + _table(("name", "shape", "pattern", "group", "pp", "step", "states"), rows)
+
+
+def _verify(arguments: argparse.Namespace) -> tuple[int, Any, str]:
+    report = verify(
+        arguments.folder, num_workers=arguments.num_workers, column_parallel=tuple(arguments.column_parallel)
+    )
+    data = {**asdict(report), "folder": str(report.folder), "is_sound": report.is_sound}
+    lines = [f"  {finding}" for finding in report.findings]
+    verdict = "sound" if report.is_sound else f"NOT sound, {len(lines)} finding(s)"
+    proof = "" if report.is_proven else " (it carries no digests or checksums to compare with)"
+    text = f"{report.folder}: {verdict}; {report.num_files} files, {report.num_states} states{proof}"
+    return (OK if report.is_sound else NOT), data, "\n".join([text, *lines, f"state digest {report.digest}"])
+
+
+def _diff(arguments: argparse.Namespace) -> tuple[int, Any, str]:
+    found = diff(
+        arguments.left,
+        arguments.right,
+        trust_digests=not arguments.full,
+        column_parallel=tuple(arguments.column_parallel),
+    )
+    data = {**asdict(found), "left": str(found.left), "right": str(found.right), "is_equal": found.is_equal}
+    if found.is_equal:
+        return OK, data, f"equal: {found.num_states} states"
+    rows = [(d.name, d.state, str(d.num_different), f"{d.max_delta:.3e}") for d in found.deltas]
+    table = _table(("name", "state", "different", "max |delta|"), rows) if rows else ""
+    head = f"different: {len(rows)} of {found.num_states} states"
+    return NOT, data, "\n".join(part for part in (head, *found.lines, table) if part)
+
+
+def _plan(arguments: argparse.Namespace) -> tuple[int, Any, str]:
+    source = open_source(arguments.folder, column_parallel=tuple(arguments.column_parallel))
+    target = Topology(arguments.dp, arguments.tp, arguments.pp, arguments.sp)
+    reads = plan(source, target, arguments.zero)
+    rows = [(str(r.rank), f"{r.num_bytes / 2**20:.2f}", str(len(r.files)), str(r.num_runs)) for r in reads]
+    head = f"{source.folder} ({source.manifest.topology}) -> {target}, ZeRO-{arguments.zero}\n"
+    data = {"folder": str(source.folder), "target": target.to_json(), "ranks": [asdict(r) for r in reads]}
+    return OK, data, head + _table(("rank", "MiB", "files", "copies"), rows)
+
+
+def _convert(arguments: argparse.Namespace) -> tuple[int, Any, str]:
+    result = convert(
+        arguments.folder,
+        arguments.output,
+        num_workers=arguments.num_workers,
+        column_parallel=tuple(arguments.column_parallel),
+        progress=None if arguments.json else ProgressLine(),
+    )
+    data = {
+        "source": str(result.source),
+        "output": str(result.output),
+        "digest": result.digest,
+        "bytes": result.num_bytes,
+        "seconds": result.seconds,
+    }
+    return OK, data, f"{result.source} -> {result.output}; state digest {result.digest}"
+
+
+def _kind(manifest: Manifest) -> str:
+    if manifest.kind == "universal":
+        return "universal"
+    return f"native, ZeRO-{manifest.zero_stage}" + (", pipeline" if manifest.is_pipelined else "")
+
+
+def _origin(manifest: Manifest) -> str:
+    return str(Topology.from_json(manifest.source["topology"]))
+
+
+def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [heads, *rows])

@@ -1,0 +1,108 @@
+"""Are two checkpoints the same training state, and if not, where and by how much?
+
+The one idea: both sides are Sources, so any kind and topology compares with any other: by digest first, and only where
+digests differ (or are not there) element by element.
+
+    difference = diff("run/global_step100", "run/global_step100_universal")
+    difference.is_equal, difference.lines
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron.ucp.execute import gather
+from megatron.ucp.fragment import whole_runs
+from megatron.ucp.sources import Source, open_source
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class StateDelta:
+    name: str
+    state: str
+    num_different: int
+    max_delta: float
+    """Largest |a - b|; nan where either is."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    left: Path
+    right: Path
+    deltas: tuple[StateDelta, ...]
+    lines: tuple[str, ...]
+    """What else differs: parameters, states, shapes, steps, hyper-parameters, iteration."""
+    num_states: int
+
+    @property
+    def is_equal(self) -> bool:
+        return not self.deltas and not self.lines
+
+
+def diff(
+    left: str | Path, right: str | Path, *, trust_digests: bool = True, column_parallel: tuple[str, ...] = ()
+) -> Difference:
+    """With `trust_digests` states whose saved digests are equal are not read."""
+    a = open_source(left, column_parallel=column_parallel)
+    b = open_source(right, column_parallel=column_parallel)
+    lines, common = _compare_tables(a, b)
+    deltas = []
+    for name, state in common:
+        saved = a.manifest.digests.get(name, {}).get(state)
+        if trust_digests and saved is not None and saved == b.manifest.digests.get(name, {}).get(state):
+            continue
+        delta = _compare_state(a, b, name, state)
+        if delta.num_different:
+            deltas.append(delta)
+    return Difference(a.folder, b.folder, tuple(deltas), tuple(lines), len(common))
+
+
+def _compare_tables(a: Source, b: Source) -> tuple[list[str], list[tuple[str, str]]]:
+    ours, theirs = a.manifest.parameters, b.manifest.parameters
+    lines = [f"{name}: only on the left" for name in sorted(set(ours) - set(theirs))]
+    lines += [f"{name}: only on the right" for name in sorted(set(theirs) - set(ours))]
+    common: list[tuple[str, str]] = []
+    for name in ours:
+        if name not in theirs:
+            continue
+        left, right = ours[name], theirs[name]
+        if left.layout.shape != right.layout.shape:
+            lines.append(f"{name}: shape {left.layout.shape} and {right.layout.shape}")
+            continue
+        if set(left.states) != set(right.states):
+            lines.append(f"{name}: states {', '.join(left.states)} and {', '.join(right.states)}")
+        if left.step != right.step:
+            lines.append(f"{name}: step {left.step} and {right.step}")
+        common += [(name, state) for state in left.states if state in right.states]
+    if a.manifest.iteration != b.manifest.iteration:
+        lines.append(f"iteration {a.manifest.iteration} and {b.manifest.iteration}")
+    groups_a, groups_b = a.manifest.optimizer.groups, b.manifest.optimizer.groups
+    for group in sorted(set(groups_a) & set(groups_b)):
+        for key in sorted(set(groups_a[group]) & set(groups_b[group])):
+            if groups_a[group][key] != groups_b[group][key]:
+                lines.append(f"group {group}: {key} {groups_a[group][key]} and {groups_b[group][key]}")
+    return lines, common
+
+
+def _compare_state(a: Source, b: Source, name: str, state: str) -> StateDelta:
+    numel = a.manifest.parameters[name].layout.numel
+    pieces_a, pieces_b = a.pieces(name, state), b.pieces(name, state)
+    num_different, max_delta = 0, 0.0
+    for start in range(0, numel, _CHUNK):
+        runs = whole_runs(min(_CHUNK, numel - start), start)
+        x, y = torch.empty(int(runs[0, 2])), torch.empty(int(runs[0, 2]))
+        gather(a, name, state, pieces_a, runs, x)
+        gather(b, name, state, pieces_b, runs, y)
+        is_different = x.view(torch.int32) != y.view(torch.int32)
+        if bool(is_different.any()):
+            num_different += int(is_different.sum())
+            worst = float((x.double() - y.double()).abs().max())
+            # A nan must win over every number, which max() alone would not promise.
+            if max_delta == max_delta:
+                max_delta = worst if worst != worst else max(max_delta, worst)
+    return StateDelta(name, state, num_different, max_delta)

@@ -1,0 +1,83 @@
+"""What would each rank of another topology read? Bytes and files, without reading any data.
+
+The one idea: a Target rank owns intervals of shards, a Source has pieces of the same parameter, and their intersection
+is counted instead of copied.
+
+    for rank in plan(source, Topology(dp_size=4), zero_stage=1): rank.num_bytes, rank.files
+
+ZeRO partitions are modelled as DeepSpeed makes them: the shards of all parameters in order, padded to the number of
+ranks; pipeline stages as equal stretches of the parameter list. The vocabulary's padding of the Target is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron.ucp.fragment import intersect, numel, shard_runs
+from megatron.ucp.layout import Layout, ShardRank
+from megatron.ucp.sources import Source
+from megatron.ucp.topology import Topology
+
+
+@dataclass
+class RankReads:
+    rank: int
+    num_bytes: int = 0
+    num_runs: int = 0
+    files: dict[str, int] = field(default_factory=dict)
+    """Bytes by file name."""
+
+
+def plan(source: Source, target: Topology, zero_stage: int = 1) -> list[RankReads]:
+    """By rank of `target`. Raises LayoutError where the model cannot be cut that way."""
+    reads = [RankReads(rank) for rank in range(target.world_size)]
+    parameters = source.manifest.parameters
+    stages = _stages(list(parameters), target.pp_size)
+    pieces = {
+        (name, state): [p for p in source.pieces(name, state) if p.copy == 0]
+        for name, info in parameters.items()
+        for state in info.states
+    }
+    for rank in reads:
+        coords = target.coords(rank.rank)
+        zero = target.zero_rank(coords), target.zero_size
+        shard_rank = ShardRank(coords.tp, target.tp_size)
+        for name, layout, start, stop in _owned(source, stages[coords.pp], shard_rank, zero, zero_stage):
+            runs = shard_runs(layout, shard_rank, start, stop)
+            for state in parameters[name].states:
+                for piece in pieces[name, state]:
+                    copies = intersect(runs, piece.runs)
+                    if len(copies):
+                        count = numel(copies) * source.tensor(piece).element_size()
+                        rank.num_bytes += count
+                        rank.num_runs += len(copies)
+                        key = piece.file.relative_to(source.folder).as_posix()
+                        rank.files[key] = rank.files.get(key, 0) + count
+    return reads
+
+
+def _stages(names: list[str], pp_size: int) -> list[list[str]]:
+    edges = [round(i * len(names) / pp_size) for i in range(pp_size + 1)]
+    return [names[a:b] for a, b in zip(edges, edges[1:])]
+
+
+def _owned(
+    source: Source, names: list[str], rank: ShardRank, zero: tuple[int, int], zero_stage: int
+) -> Iterator[tuple[str, Layout, int, int]]:
+    """Intervals of each parameter's shard that the rank keeps in its optimizer."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(source.manifest.parameters[name].group, []).append(name)
+    for members in groups.values():
+        layouts = {name: source.manifest.parameters[name].layout.without_padding() for name in members}
+        sizes = {name: math.prod(layout.shard_shape(rank)) for name, layout in layouts.items()}
+        index, count = zero if zero_stage else (0, 1)
+        size = -(-sum(sizes.values()) // count)
+        first, last, offset = index * size, (index + 1) * size, 0
+        for name in members:
+            start, stop = max(first - offset, 0), min(last - offset, sizes[name])
+            if stop > start:
+                yield name, layouts[name], start, stop
+            offset += sizes[name]

@@ -1,0 +1,124 @@
+"""Is this checkpoint whole? Every check that the folder itself allows, all findings at once.
+
+The one idea: a finding is one line of text, and a sound checkpoint has none. Sizes and checksums of the files, exactly
+one holder for every element (no gap, no overlap), equal replicas, and the state digests of the save.
+
+    report = verify("run/global_step100")
+    report.is_sound, report.findings
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron.ucp.commit import checksum_file, data_files
+from megatron.ucp.digest import Digest, digest_runs, total
+from megatron.ucp.errors import MissingFileError, SourceError, UcpError
+from megatron.ucp.execute import check_replicas, gather
+from megatron.ucp.fragment import tiling_faults, whole_runs
+from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megatron.ucp.sources import Source, find_checkpoint, open_source
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Report:
+    folder: Path
+    findings: tuple[str, ...]
+    num_files: int
+    num_states: int
+    digest: str | None
+    """Of the state as it is now; None where not all of it could be read."""
+    is_proven: bool
+    """The folder carries digests and checksums, so soundness was not merely absence of contradiction."""
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.findings
+
+
+def verify(folder: str | Path, *, num_workers: int = 2, column_parallel: tuple[str, ...] = ()) -> Report:
+    """Reads everything once. Raises only where there is no checkpoint to speak of (NotACheckpointError)."""
+    folder = find_checkpoint(folder)
+    findings: list[str] = []
+    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
+    if manifest is not None:
+        findings += _check_files(folder, manifest, num_workers)
+    try:
+        source = open_source(folder, column_parallel=column_parallel)
+    except (MissingFileError, SourceError) as error:
+        return Report(folder, (*findings, str(error)), len(manifest.files) if manifest else 0, 0, None, False)
+    jobs = [(name, state) for name, info in source.manifest.parameters.items() for state in info.states]
+    digests: dict[str, dict[str, str]] = {name: {} for name in source.manifest.parameters}
+    is_complete = True
+    if jobs:
+        _check_state(source, *jobs[0])  # builds the index before the threads ask for it
+    with ThreadPoolExecutor(num_workers) as pool:
+        for (name, state), (digest, fault) in zip(jobs, pool.map(lambda job: _check_state(source, *job), jobs)):
+            if fault is not None:
+                findings.append(fault)
+            if digest is None:
+                is_complete = False
+            else:
+                digests[name][state] = digest.hex()
+    saved = source.manifest.digests
+    unknown = sorted(set(saved) - set(digests))
+    findings += [f"{name}: in the table of digests, but no such parameter" for name in unknown]
+    return Report(
+        folder,
+        tuple(dict.fromkeys(findings)),
+        len(source.manifest.files),
+        len(jobs),
+        total(digests) if is_complete else None,
+        bool(saved and source.manifest.files),
+    )
+
+
+def _check_files(folder: Path, manifest: Manifest, num_workers: int) -> list[str]:
+    if not manifest.files:
+        return []
+    present = set(data_files(folder))
+    findings = [f"{path}: missing" for path in sorted(set(manifest.files) - present)]
+    findings += [f"{path}: not in the table of files" for path in sorted(present - set(manifest.files))]
+
+    def check(path: str) -> str | None:
+        known = manifest.files[path]
+        size = (folder / path).stat().st_size
+        if size != known.bytes:
+            return f"{path}: {size} bytes, {known.bytes} were written"
+        found = checksum_file(folder / path)
+        return None if found == known else f"{path}: checksum {found.crc32}, {known.crc32} was written"
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        findings += [line for line in pool.map(check, sorted(present & set(manifest.files))) if line]
+    return findings
+
+
+def _check_state(source: Source, name: str, state: str) -> tuple[Digest | None, str | None]:
+    """(digest, finding) of one parameter's state."""
+    layout = source.manifest.parameters[name].layout
+    try:
+        pieces = source.pieces(name, state)
+        for copy in sorted({p.copy for p in pieces}) if layout.is_averaged else [0]:
+            missing, doubled = tiling_faults(whole_runs(layout.numel), [p.runs for p in pieces if p.copy == copy])
+            if missing or doubled:
+                return None, f"{name} ({state}): missing elements {missing[:3]}, doubled {doubled[:3]}"
+        digest = Digest()
+        buffer = torch.empty(min(_CHUNK, max(1, layout.numel)), dtype=torch.float32)
+        for start in range(0, layout.numel, _CHUNK):
+            values = buffer[: min(_CHUNK, layout.numel - start)]
+            runs = whole_runs(len(values), start)
+            gather(source, name, state, pieces, runs, values)
+            check_replicas(source, name, state, pieces, start, values)
+            digest += digest_runs(values, runs, name=name, state=state, shape=layout.shape)
+    except UcpError as error:
+        return None, f"{name} ({state}): {error}"
+    saved = source.manifest.digests.get(name, {}).get(state)
+    if saved is not None and saved != digest.hex():
+        return digest, f"{name} ({state}): state digest {digest.hex()}, {saved} was saved"
+    return digest, None
