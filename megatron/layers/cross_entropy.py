@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron.layers.vocabulary import Vocabulary
 
-_ROWS_IN_CACHE = 1 << 19
+_LOGITS_AT_ONCE = 1 << 19
 """Logits worked on at once on a CPU: 2 MiB, so that four passes over them read memory once."""
 
 
@@ -87,7 +87,7 @@ def _own_columns(labels_bs: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Ten
 def _exp_in_place(logits_nv: Tensor) -> tuple[Tensor, Tensor]:
     """logits -> exp(logits - row maximum), in place; returns the rows' maxima and sums."""
     num_rows, width = logits_nv.shape
-    step = max(1, _ROWS_IN_CACHE // width) if logits_nv.device.type == "cpu" else num_rows
+    step = max(1, _LOGITS_AT_ONCE // width) if logits_nv.device.type == "cpu" else num_rows
     max_n, sum_n = logits_nv.new_empty(num_rows), logits_nv.new_empty(num_rows)
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)

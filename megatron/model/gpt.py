@@ -36,12 +36,17 @@ class GPT(nn.Module):
         self.streams = streams
         self.embedding_dropout = model.hidden_dropout
         self.recompute = Recompute.of(model)
-        words, positions = embeddings(model, context, self.vocabulary)
-        self.embedding = nn.ModuleDict({"word_embeddings": words, "position_embeddings": positions})
+        hidden_size, initial = model.hidden_size, normal(model.init_method_std)
+        self.embedding = nn.ModuleDict(
+            {
+                "word_embeddings": WordEmbedding(self.vocabulary, hidden_size, initial),
+                "position_embeddings": PositionEmbedding(model.max_position_embeddings, hidden_size, context, initial),
+            }
+        )
         self.layers = nn.ModuleList(Block(model, context, streams) for _ in range(model.num_layers))
         self.final_norm = LayerNorm(model.hidden_size, context, model.layernorm_epsilon)
         if model.untie_embeddings_and_output_weights:
-            self.lm_head = output_layer(model, self.vocabulary)
+            self.lm_head = OutputLayer(self.vocabulary, hidden_size, initial)
 
     def forward(self, tokens_bs: Tensor, labels_bs: Tensor, loss_mask_bs: Tensor | None = None) -> Tensor:
         """The scalar loss, equal on all tp ranks. Token ids are int64; the mask is 0 or 1."""
@@ -72,17 +77,4 @@ class GPT(nn.Module):
 
 
 def vocabulary_of(model: ModelConfig, context: ParallelContext) -> Vocabulary:
-    padded_size = model.padded_vocab_size(context.tp_size)
-    return Vocabulary(model.vocab_size, padded_size, context)
-
-
-def embeddings(
-    model: ModelConfig, context: ParallelContext, vocabulary: Vocabulary
-) -> tuple[WordEmbedding, PositionEmbedding]:
-    initial = normal(model.init_method_std)
-    words = WordEmbedding(vocabulary, model.hidden_size, initial)
-    return words, PositionEmbedding(model.max_position_embeddings, model.hidden_size, context, initial)
-
-
-def output_layer(model: ModelConfig, vocabulary: Vocabulary) -> OutputLayer:
-    return OutputLayer(vocabulary, model.hidden_size, normal(model.init_method_std))
+    return Vocabulary(model.vocab_size, model.padded_vocab_size(context.tp_size), context)

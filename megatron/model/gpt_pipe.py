@@ -1,10 +1,10 @@
 """The GPT as DeepSpeed pipeline stages: the plain model's layers in a row, one entry of the pipeline each.
 
-The one idea: every entry holds its layer at the layer's canonical path, so `state_dict` keys (and with them
-DeepSpeed's layer_XX files) are canonical, and `named_parameters` only has to drop DeepSpeed's own prefix
-("4." or "tied_modules.<key>."). Nothing else in the project ever sees a numbered name.
+The one idea: `entry_paths` says where each entry stands in the plain model. DeepSpeed numbers entries ("4.mlp...");
+through this one table `named_parameters` gives canonical names instead, and DeepSpeed's engine takes them into its
+checkpoints. In its layer_XX files names are relative to the entry: prefix them with `entry_paths[XX]`.
 
-    0          word embedding (tied: the same parameter is used by the last entry, possibly on another stage)
+    0          word embedding (tied: its weight is also the last entry's, possibly on another stage)
     1          position embedding and dropout
     2 .. L+1   blocks
     L+2        final norm
@@ -30,15 +30,16 @@ from megatron.config.model import ModelConfig
 from megatron.layers.block import Block
 from megatron.layers.cross_entropy import cross_entropy, mean_loss
 from megatron.layers.norm import LayerNorm
-from megatron.layers.vocabulary import Vocabulary, WordEmbedding
-from megatron.model.gpt import embeddings, output_layer, vocabulary_of
+from megatron.layers.parameter import normal
+from megatron.layers.position import PositionEmbedding
+from megatron.layers.vocabulary import OutputLayer, Vocabulary, WordEmbedding
+from megatron.model.gpt import vocabulary_of
 from megatron.model.recompute import Recompute
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.rng import RandomStreams
 
 log = logging.getLogger(__name__)
 
-_TIED_KEY = "word_embeddings"
 _WORDS = "embedding.word_embeddings"
 
 
@@ -50,102 +51,60 @@ class GPTPipe(PipelineModule):
     """Construction is collective over the world. Parameters are not initialised here (see `build_model`)."""
 
     def __init__(self, model: ModelConfig, context: ParallelContext, streams: RandomStreams) -> None:
-        topology = context.topology
+        topology, vocabulary = context.topology, vocabulary_of(model, context)
         said = io.StringIO()
+        self.entry_paths = entry_paths(model)  # first: PipelineModule's constructor asks for parameters
         # DeepSpeed prints how it partitions; that belongs in a log.
         with contextlib.redirect_stdout(said):
             super().__init__(
-                _entries(model, context, streams),
+                _entries(model, context, streams, vocabulary),
                 topology=PipeModelDataParallelTopology(
                     num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size
                 ),
-                loss_fn=_Loss(vocabulary_of(model, context)),
+                loss_fn=_Loss(vocabulary),
                 # By blocks, not by parameters: the vocabulary's matrices would otherwise fill stages of their own,
                 # and DeepSpeed would build the whole model on every rank to count.
-                partition_method=f"type:^{BlockEntry.__name__}$",
+                partition_method=f"type:^{PipeBlock.__name__}$",
             )
         log.debug("%s", said.getvalue())
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Canonical names: what DeepSpeed's engine takes into its checkpoints as parameter names."""
+        """Canonical names."""
         for name, param in super().named_parameters("", recurse, remove_duplicate):
             first, _, rest = name.partition(".")
             if first == "tied_modules":
-                rest = rest.partition(".")[2]
-            yield (f"{prefix}.{rest}" if prefix else rest), param
+                path, rest = _WORDS, rest.partition(".")[2]
+            else:
+                path = self.entry_paths[int(first)]
+            yield ".".join(filter(None, (prefix, path, rest))), param
 
 
-class _Entry(nn.Module):
-    """A layer at a dotted path: its parameters are named `path`.*, as in the plain model."""
-
-    def __init__(self, path: str, layer: nn.Module) -> None:
-        super().__init__()
-        *folders, last = path.split(".")
-        parent: nn.Module = self
-        for folder in folders:
-            child = nn.Module()
-            parent.add_module(folder, child)
-            parent = child
-        parent.add_module(last, layer)
-        self._path = path
-
-    @property
-    def layer(self) -> nn.Module:
-        return self.get_submodule(self._path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-class WordEntry(_Entry):
-    """Token ids -> hidden."""
+class PipePositions(PositionEmbedding):
+    """The position table's entry also does the dropout that follows it."""
 
     def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
-        words, _ = embeddings(model, context, vocabulary_of(model, context))
-        super().__init__(_WORDS, words)
-
-
-class PositionEntry(_Entry):
-    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
-        _, positions = embeddings(model, context, vocabulary_of(model, context))
-        super().__init__("embedding.position_embeddings", positions)
+        super().__init__(model.max_position_embeddings, model.hidden_size, context, normal(model.init_method_std))
         self.dropout = model.hidden_dropout
 
     def forward(self, x_bsh: Tensor) -> Tensor:
-        return F.dropout(self.layer(x_bsh), self.dropout, self.training)
+        return F.dropout(super().forward(x_bsh), self.dropout, self.training)
 
 
-class BlockEntry(_Entry):
+class PipeBlock(Block):
+    """A block that recomputes itself."""
+
     def __init__(
-        self, model: ModelConfig, context: ParallelContext, streams: RandomStreams, index: int, is_recomputed: bool
+        self, model: ModelConfig, context: ParallelContext, streams: RandomStreams, is_recomputed: bool
     ) -> None:
-        super().__init__(f"layers.{index}", Block(model, context, streams))
+        super().__init__(model, context, streams)
         self.streams, self.is_recomputed = streams, is_recomputed
 
     def forward(self, x_bsh: Tensor) -> Tensor:
         if self.is_recomputed and self.training:
-            return self.streams.checkpointed(self.layer, x_bsh)
-        return self.layer(x_bsh)
-
-
-class FinalNormEntry(_Entry):
-    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
-        super().__init__("final_norm", LayerNorm(model.hidden_size, context, model.layernorm_epsilon))
-
-
-class OutputEntry(_Entry):
-    """Hidden -> this rank's logits, with a weight of its own."""
-
-    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
-        super().__init__("lm_head", output_layer(model, vocabulary_of(model, context)))
-
-
-def _tied_logits(entry: WordEntry, x_bsh: Tensor) -> Tensor:
-    words = entry.layer
-    assert isinstance(words, WordEmbedding)
-    return words.logits(x_bsh)
+            return self.streams.checkpointed(super().forward, x_bsh)
+        return super().forward(x_bsh)
 
 
 class _Loss:
@@ -158,20 +117,30 @@ class _Loss:
         return mean_loss(cross_entropy(logits_bsv, labels_bs, self.vocabulary), loss_mask_bs)
 
 
-def _entries(model: ModelConfig, context: ParallelContext, streams: RandomStreams) -> list[LayerSpec]:
-    is_recomputed = _recomputed(model)
-    blocks = [
-        LayerSpec(BlockEntry, model, context, streams, index, is_recomputed[index]) for index in range(model.num_layers)
+def entry_paths(model: ModelConfig) -> list[str | None]:
+    """For each pipeline entry of the whole model, its path in the plain one; None where it has no parameters of its
+    own (the tied output layer)."""
+    blocks = [f"layers.{index}" for index in range(model.num_layers)]
+    head = "lm_head" if model.untie_embeddings_and_output_weights else None
+    return [_WORDS, "embedding.position_embeddings", *blocks, "final_norm", head]
+
+
+def _entries(
+    model: ModelConfig, context: ParallelContext, streams: RandomStreams, vocabulary: Vocabulary
+) -> list[LayerSpec]:
+    """In the order of `entry_paths`."""
+    matrix = (vocabulary, model.hidden_size, normal(model.init_method_std))
+    middle = [
+        LayerSpec(PipePositions, model, context),
+        *(LayerSpec(PipeBlock, model, context, streams, is_on) for is_on in _recomputed(model)),
+        LayerSpec(LayerNorm, model.hidden_size, context, model.layernorm_epsilon),
     ]
-    middle = [LayerSpec(PositionEntry, model, context), *blocks, LayerSpec(FinalNormEntry, model, context)]
     if model.untie_embeddings_and_output_weights:
-        return [LayerSpec(WordEntry, model, context), *middle, LayerSpec(OutputEntry, model, context)]
-
-    def tied(forward_fn=None) -> TiedLayerSpec:
-        weight = f"{_WORDS}.weight"
-        return TiedLayerSpec(_TIED_KEY, WordEntry, model, context, forward_fn=forward_fn, tied_weight_attr=weight)
-
-    return [tied(), *middle, tied(_tied_logits)]
+        return [LayerSpec(WordEmbedding, *matrix), *middle, LayerSpec(OutputLayer, *matrix)]
+    # Only the weight may be tied: DeepSpeed sums the gradients of `tied_weight_attr` over the stages, nothing else's.
+    first = TiedLayerSpec("words", WordEmbedding, *matrix)
+    last = TiedLayerSpec("words", WordEmbedding, *matrix, forward_fn=WordEmbedding.logits)
+    return [first, *middle, last]
 
 
 def _recomputed(model: ModelConfig) -> list[bool]:

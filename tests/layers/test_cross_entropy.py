@@ -1,0 +1,96 @@
+"""Vocabulary-parallel cross entropy against torch's: values and gradients, padding, precision, in-place behaviour."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parallel.tensor_ranks import run_ranks
+
+from megatron.layers import cross_entropy as module
+from megatron.layers.cross_entropy import cross_entropy, mean_loss
+from megatron.layers.vocabulary import Vocabulary
+from megatron.parallel.context import ParallelContext, build_context
+from megatron.ucp.topology import Topology
+
+
+def _parallel(rank, world_size, logits, labels, upstream, padded_size, fault):
+    context = build_context(Topology(tp_size=world_size)) if world_size > 1 else ParallelContext.single()
+    vocabulary = Vocabulary(logits.shape[-1], padded_size, context)
+    stop = vocabulary.start + vocabulary.num_true
+    own = F.pad(logits[..., vocabulary.start : stop], (0, vocabulary.size - vocabulary.num_true)).requires_grad_()
+    if fault == "unmasked":
+        vocabulary.num_true = vocabulary.size
+    consumed = own * 1.0
+    nll = cross_entropy(consumed, labels, vocabulary)
+    nll.backward(upstream)
+    return nll.detach(), own.grad[..., : stop - vocabulary.start], own.grad[..., stop - vocabulary.start :]
+
+
+def _case(dtype=torch.float64, vocabulary=101):
+    generator = torch.Generator().manual_seed(5)
+    logits = (30 * torch.randn(2, 7, vocabulary, generator=generator, dtype=torch.float64)).to(dtype)
+    labels = torch.randint(0, vocabulary, (2, 7), generator=generator)
+    labels[0, 0], labels[0, 1] = 0, vocabulary - 1
+    upstream = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    plain = logits.double().clone().requires_grad_()
+    nll = F.cross_entropy(plain.transpose(1, 2), labels, reduction="none")
+    nll.backward(upstream)
+    return (logits, labels, upstream), nll.detach(), plain.grad
+
+
+# padded to 128 a rank, ranks 1 and 2 of 101 words have nothing but padding; to 48 and 36, every rank has words
+@pytest.mark.parametrize("padded_size", [128, 48 * 3])
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+def test_values_and_gradients(tp_size, padded_size):
+    given, nll, grad = _case()
+    results = run_ranks(tp_size, _parallel, *given, padded_size * (tp_size if padded_size == 128 else 1), None)
+    for result, _, padding in results:
+        torch.testing.assert_close(result, nll, rtol=1e-12, atol=1e-10)
+        assert not padding.any()
+    torch.testing.assert_close(torch.cat([part for _, part, _ in results], -1), grad, rtol=1e-9, atol=1e-12)
+
+
+def test_fault_unmasked_padding_changes_the_loss():
+    (logits, labels, upstream), nll, _ = _case()
+    given = logits / 30, labels, upstream
+    masked, unmasked = (run_ranks(1, _parallel, *given, 128, fault)[0][0] for fault in (None, "unmasked"))
+    assert (unmasked - masked).min() > 0.05
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    given, _, _ = _case(torch.float32)
+    given = *given[:2], given[2].float()
+    whole = _parallel(0, 1, *given, 128, None)
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", 300)
+    for expected, found in zip(whole, _parallel(0, 1, *given, 128, None)):
+        assert torch.equal(expected, found)
+
+
+def test_low_precision_logits_give_an_fp32_loss():
+    given, nll, grad = _case(torch.bfloat16)
+    found, found_grad, _ = _parallel(0, 1, *given[:2], given[2].float(), 128, None)
+    assert found.dtype == torch.float32 and found_grad.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), nll, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found_grad.double(), grad, rtol=1e-2, atol=1e-5)
+
+
+def test_logits_are_consumed_and_backward_runs_once():
+    given, _, _ = _case(torch.float32)
+    vocabulary = Vocabulary(101, 101, ParallelContext.single())
+    logits = given[0].clone().requires_grad_() * 1.0
+    address = logits.data_ptr()
+    gradients = []
+    logits.register_hook(gradients.append)
+    loss = cross_entropy(logits, given[1], vocabulary).sum()
+    loss.backward(retain_graph=True)
+    assert gradients[0].data_ptr() == address
+    with pytest.raises(RuntimeError, match="no second one"):
+        loss.backward()
+
+
+def test_mean_loss_is_by_sequence_and_so_independent_of_micro_batches():
+    nll = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [1.0, 1.0, 1.0, 1.0]])
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
+    assert mean_loss(nll, mask).item() == pytest.approx((1.5 + 8.0 + 0.0) / 3)
+    singly = [mean_loss(nll[i : i + 1], mask[i : i + 1]).item() for i in range(3)]
+    assert sum(singly) / 3 == pytest.approx(mean_loss(nll, mask).item())
+    assert mean_loss(nll, torch.ones_like(nll)).item() == pytest.approx(mean_loss(nll, None).item())
