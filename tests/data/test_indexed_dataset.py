@@ -157,3 +157,13 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path, tokens):
     with pytest.raises(TokenRangeError, match="does not fit"), IndexedDatasetWriter(tmp_path / "w") as writer:
         writer.add_document(tokens)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_being_written_is_no_dataset(tmp_path):
+    writer = IndexedDatasetWriter(tmp_path / "w")
+    writer.add_document([1])
+    assert [p.suffix for p in tmp_path.iterdir()] == [".tmp"]
+    with pytest.raises(MissingDatasetError):
+        IndexedDataset(tmp_path / "w")
+    writer.__exit__(None, None, None)
+    assert IndexedDataset(tmp_path / "w")[0].tolist() == [1]
