@@ -1,0 +1,150 @@
+"""Any DeepSpeed folder -> universal: bit-equal to the atomic state it was cut from by plain code (synthetic.py)."""
+
+import zipfile
+
+import pytest
+import torch
+from ucp.synthetic import make_state, model, write_native
+
+from megatron.ucp.convert import convert
+from megatron.ucp.diff import diff
+from megatron.ucp.execute import read_into
+from megatron.ucp.fragment import shard_runs
+from megatron.ucp.layout import Layout, Part, ShardRank
+from megatron.ucp.manifest import read_manifest
+from megatron.ucp.plan import plan
+from megatron.ucp.safe_load import load
+from megatron.ucp.sources import open_source
+from megatron.ucp.topology import Topology
+from megatron.ucp.verify import verify
+
+STATE = make_state(model(), seed=3)
+
+CASES = {
+    "dp1-zero0": (Topology(), 0, {}),
+    "dp1-zero1": (Topology(), 1, {}),
+    "dp2-zero1-elastic": (Topology(dp_size=2), 1, {"is_elastic": True}),
+    "dp2-zero2-bf16": (Topology(dp_size=2), 2, {"prefix": "bf16_"}),
+    "dp3-zero1": (Topology(dp_size=3), 1, {}),
+    "tp2-zero0": (Topology(tp_size=2), 0, {}),
+    "tp2dp2-zero2": (Topology(tp_size=2, dp_size=2), 2, {}),
+    "tp4-zero1-shared-kv-heads": (Topology(tp_size=4), 1, {}),
+    "tp8dp2-zero1-shared-kv-heads": (Topology(tp_size=8, dp_size=2), 1, {}),
+    "pp2-zero0-tied": (Topology(pp_size=2), 0, {}),
+    "pp2-zero1-tied": (Topology(pp_size=2), 1, {}),
+    "pp4-zero1-untied": (Topology(pp_size=4), 1, {"is_tied": False}),
+    "tp2pp2-zero0": (Topology(tp_size=2, pp_size=2), 0, {}),
+    "tp2pp2dp2-zero1": (Topology(tp_size=2, pp_size=2, dp_size=2), 1, {}),
+    "dp12-zero1": (Topology(dp_size=12), 1, {}),
+    "tp2pp2dp11-zero1": (Topology(tp_size=2, pp_size=2, dp_size=11), 1, {}),
+    "dp130-zero2": (Topology(dp_size=130), 2, {}),
+    "sp2dp2-zero1": (Topology(dp_size=2, sp_size=2), 1, {}),
+}
+
+
+def assert_universal_equals(folder, state):
+    manifest = read_manifest(folder)
+    assert set(manifest.parameters) == set(state)
+    for name, states in state.items():
+        for key, tensor in states.items():
+            path = folder / "zero" / name / f"{key}.pt"
+            assert torch.equal(load(path)["param"], tensor), (name, key)
+        assert float(load(folder / "zero" / name / "step.pt")) == 5.0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_converts_bit_equal(tmp_path, case):
+    topology, zero_stage, options = CASES[case]
+    write_native(tmp_path / "run/global_step5", STATE, topology, zero_stage, **options)
+    result = convert(tmp_path / "run/global_step5", tmp_path / "run/global_step5_universal/")
+    assert_universal_equals(result.output, STATE)
+    assert (tmp_path / "run/latest_universal").read_text() == "global_step5_universal"
+    assert [p.name for p in (tmp_path / "run").iterdir() if ".tmp" in p.name] == []
+    for folder in (tmp_path / "run/global_step5", result.output):
+        report = verify(folder)
+        assert report.is_sound and report.is_proven and report.digest == result.digest, report.findings
+    assert diff(tmp_path / "run/global_step5", result.output, trust_digests=False).is_equal
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 18
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_output_does_not_depend_on_the_number_of_workers(tmp_path, num_workers):
+    write_native(tmp_path / "n", STATE, Topology(tp_size=2, dp_size=2), 1)
+    convert(tmp_path / "n", tmp_path / "u", num_workers=num_workers)
+    files = read_manifest(tmp_path / "u").files
+    convert(tmp_path / "n", tmp_path / "v", num_workers=2)
+    assert read_manifest(tmp_path / "v").files == files
+
+
+def test_files_are_what_torch_writes(tmp_path):
+    write_native(tmp_path / "n", STATE, Topology(tp_size=2), 1)
+    convert(tmp_path / "n", tmp_path / "u")
+    path = tmp_path / "u/zero/layers.0.mlp.dense_4h_to_h.weight/exp_avg.pt"
+    assert zipfile.ZipFile(path).testzip() is None
+    for is_mapped in (False, True):
+        content = torch.load(path, weights_only=True, mmap=is_mapped)
+        assert content["cat_dim"] == 1 and content["param"].is_contiguous()
+        assert content["param"].data_ptr() % 64 == 0 or not is_mapped
+    vocabulary = load(tmp_path / "u/zero/embedding.word_embeddings.weight/fp32.pt")
+    assert vocabulary["vocab_tensor"] is True and len(vocabulary["param"]) == 37
+    sub_params = load(tmp_path / "u/zero/layers.0.attention.query_key_value.weight/fp32.pt")["sub_param_shape"]
+    assert sub_params.shape == ((16, 4, 4), 16) and sub_params.partition_dim == 0
+    assert set(load(tmp_path / "u/zero/final_norm.weight/fp32.pt")) == {"param"}
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["tp2pp2dp2-zero1", "pp2-zero0-tied"])
+def test_any_interval_of_any_target_is_read(tmp_path, case, precision):
+    """The path of a resume: a Target rank's fragment, straight from a native Source of another topology."""
+    topology, zero_stage, options = CASES[case]
+    write_native(tmp_path / "n", STATE, topology, zero_stage, **options)
+    source = open_source(tmp_path / "n")
+    kv = Part(4, 2, True)
+    layout = Layout.shard_nc((24, 16), 0, (Part(16, 2), kv, kv))
+    name = "layers.1.attention.query_key_value.weight"
+    rank = ShardRank(2, 4)
+    expected = layout.split(STATE[name]["exp_avg"], rank).flatten()[13:77]
+    out = torch.full((70,), -1.0, dtype=precision)
+    read_into(source, name, "exp_avg", shard_runs(layout, rank, 13, 77), out[:64])
+    assert torch.equal(out[:64], expected.to(precision)) and bool((out[64:] == -1).all())
+
+
+def test_partial_parameters_are_averaged(tmp_path):
+    from dataclasses import replace
+
+    from megatron.ucp.manifest import write_manifest
+
+    def edit(pp, tp, name, state, shard):
+        return shard + tp if name == "final_norm.weight" else shard
+
+    manifest = write_native(tmp_path / "n", STATE, Topology(tp_size=2, dp_size=2), 1, edit=edit, with_manifest=False)
+    info = manifest.parameters["final_norm.weight"]
+    parameters = {**manifest.parameters, "final_norm.weight": replace(info, layout=Layout.partial(info.layout.shape))}
+    digests = {n: d for n, d in manifest.digests.items() if n != "final_norm.weight"}
+    write_manifest(tmp_path / "n", replace(manifest, parameters=parameters, digests=digests))
+    convert(tmp_path / "n", tmp_path / "u")
+    x = STATE["final_norm.weight"]["exp_avg"]
+    expected = ((x.double() + (x + 1).double()) / 2).float()
+    assert torch.equal(load(tmp_path / "u/zero/final_norm.weight/exp_avg.pt")["param"], expected)
+    assert verify(tmp_path / "n").is_sound and verify(tmp_path / "u").is_sound
+
+
+def test_plan_counts_every_byte_of_every_rank(tmp_path):
+    write_native(tmp_path / "n", STATE, Topology(tp_size=2, dp_size=2), 1)
+    source = open_source(tmp_path / "n")
+    numel = sum(tensor.numel() for states in STATE.values() for tensor in states.values())
+    reads = plan(source, Topology(dp_size=3, pp_size=2), zero_stage=1)
+    assert len(reads) == 6 and sum(r.num_bytes for r in reads) == 4 * numel
+    assert all(sum(r.files.values()) == r.num_bytes for r in reads)
+    reads = plan(source, Topology(dp_size=3), zero_stage=0)
+    assert [r.num_bytes for r in reads] == [4 * numel] * 3
+
+
+def test_universal_of_universal_is_itself(tmp_path):
+    write_native(tmp_path / "n", STATE, Topology(tp_size=2), 1)
+    first = convert(tmp_path / "n", tmp_path / "u")
+    assert convert(tmp_path / "u", tmp_path / "v").digest == first.digest
+    assert_universal_equals(tmp_path / "v", STATE)
