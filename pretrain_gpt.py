@@ -9,7 +9,7 @@
 import sys
 
 from megatron.config.arguments import parse
-from megatron.training.launch import LaunchInfo, close_distributed, init_distributed
+from megatron.training.launch import LaunchInfo, check_precision, close_distributed, init_distributed
 from megatron.training.reporting import report_errors, set_up_logging
 
 
@@ -21,6 +21,7 @@ def main(argv: list[str]) -> int:
     config = result.config.validate(launch.world_size)
     run = config.run
     notes = init_distributed(launch, run.distributed_backend, timeout_minutes=run.distributed_timeout_minutes)
+    check_precision(config.optimizer.precision)
     for note in (*result.notes, *notes):
         log.info("note: %s", note)
 

@@ -210,6 +210,7 @@ class Checkpointer:
             for name, layout in self.atlas.layouts.items()
         }
         topology = self.context.topology
+        is_pipelined = self.engine.pipeline_parallelism
         return Manifest(
             kind="native",
             saved_by={
@@ -220,7 +221,7 @@ class Checkpointer:
             },
             topology=topology,
             zero_stage=self.engine.zero_optimization_stage(),
-            is_pipelined=self.engine.pipeline_parallelism,
+            is_pipelined=is_pipelined,
             parameters=parameters,
             optimizer=OptimizerInfo(
                 kind=type(self.state.base).__name__, wrapper=self.state.wrapper, groups=hyper_parameters
@@ -230,6 +231,7 @@ class Checkpointer:
             digests={name: dict(values) for name, values in digests.items()},
             files=dict(files),
             zero0_order=self._zero0_order([part[3] for part in everywhere]) if self.state.is_replicated else [],
+            pipeline_layers=list(self.engine.module.entry_paths) if is_pipelined else [],
         )
 
     def _zero0_order(self, orders: list[list[str]]) -> list[list[str]]:

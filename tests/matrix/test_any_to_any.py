@@ -56,18 +56,13 @@ def _take_all(rank: int, world_size: int, argv: list[str], plans: list[tuple[str
                 tensor.fill_(777.0)
             state.set_step(interval.flat, 777)
         state.refresh_weights()
-        assert all(bool((p == 777.0).all()) for p in run.engine.module.parameters() if not _is_padded(p))
+        assert all(bool((p == 777.0).all()) for p in run.engine.module.parameters())
         progress = run.checkpointer.load(ResumePlan(kind, Path(folder), ""))
         step = {state.step_of(interval.flat) for interval in state.intervals}
         found.append((state_digests(state), step, progress.iteration, progress.consumed_train_samples))
     if save_last is not None:
         run.checkpointer.save(Path(save_last), progress)
     return found
-
-
-def _is_padded(parameter) -> bool:
-    """Shards of the vocabulary hold padding rows that no interval covers."""
-    return any(cut.padded for cut in parameter.layout.cuts)
 
 
 def test_the_matrix_is_whole():
@@ -99,7 +94,8 @@ def assert_same_tensors(first: Path, second: Path) -> None:
     assert len(files) > 100
     assert files == sorted(p.relative_to(second) for p in (second / "zero").rglob("*.pt") if "optimizer" not in p.name)
     for file in files:
-        a, b = (torch.load(folder / file, weights_only=True) for folder in (first, second))
+        # Our own files of a moment ago; DeepSpeed's format has a class of its own in them.
+        a, b = (torch.load(folder / file, weights_only=False) for folder in (first, second))
         a, b = (x["param"] if isinstance(x, dict) else x for x in (a, b))
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)), file
 
