@@ -8,6 +8,8 @@ fetch from a rank that has ended.
 
 import pickle
 
+import torch.distributed as dist
+
 from harness import ranks
 
 
@@ -17,4 +19,7 @@ def run_ranks(world_size, body, *args, timeout=120.0):
 
 
 def _pickled(rank, world_size, body, args):
-    return pickle.dumps(body(rank, world_size, *args))
+    result = body(rank, world_size, *args)
+    # A rank that ends while a peer is still connecting a group would look to it like a crash.
+    dist.barrier()
+    return pickle.dumps(result)
