@@ -90,9 +90,11 @@ shared_flags=(
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --init-method-std 0.02
     --data-path "$DATA_PREFIX" --split 949,50,1
     --tokenizer-type GPT2BPETokenizer --vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE"
-    --seed "$SEED" --log-interval 10 --eval-iters 0 --save-interval "$SAVE_ITER"
+    --seed "$SEED" --log-interval 10 --eval-iters 0
     --num-workers "$NUM_WORKERS" --zero-stage "$ZERO_STAGE" --deepspeed
 )
+# gloo is what nccl would become without CUDA; said outright, training has nothing to note.
+[[ "$DEVICE" == cuda ]] || shared_flags+=(--distributed-backend gloo)
 case "$PRECISION" in
     fp32) ;;
     bf16) shared_flags+=(--bf16) ;;
@@ -175,14 +177,15 @@ train() {
 
 # What makes two Sources interchangeable: their topology and every flag that is not a path of this run.
 settings() {
-    printf '%s\n' "$(topology_name "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP")" "$MICRO_BATCH" "${shared_flags[@]}"
+    printf '%s\n' "$(topology_name "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP")" "$MICRO_BATCH" "$SAVE_ITER" "${shared_flags[@]}"
 }
 
 train_source() {
     say "Source: tp$SOURCE_TP pp$SOURCE_PP dp$SOURCE_DP, iterations 1-$TRAIN_ITERS, saved every $SAVE_ITER"
     # With a new Source everything that was made from the old one is stale.
     clear_old "$RUN_DIR"/{settings.txt,checkpoints,tensorboard,csv,verdict.txt,verdict.json,ucp_training_loss.png}
-    train source "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP" "$MICRO_BATCH" --save "$SOURCE_DIR"
+    train source "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP" "$MICRO_BATCH" \
+        --save "$SOURCE_DIR" --save-interval "$SAVE_ITER"
     # Written last: a Source without it was not finished.
     [[ "$DRY_RUN" == 1 ]] || settings >"$RUN_DIR/settings.txt"
 }
@@ -201,7 +204,7 @@ train_target() {
     say "Target: tp$TARGET_TP pp$TARGET_PP dp$TARGET_DP, iterations $((SAVE_ITER + 1))-$TRAIN_ITERS"
     clear_old "$TARGET_DIR"
     train target "$TARGET_TP" "$TARGET_PP" "$TARGET_DP" "$MICRO_BATCH" \
-        --load "$UNIVERSAL_DIR" --universal-checkpoint --save "$TARGET_DIR"
+        --load "$UNIVERSAL_DIR" --universal-checkpoint --save "$TARGET_DIR" --save-interval "$SAVE_ITER"
 }
 
 # The yardstick: the Source's topology, resumed from its native save; only the micro batch is another, and

@@ -32,8 +32,6 @@ PASS_COLOUR = "#1B6E3C"
 
 _LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (8, 2)))
 _MAX_NAMES_IN_TITLE = 3
-_ZERO_MARK = 0.5
-"""A delta of exactly 0 has no place on a log axis: it is drawn at this part of the smallest other one."""
 
 
 @dataclass(frozen=True)
@@ -119,21 +117,24 @@ def _draw_deltas(axis: Axes, verdict: Verdict) -> None:
     magnitudes = [np.abs(c.deltas[np.isfinite(c.deltas)]) for c in compared]
     bounds = sorted({comparison.bound for comparison in verdict.comparisons})
     positive = np.concatenate([*(m[m > 0] for m in magnitudes), np.array(bounds)])
-    lowest = float(positive.min()) * _ZERO_MARK
+    # Whole decades. A delta of exactly 0 has no place on a log axis: it is drawn at the bottom, which lies
+    # clearly below the smallest other one.
+    bottom = 10.0 ** np.floor(np.log10(positive.min() / 2))
+    top = 10.0 ** np.ceil(np.log10(positive.max() * 1.5))
 
     for comparison in verdict.controls:
-        _draw_delta(axis, comparison, lowest, CONTROL_COLOUR, "-", "control")
+        _draw_delta(axis, comparison, bottom, CONTROL_COLOUR, "-", "control")
     for i, comparison in enumerate(verdict.comparisons):
         colour = TARGET_COLOURS[i % len(TARGET_COLOURS)]
         style = _LINE_STYLES[i % len(_LINE_STYLES)]
-        _draw_delta(axis, comparison, lowest, colour, style, "Target")
+        _draw_delta(axis, comparison, bottom, colour, style, "Target")
     for bound in bounds:
         rule = next(c.bound_rule for c in verdict.comparisons if c.bound == bound)
         label = f"bound  {bound:.2g}  =  {rule}"
         axis.axhline(bound, color=BOUND_COLOUR, linewidth=1.3, linestyle=(0, (7, 3)), label=label)
 
     axis.set_yscale("log")
-    axis.set_ylim(lowest * 0.7, float(positive.max()) * 2.5)
+    axis.set_ylim(bottom, top)
     axis.yaxis.set_major_locator(LogLocator(numticks=7))
     axis.yaxis.set_minor_formatter(NullFormatter())
     _mark_resume(axis, verdict, with_text=False)
@@ -154,12 +155,22 @@ def _draw_deltas(axis: Axes, verdict: Verdict) -> None:
     legend.get_title().set_color(PASS_COLOUR if verdict.is_pass else BOUND_COLOUR)
 
 
-def _draw_delta(axis: Axes, comparison: Comparison, lowest: float, colour: str, style: str | tuple, role: str) -> None:
+def _draw_delta(axis: Axes, comparison: Comparison, bottom: float, colour: str, style: str | tuple, role: str) -> None:
     magnitude = np.abs(comparison.deltas)
     # where(), not maximum(): a NaN must stay a gap in the line.
-    shown = np.where(magnitude == 0, lowest, magnitude)
+    shown = np.where(magnitude == 0, bottom, magnitude)
     label = f"{role}  {_short(comparison.run)}:  {_numbers(comparison)}"
-    axis.plot(comparison.steps, shown, color=colour, linestyle=style, linewidth=1.3, label=label)
+    axis.plot(
+        comparison.steps,
+        shown,
+        color=colour,
+        linestyle=style,
+        linewidth=1.1,
+        marker="o",
+        markersize=2.6,
+        clip_on=False,  # the bottom is the axis itself
+        label=label,
+    )
 
 
 def _mark_resume(axis: Axes, verdict: Verdict, with_text: bool) -> None:

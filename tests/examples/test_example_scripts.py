@@ -100,6 +100,7 @@ def test_run_is_five_commands_that_fit_together(example, size, launcher, tmp_pat
         assert command.value("--tensorboard-dir") == f"{run_dir}/tensorboard/{role}_tp{tp}_pp{pp}_dp{dp}"
 
     tag = "global_step100"
+    assert source.value("--save-interval") == target.value("--save-interval") == "100"
     assert convert.value("--input_folder") == f"{source.value('--save')}/{tag}"
     universal = Path(convert.value("--output_folder"))
     assert universal.name == f"{tag}_universal"
@@ -120,7 +121,7 @@ def check_training(command: Command, tp: int, pp: int, dp: int, launcher: str, s
     topology = config.parallel.topology(world)
     assert (topology.tp_size, topology.pp_size, topology.dp_size) == (tp, pp, dp)
     assert (config.optimizer.precision, config.model.num_layers, config.model.hidden_size) == SIZES[size]
-    assert (config.run.global_batch_size, config.run.train_iters, config.checkpoint.save_interval) == (4, 200, 100)
+    assert (config.run.global_batch_size, config.run.train_iters) == (4, 200)
     assert (config.optimizer.lr, config.optimizer.min_lr, config.optimizer.lr_decay_style) == (2e-3, 2e-4, "cosine")
     assert (config.model.hidden_dropout, config.model.attention_dropout) == (0.0, 0.0)
     assert config.parallel.zero_stage == 1
