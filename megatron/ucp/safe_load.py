@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import pickletools
 import threading
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -61,6 +62,8 @@ STAND_INS: list[tuple[Any, str]] = [
 ]
 
 _LOCK = threading.Lock()
+_PICKLES_IN_LEGACY_FILE = 4
+"""Magic number, version, machine, content."""
 
 
 def load(path: str | Path, mmap: bool = True) -> Any:
@@ -74,11 +77,12 @@ def load(path: str | Path, mmap: bool = True) -> Any:
         with _LOCK, torch.serialization.safe_globals(STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except pickle.UnpicklingError as error:
-        if "nsupported" not in str(error) and "global" not in str(error).lower():
-            raise CorruptFileError(f"not a readable .pt file: {error}", where=path) from error
+        unknown = _unknown_globals(path)
+        if not unknown and "global" not in str(error).lower():
+            raise CorruptFileError(f"not a readable .pt file: {str(error).splitlines()[0]}", where=path) from error
         raise UnsafePickleError(
             "the file wants classes or functions outside the allow-list; it was not executed",
-            found=_unknown_globals(path) or str(error).splitlines()[0],
+            found=unknown or str(error),
             where=path,
             do="do not load it unless you know who made it; then save it again from plain tensors and dicts",
         ) from None
@@ -91,8 +95,30 @@ def load(path: str | Path, mmap: bool = True) -> Any:
 
 
 def _unknown_globals(path: Path) -> list[str]:
+    """Names outside the allow-list that the file's pickle asks for, found without unpickling."""
     known = {name for _, name in STAND_INS}
     try:
-        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - known)
+        if zipfile.is_zipfile(path):
+            return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - known)
+        names: set[str] = set()
+        with open(path, "rb") as file:
+            for _ in range(_PICKLES_IN_LEGACY_FILE):
+                names |= _globals_of_pickle(file)
+        return sorted(name for name in names - known if not name.startswith(("torch.", "collections.")))
     except Exception:  # a hostile file may break the scan too; the refusal stands without the list
         return []
+
+
+def _globals_of_pickle(file: BinaryIO) -> set[str]:
+    names, strings = set(), []
+    try:
+        for operation, argument, _ in pickletools.genops(file):
+            if operation.name == "GLOBAL":
+                names.add(argument.replace(" ", "."))
+            elif operation.name == "STACK_GLOBAL":
+                names.add(".".join(strings[-2:]))
+            elif isinstance(argument, str):
+                strings.append(argument)
+    except ValueError:
+        pass  # what follows is no pickle; what was found before counts
+    return names

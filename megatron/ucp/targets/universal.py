@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,10 @@ class _Written:
     digest: Digest
 
 
+class _Stopped(Exception):
+    """Another worker failed; its error is the one to report."""
+
+
 def tensor_bytes(manifest: Manifest) -> int:
     """Size of all states of all parameters as float32: what the output will hold."""
     return sum(4 * info.layout.numel * len(info.states) for info in manifest.parameters.values())
@@ -77,9 +81,6 @@ def write_universal(
         source.pieces(*jobs[0])  # builds the source's index once, before the threads ask for it
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         futures = [pool.submit(work, job) for job in jobs]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        if any(future.done() and future.exception() for future in futures):
-            stop.set()
         errors = [error for future in futures if (error := future.exception())]
     if errors:
         raise errors[0]
@@ -125,7 +126,7 @@ def _write_tensor(
         with TensorFile(folder / relative, file_keys(layout, name), layout.shape) as file:
             for start in range(0, layout.numel, CHUNK):
                 if stop.is_set():
-                    return None
+                    raise _Stopped
                 values = buffer[: min(CHUNK, layout.numel - start)]
                 runs = whole_runs(len(values), start)
                 gather(source, name, state, pieces, runs, values)
@@ -135,6 +136,8 @@ def _write_tensor(
                 progress(4 * len(values))
         _compare(source, name, state, digest)
         return _Written(relative, file.info, name, state, digest)
+    except _Stopped:
+        return None
     except UcpError:
         stop.set()
         raise

@@ -1,0 +1,146 @@
+"""Command lines: exit codes, text, JSON, and the import rule of the library."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ucp.synthetic import make_state, model, write_native
+
+from megatron.ucp import cli
+from megatron.ucp.convert import ProgressLine, main
+from megatron.ucp.topology import Topology
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = make_state(model(), seed=5)
+
+
+@pytest.fixture
+def native(tmp_path):
+    write_native(tmp_path / "run/global_step5", STATE, Topology(tp_size=2, dp_size=2), 1)
+    (tmp_path / "run/latest").write_text("global_step5")
+    return tmp_path / "run/global_step5"
+
+
+def ucp(capsys, *arguments):
+    code = cli.main([str(a) for a in arguments])
+    return code, capsys.readouterr()
+
+
+def test_inspect(native, capsys):
+    code, shown = ucp(capsys, "inspect", native.parent)
+    assert code == 0
+    for text in (
+        "native, ZeRO-1",
+        "tp2 pp1 dp2",
+        "iteration   5",
+        "embedding.word_embeddings.weight",
+        "37x16",
+        "shard_nc",
+    ):
+        assert text in shown.out
+    code, shown = ucp(capsys, "inspect", native, "--json")
+    assert json.loads(shown.out)["topology"]["tp_size"] == 2
+
+
+def test_convert_verify_diff_plan(native, capsys):
+    output = native.parent / "u"
+    assert ucp(capsys, "convert", native, output, "--json")[0] == 0
+    for folder in (native, output):
+        code, shown = ucp(capsys, "verify", folder)
+        assert code == 0 and "sound" in shown.out and "NOT" not in shown.out
+    code, shown = ucp(capsys, "diff", native, output, "--full")
+    assert code == 0 and "equal" in shown.out
+    code, shown = ucp(capsys, "plan", native, "--dp", 3, "--json")
+    assert code == 0 and len(json.loads(shown.out)["ranks"]) == 3
+
+
+def test_not_sound_and_not_equal_are_1(native, tmp_path, capsys):
+    other = {n: {s: t.clone() for s, t in states.items()} for n, states in STATE.items()}
+    other["final_norm.weight"]["fp32"][1] += 0.5
+    write_native(tmp_path / "other", other, Topology(), 2)
+    code, shown = ucp(capsys, "diff", native, tmp_path / "other")
+    assert code == 1 and "final_norm.weight  fp32" in shown.out and "5.000e-01" in shown.out
+    (native / "mp_rank_00_model_states.pt").unlink()
+    code, shown = ucp(capsys, "verify", native, "--json")
+    assert code == 1 and not json.loads(shown.out)["is_sound"]
+
+
+def test_usage_is_2(tmp_path, capsys):
+    assert ucp(capsys, "verify", tmp_path)[0] == 2
+    for arguments in ([], ["verify"], ["frobnicate", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2
+
+
+def test_tool_takes_deepspeeds_namespace(native, capsys):
+    arguments = argparse.Namespace(
+        input_folder=str(native),
+        output_folder=str(native.parent / "u"),
+        num_extract_workers=2,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    assert main(arguments) == 0
+    assert "state digest" in capsys.readouterr().out
+    assert main(arguments) == 1
+    assert "already there" in capsys.readouterr().err
+
+
+def test_tool_and_module_run_as_programs(native):
+    tool = [sys.executable, ROOT / "tools/ds_to_universal.py"]
+    done = subprocess.run(
+        [*tool, "--input_folder", native.parent, "--output_folder", native.parent / "u", "--num_workers", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "run folder" in done.stdout, done.stderr
+    done = subprocess.run([sys.executable, "-m", "megatron.ucp", "verify", native.parent / "u"], cwd=ROOT)
+    assert done.returncode == 0
+
+
+def test_importing_the_library_imports_no_deepspeed_and_nothing_else_of_ours():
+    code = (
+        "import sys, megatron.ucp, megatron.ucp.cli; "
+        "bad = [m for m in sys.modules if m.split('.')[0] == 'deepspeed' or "
+        "m.startswith('megatron.') and not m.startswith('megatron.ucp')]; sys.exit(str(bad) if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Terminal:
+    def __init__(self, is_terminal):
+        self.text, self.is_terminal = "", is_terminal
+
+    def isatty(self):
+        return self.is_terminal
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_progress_on_a_terminal_and_in_a_log():
+    terminal, log = Terminal(True), Terminal(False)
+    for stream in (terminal, log):
+        line = ProgressLine(stream)
+        line._shown -= 60
+        line(1 << 20, 4 << 20)
+        line(4 << 20, 4 << 20)
+    assert terminal.text.startswith("\r1 / 4 MiB") and terminal.text.endswith("\n") and "s left" in terminal.text
+    assert log.text.count("\n") == 1 and "\r" not in log.text
+
+
+def test_state_is_made_of_different_tensors():
+    """The truth these tests compare with is not trivially equal to itself."""
+    tensors = [t for states in STATE.values() for t in states.values() if t.numel() > 8]
+    assert all(not torch.equal(a.flatten()[:8], b.flatten()[:8]) for a, b in zip(tensors, tensors[1:]))
