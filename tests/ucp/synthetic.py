@@ -134,6 +134,7 @@ def write_native(
     prefix: str = "",
     is_elastic: bool = False,
     with_manifest: bool = True,
+    info: dict | None = None,
     edit=None,
 ) -> Manifest:
     """Files as an engine of this topology saves them. `edit(pp, tp, name, state, shard) -> shard` plants faults."""
@@ -153,7 +154,7 @@ def write_native(
                 }
                 order.append([p.name for group in groups for p in group])
                 mp_rank = pp * topology.tp_size + tp
-                _write_model_states(folder, mp_rank, groups, shards, topology, zero_stage, is_pipelined, state)
+                _write_model_states(folder, mp_rank, groups, shards, topology, zero_stage, is_pipelined, info)
                 if zero_stage:
                     _write_zero(folder, mp_rank, groups, shards, topology.zero_size, prefix, zero_stage, is_elastic)
                 if is_pipelined and not zero_stage:
@@ -209,7 +210,7 @@ def _param_groups(groups) -> list[dict]:
     return out
 
 
-def _write_model_states(folder, mp_rank, groups, shards, topology, zero_stage, is_pipelined, state) -> None:
+def _write_model_states(folder, mp_rank, groups, shards, topology, zero_stage, is_pipelined, info) -> None:
     names = [p.name for group in groups for p in group]
     content = {
         "module": None if is_pipelined else {n: shards[n, "fp32"] for n in names},
@@ -220,7 +221,10 @@ def _write_model_states(folder, mp_rank, groups, shards, topology, zero_stage, i
         "checkpoint_parallel_dimensions": {"pp_degree": topology.pp_size, "tp_degree": topology.tp_size},
         "global_steps": 5,
         "ds_version": "0.19.8",
+        "iteration": 5,
     }
+    if info is not None:
+        content["universal_checkpoint_info"] = info
     if not zero_stage:
         states = {i: {"step": torch.tensor(5.0), **{s: shards[n, s] for s in STATES[1:]}} for i, n in enumerate(names)}
         content["optimizer"] = {"state": states, "param_groups": _param_groups(groups)}

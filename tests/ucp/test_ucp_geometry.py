@@ -19,8 +19,7 @@ from megatron.ucp.fragment import (
 from megatron.ucp.layout import Cut, Layout, Part, ShardRank
 from megatron.ucp.topology import RankCoords, Topology
 
-settings.register_profile("ucp", max_examples=60, deadline=None, derandomize=True)
-settings.load_profile("ucp")
+quick = settings(max_examples=50, deadline=None, derandomize=True)
 
 
 @st.composite
@@ -63,6 +62,7 @@ def numbered(shape) -> torch.Tensor:
     return torch.arange(1, math.prod(shape) + 1).reshape(shape)
 
 
+@quick
 @given(cut_layouts())
 def test_split_then_merge_gives_the_atomic_parameter(case):
     layout, tp_size = case
@@ -72,6 +72,7 @@ def test_split_then_merge_gives_the_atomic_parameter(case):
     assert torch.equal(layout.merge(shards), atomic)
 
 
+@quick
 @given(cut_layouts(), st.data())
 def test_runs_say_where_every_element_of_a_flat_interval_lies(case, data):
     layout, tp_size = case
@@ -87,6 +88,7 @@ def test_runs_say_where_every_element_of_a_flat_interval_lies(case, data):
     assert np.all(np.diff(runs[:, 0]) > 0) and np.all(runs[:, 2] > 0)
 
 
+@quick
 @given(cut_layouts())
 def test_owned_runs_of_all_ranks_count_every_element_once(case):
     layout, tp_size = case
@@ -115,6 +117,7 @@ def by_element(runs) -> dict[int, int]:
     return {int(a) + i: int(b) + i for a, b, n in runs for i in range(n)}
 
 
+@quick
 @given(run_sets(), run_sets())
 def test_intersection_equals_the_one_by_element(target, source):
     wanted, have = by_element(target), by_element(source)
@@ -123,6 +126,7 @@ def test_intersection_equals_the_one_by_element(target, source):
     assert found == expected
 
 
+@quick
 @given(run_sets(), st.lists(run_sets(), max_size=3), st.integers(0, 20), st.integers(0, 20))
 def test_faults_and_clips_equal_those_by_element(target, sources, a, b):
     count = [sum(i in by_element(s) for s in sources) for i in range(80)]
@@ -182,6 +186,7 @@ def test_what_cannot_be_cut_is_refused(make):
         make()
 
 
+@quick
 @given(cut_layouts())
 def test_layouts_survive_json(case):
     layout, _ = case
@@ -199,6 +204,7 @@ def test_ranks_count_through_pp_dp_sp_tp():
     assert str(topology) == "tp2 pp2 dp2"
 
 
+@quick
 @given(*[st.integers(1, 4)] * 4)
 def test_every_rank_has_its_own_coordinates(dp, tp, pp, sp):
     topology = Topology(dp, tp, pp, sp)
