@@ -30,7 +30,7 @@ def cross_entropy(logits_bsv: Tensor, labels_bs: Tensor, vocabulary: Vocabulary)
     """Negative log likelihood of each label, fp32 [b, s], equal on all tp ranks. Collective over tp.
 
     Consumes `logits_bsv`: its memory is overwritten (if it is fp32; else one fp32 copy is made). The graph can be
-    run backward once.
+    run backward once. A label that is no word gives nan, as a check on the host would cost a wait for the device.
     """
     return _CrossEntropy.apply(logits_bsv, labels_bs, vocabulary)
 
@@ -56,11 +56,11 @@ class _CrossEntropy(torch.autograd.Function):
         is_here_n, column_n = _own_columns(labels_bs, vocabulary)
         target_n = exp_nv.gather(1, column_n.unsqueeze(1)).squeeze(1)
         max_n, sum_n = _exp_in_place(exp_nv)
-        # A rank's share is relative to its own maximum: first to a common scale, then add up.
-        scale_n = torch.ones_like(sum_n)
         if vocabulary.context.tp_size > 1:
-            scale_n, max_n, sum_n, target_n = _combined(max_n, sum_n, target_n, is_here_n, vocabulary)
-        nll_n = sum_n.log() + max_n - target_n
+            scale_n, max_n, sum_n, target_n, is_a_word_n = _combined(max_n, sum_n, target_n, is_here_n, vocabulary)
+        else:
+            scale_n, is_a_word_n = torch.ones_like(sum_n), is_here_n
+        nll_n = torch.where(is_a_word_n, sum_n.log() + max_n - target_n, math.nan)
         ctx.dtype, ctx.shape = logits_bsv.dtype, logits_bsv.shape
         ctx.state = (exp_nv, scale_n.div_(sum_n), is_here_n, column_n)
         return nll_n.view(labels_bs.shape)
@@ -101,12 +101,13 @@ def _exp_in_place(logits_nv: Tensor) -> tuple[Tensor, Tensor]:
 
 def _combined(
     max_n: Tensor, sum_n: Tensor, target_n: Tensor, is_here_n: Tensor, vocabulary: Vocabulary
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A rank's share is relative to its own maximum: bring all to a common scale, then add up."""
     group = vocabulary.context.tp_group
     total_max_n = max_n.clone()
     dist.all_reduce(total_max_n, op=dist.ReduceOp.MAX, group=group)
     scale_n = (max_n - total_max_n).exp_()
     # where, not a product: the stand-in column of a label elsewhere may be padding, and 0 * -inf is nan.
-    sums_2n = torch.stack([sum_n * scale_n, torch.where(is_here_n, target_n, 0.0)])
-    dist.all_reduce(sums_2n, group=group)
-    return scale_n, total_max_n, sums_2n[0], sums_2n[1]
+    sums_3n = torch.stack([sum_n * scale_n, torch.where(is_here_n, target_n, 0.0), is_here_n.to(sum_n.dtype)])
+    dist.all_reduce(sums_3n, group=group)
+    return scale_n, total_max_n, sums_3n[0], sums_3n[1], sums_3n[2] > 0

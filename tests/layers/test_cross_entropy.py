@@ -56,6 +56,14 @@ def test_fault_unmasked_padding_changes_the_loss():
     assert (unmasked - masked).min() > 0.05
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_label_outside_the_vocabulary_gives_nan_and_not_a_wrong_number(tp_size):
+    (logits, labels, upstream), nll, _ = _case()
+    labels[0, 3], labels[1, 2] = 101, -1  # the first is a padding column
+    for found, _, _ in run_ranks(tp_size, _parallel, logits, labels, upstream, 128, None):
+        assert found.isnan().nonzero().tolist() == [[0, 3], [1, 2]]
+
+
 def test_blocks_of_rows_change_nothing(monkeypatch):
     given, _, _ = _case(torch.float32)
     given = *given[:2], given[2].float()

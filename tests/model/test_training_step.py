@@ -52,6 +52,9 @@ def _plain(untied):
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         optimizer.step()
     assert min(norms) > CLIP  # clipping is at work
+    model.eval()
+    with torch.no_grad():
+        losses.append(model(*batch(seed=77)).item())
     return losses, norms, merged(*zip(parameters(model)), Topology())
 
 
@@ -87,7 +90,22 @@ def _steps(engine, context, is_pipelined):
                 torch.distributed.all_reduce(total, group=context.dp_group)
             losses.append(total.item() / context.dp_size)
         norms.append(engine.get_global_grad_norm())
-    return losses, norms
+    return [*losses, _held_out(engine, is_pipelined)], norms
+
+
+def _held_out(engine, is_pipelined):
+    tokens, labels, mask = batch(seed=77)
+    if is_pipelined:
+        # In micro batches of the size trained with: DeepSpeed's stages remember the shape of what they receive.
+        size = engine.train_micro_batch_size_per_gpu()
+        parts = zip(tokens.split(size), labels.split(size), mask.split(size))
+        items = [(part[0], part[1:]) for part in parts]
+        return float(engine.eval_batch(iter(items), num_micro_batches=len(items)))
+    engine.eval()
+    with torch.no_grad():
+        loss = engine(tokens, labels, mask).item()
+    engine.train()
+    return loss
 
 
 def _train(rank, world_size, topology, zero_stage, untied, is_pipelined, folder):
