@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model.tiny_gpt import build, config, merged, parameters
+from model.tiny_gpt import batch, build, config, merged, parameters
 from parallel.tensor_ranks import run_ranks
 
 from megatron.layers.parameter import UndeclaredParameterError, initialize
@@ -95,3 +95,18 @@ def test_flops_are_counted_by_hand():
     # per block: qkv 32x96, dense 32x32, up 32x128, down 128x32; 2 x 12 x 32 for scores and values; output 32 x 101
     forward = 2 * (3 * (32 * 96 + 32 * 32 + 2 * 32 * 128 + 2 * 12 * 32) + 32 * 101)
     assert flops_per_token(model) == 3 * forward
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"add_bias_linear": False}, {"num_key_value_heads": 2}, {"ffn_hidden_size": 48, "max_position_embeddings": 99}],
+    ids=str,
+)
+def test_num_parameters_is_what_a_model_has(changes):
+    model = config(**changes)
+    built, _, _ = build(Topology(), model, False)
+    assert sum(layout.numel for layout in parameter_layouts(built).values()) == num_parameters(model)
+    assert num_parameters(model) != num_parameters(config())
+    tokens, labels, mask = batch()
+    built(tokens, labels, mask).backward()
+    assert all(param.grad is not None for param in built.parameters())
