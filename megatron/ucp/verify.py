@@ -117,7 +117,7 @@ def _check_state(source: Source, name: str, state: str) -> tuple[Digest | None, 
             check_replicas(source, name, state, pieces, start, values)
             digest += digest_runs(values, runs, name=name, state=state, shape=layout.shape)
     except UcpError as error:
-        return None, f"{name} ({state}): {error}"
+        return None, str(error)  # names the parameter, or the file: then it is one finding for all its parameters
     saved = source.manifest.digests.get(name, {}).get(state)
     if saved is not None and saved != digest.hex():
         return digest, f"{name} ({state}): state digest {digest.hex()}, {saved} was saved"

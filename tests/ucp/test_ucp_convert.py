@@ -1,21 +1,27 @@
 """Any DeepSpeed folder -> universal: bit-equal to the atomic state it was cut from by plain code (synthetic.py)."""
 
 import zipfile
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from ucp.synthetic import make_state, model, write_native
 
+from megatron.ucp import digest, execute
+from megatron.ucp.commit import checksum_file
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
-from megatron.ucp.execute import read_into
+from megatron.ucp.errors import CorruptFileError
+from megatron.ucp.execute import copy_runs, read_into
 from megatron.ucp.fragment import shard_runs
 from megatron.ucp.layout import Layout, Part, ShardRank
-from megatron.ucp.manifest import read_manifest
+from megatron.ucp.manifest import ParameterInfo, read_manifest, write_manifest
 from megatron.ucp.plan import plan
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import open_source
 from megatron.ucp.topology import Topology
+from megatron.ucp.torch_file import TensorFile
 from megatron.ucp.verify import verify
 
 STATE = make_state(model(), seed=3)
@@ -113,9 +119,6 @@ def test_any_interval_of_any_target_is_read(tmp_path, case, precision):
 
 
 def test_partial_parameters_are_averaged(tmp_path):
-    from dataclasses import replace
-
-    from megatron.ucp.manifest import write_manifest
 
     def edit(pp, tp, name, state, shard):
         return shard + tp if name == "final_norm.weight" else shard
@@ -148,3 +151,54 @@ def test_universal_of_universal_is_itself(tmp_path):
     first = convert(tmp_path / "n", tmp_path / "u")
     assert convert(tmp_path / "u", tmp_path / "v").digest == first.digest
     assert_universal_equals(tmp_path / "v", STATE)
+
+
+def test_without_the_compiled_kernel_the_result_is_the_same(tmp_path, monkeypatch):
+
+    write_native(tmp_path / "n", STATE, Topology(tp_size=4, dp_size=2), 1)
+    first = convert(tmp_path / "n", tmp_path / "u")
+    monkeypatch.setattr(digest, "_kernel", None)
+    monkeypatch.setattr(execute, "_kernel", None)
+    second = convert(tmp_path / "n", tmp_path / "v")
+    assert first.digest == second.digest and first.manifest.files == second.manifest.files
+
+
+def test_frozen_parameters_are_carried(tmp_path):
+
+    manifest = write_native(tmp_path / "n", STATE, Topology(tp_size=2, dp_size=2), 1, with_manifest=False)
+    frozen = torch.arange(10.0).reshape(5, 2)
+    layout = Layout.shard_v((5, 2))
+    for tp in range(2):
+        path = tmp_path / f"n/mp_rank_{tp:02d}_model_states.pt"
+        content = torch.load(path)
+        content["module"]["frozen"] = layout.split(frozen, ShardRank(tp, 2))
+        torch.save(content, path)
+    info = ParameterInfo(layout, states=("fp32",), is_trainable=False)
+    write_manifest(tmp_path / "n", replace(manifest, parameters={**manifest.parameters, "frozen": info}, files={}))
+    convert(tmp_path / "n", tmp_path / "u")
+    assert torch.equal(load(tmp_path / "u/zero/frozen/fp32.pt")["param"], frozen)
+    assert sorted(p.name for p in (tmp_path / "u/zero/frozen").iterdir()) == ["fp32.pt"]
+
+
+def test_files_beyond_the_zip_limit_stay_aligned_and_readable(tmp_path, monkeypatch):
+    """Over 2 GiB the zip's headers change; the limit is lowered here instead of writing so much."""
+
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
+    values = torch.arange(5000.0)
+    with TensorFile(tmp_path / "big.pt", {"cat_dim": 0}, (50, 100)) as file:
+        for chunk in values.split(999):
+            file.write(chunk)
+    assert checksum_file(tmp_path / "big.pt") == file.info
+    for is_mapped in (False, True):
+        content = torch.load(tmp_path / "big.pt", weights_only=True, mmap=is_mapped)
+        assert torch.equal(content["param"], values.view(50, 100))
+    assert zipfile.ZipFile(tmp_path / "big.pt").testzip() is None
+
+
+def test_a_copy_outside_its_tensor_is_refused(tmp_path):
+
+    for copies in ([[0, 3, 2]], [[0, 0, 9]]):
+        with pytest.raises(CorruptFileError):
+            copy_runs(torch.zeros(8), torch.zeros(4), np.array(copies))
+    with pytest.raises(ValueError):
+        copy_runs(torch.zeros(2), torch.zeros(4), np.array([[0, 0, 3]]))

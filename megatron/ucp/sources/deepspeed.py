@@ -28,8 +28,8 @@ from megatron.ucp.errors import (
     UnsupportedCheckpointError,
     listed,
 )
-from megatron.ucp.fragment import shard_runs
-from megatron.ucp.layout import ShardRank
+from megatron.ucp.fragment import Runs, clip_local, shard_runs
+from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest
 from megatron.ucp.sources.source import FileCache, Piece
 
@@ -56,6 +56,7 @@ class DeepSpeedSource:
         self.folder, self.manifest = Path(folder), manifest
         self._cache = FileCache()
         self._fragments: dict[tuple[str, int], list[_Fragment]] | None = None
+        self._shard_runs: dict[tuple[Layout, ShardRank, bool | None], Runs] = {}
         if manifest.zero_stage not in (0, 1, 2):
             raise UnsupportedCheckpointError("this ZeRO stage is not read yet", found=manifest.zero_stage, where=folder)
         self.zero_files, self.model_files = _find_files(self.folder, manifest)
@@ -73,11 +74,11 @@ class DeepSpeedSource:
                 rank = ShardRank(tp, tp_size)
                 for file, key, offset, start, stop in self._holders(name, state, pp, tp):
                     if info.layout.is_averaged or index:
-                        pieces.append(Piece(file, key, shard_runs(info.layout, rank, start, stop), offset, copy))
+                        pieces.append(Piece(file, key, self._runs(info.layout, rank, None, start, stop), offset, copy))
                         continue
-                    pieces.append(Piece(file, key, shard_runs(info.layout, rank, start, stop, True), offset))
+                    pieces.append(Piece(file, key, self._runs(info.layout, rank, True, start, stop), offset))
                     if tp:  # tp rank 0 owns all it holds
-                        replica = shard_runs(info.layout, rank, start, stop, False)
+                        replica = self._runs(info.layout, rank, False, start, stop)
                         pieces.append(Piece(file, key, replica, offset, copy))
         return [piece for piece in pieces if len(piece.runs)]
 
@@ -117,6 +118,14 @@ class DeepSpeedSource:
             optimizer = {"zero_stage": 0, "ds_version": content.get("ds_version")}
         files["zero/optimizer_state.pt"] = {**optimizer, "param_groups": groups}
         return files
+
+    def _runs(self, layout: Layout, rank: ShardRank, owned: bool | None, start: int, stop: int | None) -> Runs:
+        """shard_runs, with the whole shard's kept: many ZeRO ranks and many layers ask for parts of the same one."""
+        key = layout, rank, owned
+        whole = self._shard_runs.get(key)
+        if whole is None:
+            whole = self._shard_runs[key] = shard_runs(layout, rank, owned=owned)
+        return whole if stop is None else clip_local(whole, start, stop)
 
     def _holders(self, name: str, state: str, pp: int, tp: int):
         """(file, key, offset, start, stop): who holds which part of the (pp, tp) shard."""

@@ -81,7 +81,11 @@ def write_universal(
         source.pieces(*jobs[0])  # builds the source's index once, before the threads ask for it
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         futures = [pool.submit(work, job) for job in jobs]
-        errors = [error for future in futures if (error := future.exception())]
+        try:
+            errors = [error for future in futures if (error := future.exception())]
+        except BaseException:  # an interrupt: the pool waits for its workers before it lets us go
+            stop.set()
+            raise
     if errors:
         raise errors[0]
     written = [result for future in futures if (result := future.result())]
