@@ -96,6 +96,7 @@ def command_line(data: Path, *, tp=1, pp=1, zero=0, micro_batch=1, iters=4, **fl
         "eval_interval": 1000,
         "num_workers": 0,
         "seed": 1234,
+        "save_interval": 1000 if "save" in flags else None,
         "distributed_backend": "gloo",
         "deepspeed": True,
         **flags,

@@ -1,0 +1,95 @@
+"""A resumed run goes on as the run that never stopped.
+
+Same topology: bitwise, dropout on (losses, grad norms, learning rates, and the state at the end).
+Another topology: fp32 losses within twice what reordering float sums does to the Source itself (the control arm).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.ranks import run_ranks
+from matrix.cells import Cell
+from matrix.recording import Curves, command_line, train, write_dataset
+
+HALF = 20
+
+SAME = (Cell(), Cell(dp=2, zero=1), Cell(dp=2, zero=2), Cell(tp=2, zero=1), Cell(pp=2, zero=1), Cell(tp=2, pp=2))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "matrix_text_document")
+
+
+def _train(cell: Cell, data: Path, **flags) -> Curves:
+    return run_ranks(cell.world_size, train, command_line(data, **cell.flags, **flags))[0]
+
+
+@pytest.mark.parametrize("cell", SAME, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_same_topology_is_bitwise_with_dropout(cell: Cell, precision: str, data, tmp_path):
+    flags = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "micro_batch": 2, "eval_iters": 1, "eval_interval": 8}
+    if precision == "bf16":
+        flags["bf16"] = True
+    whole = _train(cell, data, iters=2 * HALF, **flags)
+    # The first half runs under the same --train-iters and is stopped, as a machine's death would.
+    first = _train(cell, data, iters=2 * HALF, exit_interval=HALF, save=tmp_path, **flags)
+    second = _train(cell, data, iters=2 * HALF, load=tmp_path, **flags)
+    assert sorted(second.losses) == list(range(HALF + 1, 2 * HALF + 1))
+    for curve in ("losses", "grad_norms", "learning_rates"):
+        assert {**getattr(first, curve), **getattr(second, curve)} == getattr(whole, curve)
+    assert first.validations + second.validations == whole.validations
+    assert second.digests == whole.digests
+    assert first.digests != whole.digests
+
+
+def test_dropout_is_really_on(data):
+    """The test above would pass without randomness; and evaluation must not use dropout."""
+    cell = Cell()
+    off = _train(cell, data, iters=2, eval_iters=1, eval_interval=1)
+    on = _train(cell, data, iters=2, eval_iters=1, eval_interval=1, hidden_dropout=0.1)
+    attention = _train(cell, data, iters=2, attention_dropout=0.1)
+    assert off.losses[1] != on.losses[1] != attention.losses[1] != off.losses[1]
+
+
+JOURNEYS = (
+    (Cell(pp=2, zero=1), Cell()),
+    (Cell(tp=2, zero=1), Cell(pp=2, zero=1)),
+    (Cell(dp=2, zero=2), Cell(tp=2, pp=2, zero=1)),
+    (Cell(tp=2, dp=2, zero=1), Cell(dp=2, zero=0)),
+    (Cell(tp=2, pp=2, zero=0), Cell(tp=2, dp=2, zero=2)),
+)
+
+
+def _max_delta(curves: Curves, reference: Curves) -> float:
+    return max(abs(loss - reference.losses[step]) for step, loss in curves.losses.items())
+
+
+@pytest.mark.parametrize("source, target", JOURNEYS, ids=lambda cell: cell.name)
+def test_another_topology_within_twice_the_control(source: Cell, target: Cell, data, tmp_path):
+    whole = _train(source, data, iters=2 * HALF)
+    _train(source, data, iters=2 * HALF, exit_interval=HALF, save=tmp_path)
+    control = _train(source, data, iters=2 * HALF, micro_batch=2, load=tmp_path)
+    resumed = _train(target, data, iters=2 * HALF, micro_batch=2, load=tmp_path)
+    assert sorted(resumed.losses) == list(range(HALF + 1, 2 * HALF + 1))
+    first = HALF + 1
+    assert abs(resumed.losses[first] - whole.losses[first]) < 1e-5
+    # The floor is one unit in the last place of these losses: a control may by luck not differ at all.
+    assert _max_delta(resumed, whole) <= 2 * max(_max_delta(control, whole), 4.8e-7)
+    assert resumed.learning_rates == {step: whole.learning_rates[step] for step in resumed.learning_rates}
+    for step, norm in resumed.grad_norms.items():
+        assert norm == pytest.approx(whole.grad_norms[step], rel=1e-4)
+    # Every checker must be able to fail: another seed's losses do not pass.
+    stranger = _train(target, data, iters=1, seed=7)
+    assert abs(stranger.losses[1] - whole.losses[1]) > 1e-3
+
+
+def test_changed_batching_reads_every_sample_once(data, tmp_path):
+    """dp1 with micro batch 4, then dp2 with micro batch 1: the same 8 samples per step, in the same order."""
+    whole = _train(Cell(), data, iters=12, micro_batch=8)
+    _train(Cell(), data, iters=12, micro_batch=4, exit_interval=6, save=tmp_path)
+    resumed = _train(Cell(dp=2, zero=1), data, iters=12, micro_batch=1, load=tmp_path)
+    assert max(abs(resumed.losses[i] - whole.losses[i]) for i in range(7, 13)) < 2e-6
