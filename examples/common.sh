@@ -145,7 +145,10 @@ set_launch() {
         deepspeed)
             local port="${MASTER_PORT:-29500}"
             [[ "$DRY_RUN" == 1 || -n "${MASTER_PORT:-}" ]] || port="$(free_port)"
-            launch+=("$bin/deepspeed" --num_gpus "$world" --master_addr 127.0.0.1 --master_port "$port")
+            launch+=(
+                "$bin/deepspeed" --num_gpus "$world" --master_addr 127.0.0.1 --master_port "$port"
+                --log_level error # its own lines only repeat the command, which is in logs/
+            )
             ;;
         torchrun) launch+=("$bin/torchrun" --standalone --nproc-per-node "$world") ;;
         *) die "LAUNCHER=$LAUNCHER is neither deepspeed nor torchrun" ;;

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.ucp.errors import NotACheckpointError
-from megatron.ucp.manifest import MANIFEST_NAME
+from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
 from megatron.ucp.sources import open_source
 from megatron.ucp.topology import Topology
 
@@ -87,16 +87,20 @@ def _sorted_by_kind(load: Path, found: list[Found]) -> FoundCheckpoints:
 
 
 def _describe(folder: Path) -> Found:
-    is_foreign_universal = (folder / "zero").is_dir()  # DeepSpeed's own converter writes no ucp.json
-    if not (folder / MANIFEST_NAME).is_file() and not is_foreign_universal:
+    has_manifest = (folder / MANIFEST_NAME).is_file()
+    is_foreign_universal = not has_manifest and (folder / "zero").is_dir()  # written by DeepSpeed's own converter
+    if not has_manifest and not is_foreign_universal:
         raise NotACheckpointError(
             f"no {MANIFEST_NAME} in the folder: it was never committed, or another program saved it",
             where=folder,
             do="remove the pointer to it, load an older tag, or convert a foreign DeepSpeed checkpoint with "
             "tools/ds_to_universal.py and load the universal folder",
         )
-    manifest = open_source(folder).manifest
-    return Found(folder, manifest.kind, int(manifest.iteration or 0), manifest.topology, manifest.zero_stage)
+    manifest = open_source(folder).manifest if is_foreign_universal else read_manifest(folder)
+    # Of a universal folder a user wants to know what trained it, not that it is whole.
+    trained = manifest.source or {"topology": manifest.topology.to_json(), "zero_stage": manifest.zero_stage}
+    topology = Topology.from_json(trained["topology"])
+    return Found(folder, manifest.kind, int(manifest.iteration or 0), topology, trained["zero_stage"])
 
 
 def choose_resume(found: FoundCheckpoints | None, wanted: Wanted) -> ResumePlan:
