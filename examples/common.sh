@@ -140,6 +140,8 @@ set_launch() {
     threads=$(($(nproc) / world))
     # Several ranks on a few cores must not each start a thread per core.
     launch=(env "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}")
+    # Threads that wait must not spin: on a busy machine that costs several times the work itself.
+    launch+=("OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}")
     [[ "$DEVICE" == cpu ]] && launch+=("DS_ACCELERATOR=cpu")
     case "$LAUNCHER" in
         deepspeed)
