@@ -17,6 +17,7 @@ import faulthandler
 import importlib
 import multiprocessing as mp
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -99,10 +100,15 @@ def _rank_main(rank, world_size, scratch, writer, path, module, name, args) -> N
     sys.path[:] = path
     try:
         _initialise(rank, world_size, scratch)
+        import torch.distributed
+
         body: Any = importlib.import_module(module)
         for part in name.split("."):
             body = getattr(body, part)
-        message = ("ok", body(rank, world_size, *args))
+        # Pickled here: multiprocessing would send a tensor as a file descriptor of a process that has ended.
+        message = ("ok", pickle.dumps(body(rank, world_size, *args)))
+        # A rank that ends while a peer is still connecting a group would look to it like a crash.
+        torch.distributed.barrier()
     except BaseException as error:  # noqa: B036 - whatever ended the rank is what the parent must hear of
         message = ("raised", f"{type(error).__name__}: {error}", traceback.format_exc())
     try:
@@ -162,7 +168,7 @@ def _collect(processes, readers, scratch: Path, timeout: float) -> list[Any]:
     failed = [rank for rank, message in sorted(messages.items()) if message[0] != "ok"]
     if failed:
         raise RankFailure(_story(failed, messages, scratch))
-    return [messages[rank][1] for rank in range(len(processes))]
+    return [pickle.loads(messages[rank][1]) for rank in range(len(processes))]
 
 
 def _dump_stacks(process) -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from parallel.tensor_ranks import run_ranks
 
+from harness.ranks import run_ranks
 from megatron.layers import cross_entropy as module
 from megatron.layers.cross_entropy import cross_entropy, mean_loss
 from megatron.layers.vocabulary import Vocabulary

@@ -6,8 +6,8 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from parallel.tensor_ranks import run_ranks
 
+from harness.ranks import run_ranks
 from megatron.config.model import ModelConfig
 from megatron.layers.attention import Attention
 from megatron.layers.block import Block

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from model.tiny_gpt import VOCABULARY, batch, build, config, merged
-from parallel.tensor_ranks import run_ranks
 
+from harness.ranks import run_ranks
 from megatron.ucp.topology import Topology
 
 TOLERANCE = 2e-5

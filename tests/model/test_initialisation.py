@@ -3,8 +3,8 @@
 import pytest
 import torch
 from model.tiny_gpt import batch, build, config, merged, parameters
-from parallel.tensor_ranks import run_ranks
 
+from harness.ranks import run_ranks
 from megatron.layers.parameter import UndeclaredParameterError, initialize
 from megatron.model.build import parameter_groups, parameter_layouts
 from megatron.model.flops import flops_per_token, num_parameters

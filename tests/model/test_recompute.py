@@ -3,8 +3,8 @@
 import pytest
 import torch
 from model.tiny_gpt import batch, build, config
-from parallel.tensor_ranks import run_ranks
 
+from harness.ranks import run_ranks
 from megatron.model.gpt_pipe import PipelineRecomputeError, entry_paths
 from megatron.model.recompute import Recompute
 from megatron.ucp.topology import Topology

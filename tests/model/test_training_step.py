@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from model.tiny_gpt import batch, build, config, merged, parameters
-from parallel.tensor_ranks import run_ranks
 
+from harness.ranks import run_ranks
 from megatron.model.build import parameter_groups
 from megatron.parallel.mpu import Mpu
 from megatron.ucp.topology import Topology

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from parallel.tensor_ranks import run_ranks
 
+from harness.ranks import run_ranks
 from megatron.parallel import collectives
 from megatron.parallel.context import ParallelContext, build_context
 from megatron.ucp.topology import Topology
