@@ -13,7 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megatron.config.config import Config
-from megatron.data.gpt_dataset import build_datasets
+from megatron.data.gpt_dataset import build_datasets, order_crc32
 from megatron.data.loader import Collator, build_loader
 from megatron.data.sampler import SampleIndexer
 from megatron.parallel.context import ParallelContext
@@ -27,6 +27,12 @@ class Batches:
         self.micro_batch_size = config.run.micro_batch_size
         self.num_workers = config.data.num_workers
         self.collate = Collator(eod=eod, eod_mask_loss=config.data.eod_mask_loss)
+        self._order_flags = {
+            "data_path": list(config.data.data_path),
+            "split": config.data.split,
+            "seed": config.run.seed,
+            "seq_length": config.model.seq_length,
+        }
         self.train_set, self.valid_set, self.test_set = build_datasets(
             config.data.data_path,
             split=config.data.split,
@@ -36,6 +42,10 @@ class Batches:
             cache_dir=config.data.data_cache_path,
             vocab_size=config.model.vocab_size,
         )
+
+    def train_order(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its Source, for every sample to be seen once, in order."""
+        return {**self._order_flags, "num_samples": len(self.train_set), "order_crc32": order_crc32(self.train_set)}
 
     def train(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
         return self._loader(self.train_set, consumed_samples)

@@ -71,6 +71,7 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
     checkpointer = Checkpointer(
         engine, context, layouts, streams, schedule,
         model=_identity(config.model),
+        train_order=batches.train_order(),
         padded_vocab_size=config.model.padded_vocab_size(topology.tp_size),
     )  # fmt: skip
     log.info(

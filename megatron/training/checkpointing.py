@@ -105,14 +105,17 @@ class Checkpointer:
         streams: RandomStreams,
         schedule: LearningRateSchedule,
         model: Mapping[str, Any],
+        train_order: Mapping[str, Any],
         padded_vocab_size: int,
     ) -> None:
-        """`layouts` is this stage's; `model` is what a Source must agree on (ModelConfig as plain values)."""
+        """`layouts` is this stage's; `model` is what a Source must agree on (ModelConfig as plain values);
+        `train_order` says which samples come in which order (`Batches.train_order`): a Source's other one is told."""
         self.engine = engine
         self.context = context
         self.streams = streams
         self.schedule = schedule
         self.model = dict(model)
+        self.train_order = dict(train_order)
         self.atlas = Atlas.gather(layouts, context)
         self.state = EngineState(engine, self.atlas.layouts, context, self.atlas.pp_stages)
         # Where DeepSpeed's own converter looks for it (engine._save_checkpoint).
@@ -251,6 +254,7 @@ class Checkpointer:
             else {key: getattr(scaler, key) for key in LOSS_SCALER_FIELDS if hasattr(scaler, key)},
             "rng": {"file": RNG_FILE, "world_size": dist.get_world_size()},
             "global_batch_size": self.engine.train_batch_size(),
+            "train_order": self.train_order,
             "engine": {
                 "global_samples": self.engine.global_samples,
                 "skipped_steps": self.engine.skipped_steps,
@@ -373,6 +377,8 @@ class Checkpointer:
         engine = self.engine
         if not options.with_progress:
             return Progress()
+        for line in changed_order(common.get("train_order"), self.train_order):
+            log.warning("warning: %s", line)
         engine.global_steps = progress.iteration
         engine.global_samples = common.get("engine", {}).get("global_samples", progress.consumed_train_samples)
         engine.skipped_steps = common.get("engine", {}).get("skipped_steps", 0)
@@ -409,6 +415,22 @@ def compare_models(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
         f"model.{key}: {saved[key]!r} in the Source, {wanted[key]!r} here"
         for key in sorted(set(saved) & set(wanted))
         if saved[key] != wanted[key]
+    ]
+
+
+def changed_order(saved: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> list[str]:
+    """Empty if the samples go on in the Source's order; otherwise why they do not, one line each. Not an error:
+    people do change their data on purpose."""
+    if not saved or saved["order_crc32"] == wanted["order_crc32"]:
+        return []
+    reasons = [
+        f"{key} was {saved[key]}, is {wanted[key]}"
+        for key in wanted
+        if key != "order_crc32" and saved.get(key) != wanted[key]
+    ]
+    return [
+        "the training samples come in another order than the Source's: some may be seen twice, some never",
+        *(reasons or ["the dataset's documents have changed"]),
     ]
 
 
