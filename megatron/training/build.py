@@ -26,10 +26,11 @@ from megatron.model.flops import flops_per_token, num_parameters
 from megatron.parallel.context import ParallelContext, build_context
 from megatron.parallel.rng import RandomStreams
 from megatron.training.batches import Batches
-from megatron.training.checkpointing import Checkpointer, LoadOptions
 from megatron.training.ds_config import deepspeed_config
 from megatron.training.engine import build_engine
 from megatron.training.launch import LaunchInfo
+from megatron.training.live_run import LiveRun
+from megatron.training.loading import LoadOptions, load
 from megatron.training.loop import Run
 from megatron.training.progress import Progress
 from megatron.training.resume import ResumePlan, Wanted, choose_resume, find_checkpoints
@@ -68,7 +69,7 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
     engine = build_engine(config.optimizer, model, context, ds_config)
     schedule = LearningRateSchedule(config.optimizer, config.train_iters, config.run.global_batch_size)
     schedule.attach(engine.optimizer)
-    checkpointer = Checkpointer(
+    live = LiveRun.of(
         engine, context, layouts, streams, schedule,
         model=_identity(config.model),
         train_order=batches.train_order(),
@@ -80,7 +81,7 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
     )  # fmt: skip
     progress = Progress()
     if not plan.is_fresh:
-        progress = checkpointer.load(plan, _load_options(config))
+        progress = load(live, plan, _load_options(config))
     run_log = RunLog.open(
         config.run.tensorboard_dir,
         _describe(config, context, plan, zero_stage, progress),
@@ -89,10 +90,7 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
     )
     return Run(
         config,
-        context,
-        engine,
-        schedule,
-        checkpointer,
+        live,
         batches,
         progress,
         run_log,

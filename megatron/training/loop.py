@@ -19,13 +19,12 @@ import torch
 import torch.distributed as dist
 
 from megatron.config.config import Config
-from megatron.parallel.context import ParallelContext
 from megatron.training.batches import Batches
-from megatron.training.checkpointing import Checkpointer
 from megatron.training.engine import evaluate, train_step
+from megatron.training.live_run import LiveRun
 from megatron.training.metrics import Rate, StepMetrics, Throughput, console_line, duration
 from megatron.training.progress import Progress
-from megatron.training.schedule import LearningRateSchedule
+from megatron.training.saving import save
 from megatron.training.tensorboard import RunLog
 
 log = logging.getLogger(__name__)
@@ -40,10 +39,7 @@ class Run:
     """Everything a run consists of, built and ready."""
 
     config: Config
-    context: ParallelContext
-    engine: Any
-    schedule: LearningRateSchedule
-    checkpointer: Checkpointer
+    live: LiveRun
     batches: Batches
     progress: Progress
     run_log: RunLog
@@ -74,23 +70,23 @@ def fit(run: Run) -> Progress:
         if config.run.eval_iters and progress.iteration % config.run.eval_interval == 0:
             validate(run)
             throughput.restart()
-        reason = _exit_reason(config, progress, started, stop, run.engine.device)
+        reason = _exit_reason(config, progress, started, stop, run.live.engine.device)
         if _is_save_due(config, progress) or (reason and config.checkpoint.save):
-            run.checkpointer.save(Path(config.checkpoint.save), progress)
+            save(run.live, Path(config.checkpoint.save), progress)
             saved_at = progress.iteration
             throughput.restart()
         if reason:
             log.info("stopping at iteration %d: %s", progress.iteration, reason)
             return progress
     if config.checkpoint.save and saved_at != progress.iteration:
-        run.checkpointer.save(Path(config.checkpoint.save), progress)
+        save(run.live, Path(config.checkpoint.save), progress)
     return progress
 
 
 def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
-    engine, progress = run.engine, run.progress
-    learning_rate = run.schedule.get_last_lr()[0]
-    scaler = run.checkpointer.state.loss_scaler if run.config.optimizer.precision == "fp16" else None
+    engine, progress = run.live.engine, run.progress
+    learning_rate = run.live.schedule.get_last_lr()[0]
+    scaler = run.live.state.loss_scaler if run.config.optimizer.precision == "fp16" else None
     loss_scale = None if scaler is None else float(scaler.cur_scale)
     skipped_before = engine.skipped_steps
     loss = train_step(engine, train)
@@ -106,7 +102,7 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
     progress.consumed_train_tokens += global_batch_size * run.config.model.seq_length
     progress.skipped_iterations += is_skipped
     if not is_skipped:
-        run.schedule.step(global_batch_size)
+        run.live.schedule.step(global_batch_size)
     norm = engine.get_global_grad_norm()
     return StepMetrics(
         iteration=progress.iteration,
@@ -125,8 +121,8 @@ def validate(run: Run) -> float:
     """Mean loss over eval_iters batches of the validation split, logged; moves consumed_valid_samples."""
     config, progress = run.config, run.progress
     batches = run.batches.valid(progress.consumed_valid_samples)
-    with run.checkpointer.streams.preserved():
-        loss = evaluate(run.engine, batches, config.run.eval_iters)
+    with run.live.streams.preserved():
+        loss = evaluate(run.live.engine, batches, config.run.eval_iters)
     progress.consumed_valid_samples += config.run.eval_iters * config.run.global_batch_size
     log.info("validation at iteration %d | loss %.6f | ppl %.4g", progress.iteration, loss, math.exp(min(20, loss)))
     run.run_log.validation(progress.iteration, progress.consumed_train_samples, progress.consumed_train_tokens, loss)
@@ -135,7 +131,7 @@ def validate(run: Run) -> float:
 
 def test(run: Run) -> float:
     """Mean loss over eval_iters batches of the test split, logged."""
-    loss = evaluate(run.engine, run.batches.test(), run.config.run.eval_iters)
+    loss = evaluate(run.live.engine, run.batches.test(), run.config.run.eval_iters)
     log.info("test | loss %.6f | ppl %.4g", loss, math.exp(min(20, loss)))
     return loss
 

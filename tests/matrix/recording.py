@@ -129,7 +129,7 @@ def train(rank: int, world_size: int, argv: list[str]) -> Curves:
 
     run = build(argv, rank, world_size)
     fit(run)
-    return curves(run, state_digests(run.checkpointer.state))
+    return curves(run, state_digests(run.live.state))
 
 
 def curves(run, digests) -> Curves:

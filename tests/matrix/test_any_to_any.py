@@ -43,11 +43,13 @@ def sources(tmp_path_factory, data) -> dict[str, dict]:
 
 def _take_all(rank: int, world_size: int, argv: list[str], plans: list[tuple[str, str]], save_last: str | None):
     """Load every planned Source into one live engine; the digests found after each load."""
+    from megatron.training.loading import load
     from megatron.training.resume import ResumePlan
+    from megatron.training.saving import save
     from megatron.training.state_digest import state_digests
 
     run = build(argv, rank, world_size)
-    state = run.checkpointer.state
+    state = run.live.state
     state.make_states()
     found = []
     for kind, folder in plans:
@@ -56,12 +58,12 @@ def _take_all(rank: int, world_size: int, argv: list[str], plans: list[tuple[str
                 tensor.fill_(777.0)
             state.set_step(interval.flat, 777)
         state.refresh_weights()
-        assert all(bool((p == 777.0).all()) for p in run.engine.module.parameters())
-        progress = run.checkpointer.load(ResumePlan(kind, Path(folder), ""))
+        assert all(bool((p == 777.0).all()) for p in run.live.engine.module.parameters())
+        progress = load(run.live, ResumePlan(kind, Path(folder), ""))
         step = {state.step_of(interval.flat) for interval in state.intervals}
         found.append((state_digests(state), step, progress.iteration, progress.consumed_train_samples))
     if save_last is not None:
-        run.checkpointer.save(Path(save_last), progress)
+        save(run.live, Path(save_last), progress)
     return found
 
 

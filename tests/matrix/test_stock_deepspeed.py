@@ -77,13 +77,17 @@ def _stock_load(rank: int, world_size: int, argv: list[str], folder: str):
     from megatron.training.state_digest import state_digests
 
     run = build(argv, rank, world_size)
-    state = run.checkpointer.state
+    state = run.live.state
     state.make_states()
-    before, fresh = run.engine.global_steps, state_digests(state)
-    run.engine.load_checkpoint(folder)
+    before, fresh = run.live.engine.global_steps, state_digests(state)
+    run.live.engine.load_checkpoint(folder)
     assert all(state_digests(state)[name] != digests for name, digests in fresh.items())
-    found = state_digests(state), {state.step_of(i.flat) for i in state.intervals}, (before, run.engine.global_steps)
-    return *found, train_step(run.engine, run.batches.train(NUM_STEPS * 8))
+    found = (
+        state_digests(state),
+        {state.step_of(i.flat) for i in state.intervals},
+        (before, run.live.engine.global_steps),
+    )
+    return *found, train_step(run.live.engine, run.batches.train(NUM_STEPS * 8))
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda cell: f"to-{cell.name}")

@@ -6,7 +6,7 @@ import pytest
 
 from harness.ranks import run_ranks
 from matrix.recording import build, command_line, write_dataset
-from megatron.training.checkpointing import changed_order
+from megatron.training.loading import changed_order
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def _order(rank: int, world_size: int, argv: list[str]) -> dict:
-    return build(argv, rank, world_size).checkpointer.train_order
+    return dict(build(argv, rank, world_size).live.train_order)
 
 
 def _order_of(data: Path, world_size: int = 1, **flags) -> dict:

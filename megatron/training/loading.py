@@ -1,0 +1,239 @@
+"""Place a Source of any topology into a live engine: native, direct or universal, one path for all.
+
+    progress = load(live, plan)
+
+DeepSpeed's load_checkpoint is not used: each rank reads the intervals it keeps and writes them into the optimizer's own
+tensors; the digest of what then stands in the engine is held against the one in the Source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+from megatron.training.agreement import CheckpointError, SourceMismatchError, all_ranks_or_none
+from megatron.training.engine_state import OwnedInterval
+from megatron.training.live_run import LiveRun
+from megatron.training.progress import Progress
+from megatron.training.resume import ResumePlan
+from megatron.training.saving import RNG_FILE
+from megatron.training.schedule import ScheduleError
+from megatron.training.state_digest import MASTER, state_digests
+from megatron.ucp.digest import total
+from megatron.ucp.execute import gather
+from megatron.ucp.sources import Source, open_source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Megatron's --finetune and --no-load-*."""
+
+    with_optimizer: bool = True
+    with_schedule: bool = True
+    with_rng: bool = True
+    with_progress: bool = True
+
+
+def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) -> Progress:
+    """Place the planned Source into the engine; returns how far it had come. The engine is freshly built.
+
+    Collective over the world. Raises SourceMismatchError before anything is placed, CheckpointError where a digest
+    does not match.
+    """
+    options = options or LoadOptions()
+    started = time.perf_counter()
+    folder = plan.folder
+    with all_ranks_or_none("opening", folder):
+        source = open_source(folder)
+        _check_source(live, source, options)
+    with all_ranks_or_none("loading", folder):
+        num_elements = _place(live, source, options)
+    live.state.refresh_weights()
+    _check_digests(live, source, options, plan)
+    progress = _restore_common(live, source, options, is_same_topology=plan.kind == "native")
+    seconds = time.perf_counter() - started
+    log.info(
+        "loaded %s in %.2f s: rank 0 read %.1f MiB; iteration %d, consumed samples %d",
+        folder, seconds, num_elements * 4 / 2**20, progress.iteration, progress.consumed_train_samples,
+    )  # fmt: skip
+    return progress
+
+
+def _check_source(live: LiveRun, source: Source, options: LoadOptions) -> None:
+    """Everything that does not fit, at once, before anything is written. Local."""
+    problems = compare_models(source.manifest.model, live.model)
+    there, wanted = source.manifest.parameters, live.atlas.layouts
+    if missing := sorted(set(wanted) - set(there)):
+        problems.append(f"parameters the Source lacks: {_some(missing)}")
+    if unexpected := sorted(set(there) - set(wanted)):
+        problems.append(f"parameters only the Source has: {_some(unexpected)}")
+    for name in sorted(set(there) & set(wanted)):
+        if there[name].layout.shape != wanted[name].shape:
+            problems.append(f"{name}: shape {there[name].layout.shape} in the Source, {wanted[name].shape} here")
+    if options.with_optimizer:
+        live.state.make_states()
+        ours = set(live.state.state_names)
+        theirs = {state for info in there.values() for state in info.states} - {MASTER}
+        if not ours <= theirs:
+            problems.append(
+                f"optimizer states {sorted(ours)} are needed, the Source has {sorted(theirs)} "
+                f"({source.manifest.optimizer.kind}); use the same optimizer, or --no-load-optim"
+            )
+        lacking = {g["name"] for g in live.state.base.param_groups} - set(source.manifest.optimizer.groups)
+        if lacking:
+            problems.append(f"parameter groups the Source lacks: {sorted(lacking)}")
+    if options.with_schedule and (saved_schedule := source.manifest.common.get("schedule")):
+        try:
+            live.schedule.load_state_dict(saved_schedule)
+        except ScheduleError as error:
+            problems.append(str(error))
+    if problems:
+        raise SourceMismatchError(
+            f"{source.folder} does not fit this run; nothing was loaded:\n  " + "\n  ".join(problems)
+        )
+
+
+def _place(live: LiveRun, source: Source, options: LoadOptions) -> int:
+    """Read this rank's intervals into the optimizer's tensors; returns the number of elements. Local."""
+    num_elements = 0
+    steps: dict[int, float] = {}
+    for interval in live.state.intervals:
+        _read(source, interval, MASTER, interval.master)
+        num_elements += interval.numel
+        if not options.with_optimizer:
+            continue
+        for state in live.state.state_names:
+            _read(source, interval, state, interval.state(live.state.base, state))
+            num_elements += interval.numel
+        step = source.step(interval.name)
+        if step is not None and steps.setdefault(id(interval.flat), step) != step:
+            raise CheckpointError(f"{interval.name} is at step {step}, others of its group at another")
+    if options.with_optimizer:
+        # A rank may own only padding of a group; its step must be set all the same.
+        by_group = {source.manifest.parameters[i.name].group: steps.get(id(i.flat)) for i in live.state.intervals}
+        known = [step for step in by_group.values() if step is not None]
+        for group in live.state.base.param_groups:
+            for flat in group["params"]:
+                step = steps.get(id(flat), known[0] if known else source.manifest.common["iteration"])
+                live.state.set_step(flat, step)
+        _set_hyper_parameters(live, source.manifest.optimizer.groups)
+    return num_elements
+
+
+def _set_hyper_parameters(live: LiveRun, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """The Source's, by group name. Where the flags ask for others that is told, since they have no effect."""
+    for group, values in live.state.hyper_parameters().items():
+        for key, value in values.items():
+            if key not in ("lr", "initial_lr") and saved[group].get(key, value) != value:
+                log.warning("warning: %s of group %s goes on as %s, not %s", key, group, saved[group][key], value)
+    live.state.set_hyper_parameters(saved)
+
+
+def _read(source: Source, interval: OwnedInterval, state: str, out: torch.Tensor) -> None:
+    gather(source, interval.name, state, source.pieces(interval.name, state), interval.runs, out)
+
+
+def _check_digests(live: LiveRun, source: Source, options: LoadOptions, plan: ResumePlan) -> None:
+    placed = state_digests(live.state)
+    saved = source.manifest.digests
+    if not saved:
+        log.warning("%s carries no state digest: the load could not be proven", source.folder)
+        return
+    states = (MASTER, *live.state.state_names) if options.with_optimizer else (MASTER,)
+    wrong = [
+        f"{name} ({state})"
+        for name in placed
+        for state in states
+        if saved.get(name, {}).get(state) != placed[name].get(state)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"what was placed in the engine is not what was saved in {source.folder}; "
+            f"{len(wrong)} digests differ: {_some(wrong)}. The files were changed since the save, or this is a "
+            "defect: run `python -m megatron.ucp verify` on the folder."
+        )
+    if options.with_optimizer:
+        log.info("state digest %s equals the one at save (%s resume)", total(placed), plan.kind)
+    else:
+        log.info("weight digests equal those at save; optimizer states were not loaded")
+
+
+def _restore_common(live: LiveRun, source: Source, options: LoadOptions, is_same_topology: bool) -> Progress:
+    common = source.manifest.common
+    known = {field.name for field in dataclasses.fields(Progress)}
+    progress = Progress(**{key: common[key] for key in known if key in common})
+    engine = live.engine
+    if not options.with_progress:
+        return Progress()
+    for line in changed_order(common.get("train_order"), live.train_order):
+        log.warning("warning: %s", line)
+    engine.global_steps = progress.iteration
+    engine.global_samples = common.get("engine", {}).get("global_samples", progress.consumed_train_samples)
+    engine.skipped_steps = common.get("engine", {}).get("skipped_steps", 0)
+    # Not the saved number: the accumulation boundary is counted in this run's micro batches.
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    if options.with_schedule and common.get("schedule"):
+        # Once more: the placed hyper-parameters hold the Source's learning rate, the schedule has the last word.
+        live.schedule.load_state_dict(common["schedule"])
+    scaler = live.state.loss_scaler
+    if scaler is not None and options.with_optimizer and common.get("loss_scaler"):
+        for key, value in common["loss_scaler"].items():
+            if hasattr(scaler, key):
+                setattr(scaler, key, value)
+    if options.with_rng:
+        _restore_rng(live, source, progress, is_same_topology)
+    return progress
+
+
+def _restore_rng(live: LiveRun, source: Source, progress: Progress, is_same_topology: bool) -> None:
+    """Bit-equal for the same topology; otherwise reseeded from the seed and the iteration, by rule."""
+    path = source.folder / source.manifest.common.get("rng", {}).get("file", RNG_FILE)
+    if is_same_topology and path.is_file():
+        prefix = f"rank{dist.get_rank()}/"
+        tensors = safetensors.torch.load_file(path)
+        live.streams.load_state_dict(
+            {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        )
+        return
+    live.streams.reseed(progress.iteration)
+    log.info("random streams start anew at iteration %d: the topology changed", progress.iteration)
+
+
+def compare_models(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """One line for every value of the model that differs; values only one side knows are not compared."""
+    return [
+        f"model.{key}: {saved[key]!r} in the Source, {wanted[key]!r} here"
+        for key in sorted(set(saved) & set(wanted))
+        if saved[key] != wanted[key]
+    ]
+
+
+def changed_order(saved: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> list[str]:
+    """Empty if the samples go on in the Source's order; otherwise why they do not, one line each. Not an error:
+    people do change their data on purpose."""
+    if not saved or saved["order_crc32"] == wanted["order_crc32"]:
+        return []
+    reasons = [
+        f"{key} was {saved[key]}, is {wanted[key]}"
+        for key in wanted
+        if key != "order_crc32" and saved.get(key) != wanted[key]
+    ]
+    return [
+        "the training samples come in another order than the Source's: some may be seen twice, some never",
+        *(reasons or ["the dataset's documents have changed"]),
+    ]
+
+
+def _some(names: list[str], limit: int = 20) -> str:
+    rest = f", ... and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

@@ -1,0 +1,198 @@
+"""Save a live run as a native checkpoint: DeepSpeed's own files plus ucp.json, committed by rename.
+
+    folder = save(live, Path("runs/source"), progress)
+
+Every rank writes what it owns under a temporary name; digests are taken from the live state; files are checksummed
+and flushed; ucp.json is the last file; then one rename, then the pointer. A crash at any moment leaves the previous
+checkpoint and its pointer as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+import megatron
+from megatron.training.agreement import CheckpointError, all_ranks_or_none, gathered, on_rank_0
+from megatron.training.live_run import LiveRun
+from megatron.training.progress import Progress
+from megatron.training.resume import LATEST
+from megatron.training.state_digest import MASTER, state_digests
+from megatron.ucp import commit
+from megatron.ucp.digest import total
+from megatron.ucp.manifest import FileInfo, Manifest, OptimizerInfo, ParameterInfo, write_manifest
+from megatron.ucp.topology import Topology
+
+log = logging.getLogger(__name__)
+
+RNG_FILE = "rng_state.safetensors"
+LATEST_ITERATION = "latest_checkpointed_iteration.txt"
+"""Megatron's own pointer, kept for scripts that read it."""
+
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
+    """Write `folder`/global_step<iteration> and point `latest` to it. Returns the checkpoint's folder.
+
+    Collective over the world. Raises DivergedCopiesError before anything is written, CheckpointError on every rank
+    where one of them failed; what was saved before is untouched then.
+    """
+    started = time.perf_counter()
+    final = folder / f"global_step{progress.iteration}"
+    # A fresh optimizer (saved before its first step) has no states yet; DeepSpeed would save none.
+    live.state.make_states()
+    digests = state_digests(live.state)
+    staging = on_rank_0(lambda: commit.stage(final, replace=True))
+    with all_ranks_or_none("saving", final), _deferred_write_errors(live.engine):
+        live.engine.save_checkpoint(
+            str(folder),
+            tag=staging.name,
+            client_state={"iteration": progress.iteration, **dataclasses.asdict(progress)},
+            save_latest=False,
+        )
+    streams = gathered(live.streams.state_dict())
+    on_rank_0(lambda: _save_rng(staging, streams))
+    with all_ranks_or_none("checksumming", final):
+        own_files = _checksums(staging)
+    files = dict(sorted((name, info) for part in gathered(own_files) for name, info in part.items()))
+    manifest = _manifest(live, progress, digests, files)
+    on_rank_0(lambda: _commit(staging, final, manifest))
+    num_bytes = sum(entry.bytes for entry in files.values())
+    seconds = time.perf_counter() - started
+    log.info(
+        "saved %s: %.1f MiB in %.2f s (%.2f GiB/s), state digest %s",
+        final, num_bytes / 2**20, seconds, num_bytes / 2**30 / seconds, total(digests),
+    )  # fmt: skip
+    return final
+
+
+@contextlib.contextmanager
+def _deferred_write_errors(engine: Any) -> Iterator[None]:
+    """DeepSpeed writes files between barriers: a rank that raised there would leave the others waiting in the next
+    one. So a rank goes on after an error of its own, and raises when it is through."""
+    write = engine.checkpoint_engine.save
+    errors: list[Exception] = []
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return write(*args, **kwargs)
+        except Exception as error:
+            errors.append(error)
+            return None
+
+    engine.checkpoint_engine.save = save
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine.save = write
+    if errors:
+        raise errors[0]
+
+
+def _save_rng(folder: Path, states: list[dict[str, torch.Tensor]]) -> None:
+    tensors = {f"rank{rank}/{key}": value for rank, state in enumerate(states) for key, value in state.items()}
+    safetensors.torch.save_file(tensors, folder / RNG_FILE)
+
+
+def _checksums(folder: Path) -> dict[str, FileInfo]:
+    """Of this rank's share of the files, whoever wrote them."""
+    mine = commit.data_files(folder)[dist.get_rank() :: dist.get_world_size()]
+    return {path: commit.checksum_file(folder / path) for path in mine}
+
+
+def _commit(staging: Path, final: Path, manifest: Manifest) -> None:
+    write_manifest(staging, manifest)
+    commit.commit(staging, final, replace=True)
+    commit.point_to(final.parent, LATEST, final.name)
+    commit.point_to(final.parent, LATEST_ITERATION, str(manifest.common["iteration"]))
+
+
+def _manifest(
+    live: LiveRun, progress: Progress, digests: Mapping[str, Mapping[str, str]], files: Mapping[str, FileInfo]
+) -> Manifest:
+    steps: dict[str, float | None] = {}
+    groups: dict[str, str] = {}
+    order: list[str] = []
+    for interval in live.state.intervals:
+        steps[interval.name] = live.state.step_of(interval.flat)
+        groups[interval.name] = interval.group
+        order.append(interval.name)
+    everywhere = gathered((steps, groups, live.state.hyper_parameters(), order))
+    for other_steps, other_groups, _, _ in everywhere:
+        for name, step in other_steps.items():
+            if steps.setdefault(name, step) != step:
+                raise CheckpointError(f"ranks hold {name} at different optimizer steps: {steps[name]} and {step}")
+        groups.update(other_groups)
+    hyper_parameters = {name: values for part in everywhere for name, values in part[2].items()}
+    states = (MASTER, *live.state.state_names)
+    parameters = {
+        name: ParameterInfo(
+            layout=layout,
+            group=groups[name],
+            is_trainable=True,
+            pp_stages=live.atlas.pp_stages[name],
+            states=states,
+            step=steps[name],
+        )
+        for name, layout in live.atlas.layouts.items()
+    }
+    topology = live.context.topology
+    is_pipelined = live.engine.pipeline_parallelism
+    return Manifest(
+        kind="native",
+        saved_by={
+            "framework": "megatron-deepspeed-ucp",
+            "version": megatron.__version__,
+            "deepspeed": deepspeed.__version__,
+            "torch": torch.__version__,
+        },
+        topology=topology,
+        zero_stage=live.engine.zero_optimization_stage(),
+        is_pipelined=is_pipelined,
+        parameters=parameters,
+        optimizer=OptimizerInfo(
+            kind=type(live.state.base).__name__, wrapper=live.state.wrapper, groups=hyper_parameters
+        ),
+        model=live.model,
+        common=_common(live, progress),
+        digests={name: dict(values) for name, values in digests.items()},
+        files=dict(files),
+        zero0_order=_zero0_order(live.context.topology, [part[3] for part in everywhere])
+        if live.state.is_replicated
+        else [],
+        pipeline_layers=list(live.engine.module.entry_paths) if is_pipelined else [],
+    )
+
+
+def _zero0_order(topology: Topology, orders: list[list[str]]) -> list[list[str]]:
+    """By mp_rank: names in the order of the torch optimizer's indices."""
+    return [orders[topology.rank_of(pp=pp, tp=tp)] for pp in range(topology.pp_size) for tp in range(topology.tp_size)]
+
+
+def _common(live: LiveRun, progress: Progress) -> dict[str, Any]:
+    scaler = live.state.loss_scaler
+    return {
+        **dataclasses.asdict(progress),
+        "schedule": live.schedule.state_dict(),
+        "loss_scaler": None
+        if scaler is None
+        else {key: getattr(scaler, key) for key in LOSS_SCALER_FIELDS if hasattr(scaler, key)},
+        "rng": {"file": RNG_FILE, "world_size": dist.get_world_size()},
+        "global_batch_size": live.engine.train_batch_size(),
+        "train_order": live.train_order,
+        "engine": {
+            "global_samples": live.engine.global_samples,
+            "skipped_steps": live.engine.skipped_steps,
+        },
+    }
