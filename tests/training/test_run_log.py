@@ -1,0 +1,121 @@
+"""What is written beside the curves, read back with TensorBoard's own reader: upstream's keys, the true values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from harness.ranks import run_ranks
+from matrix.recording import RecordingLog, command_line, write_dataset
+
+KEYS = {
+    "lm-loss-training/lm loss",
+    "lm-loss-training/lm loss vs samples",
+    "lm-loss-training/lm loss vs tokens",
+    "lm-loss-validation/lm loss validation",
+    "lm-loss-validation/lm loss validation ppl",
+    "learning-rate/learning-rate",
+    "grad-norm/grad-norm",
+    "batch-size/batch-size",
+    "iteration-time/iteration-time",
+}
+
+
+class _Both(RecordingLog):
+    """Records what goes to the real log."""
+
+    def __init__(self, real):
+        super().__init__()
+        self.real = real
+
+    def step(self, metrics):
+        super().step(metrics)
+        self.real.step(metrics)
+
+    def rate(self, iteration, rate):
+        self.real.rate(iteration, rate)
+
+    def validation(self, *values):
+        super().validation(*values)
+        self.real.validation(*values)
+
+
+def _train(rank: int, world_size: int, argv: list[str]):
+    from megatron.config.arguments import parse
+    from megatron.training.build import build_run
+    from megatron.training.launch import LaunchInfo
+    from megatron.training.loop import fit
+
+    run = build_run(
+        parse(argv).config.validate(world_size), LaunchInfo(rank=rank, local_rank=rank, world_size=world_size)
+    )
+    with run.run_log as real:
+        run.run_log = both = _Both(real)
+        fit(run)
+    return both.steps, both.validations
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    data = write_dataset(folder / "log_text_document")
+    flags = {"iters": 6, "log_interval": 2, "eval_iters": 1, "eval_interval": 2, "zero": 1}
+    source = command_line(data, **flags, exit_interval=3, save=folder / "save", tensorboard_dir=folder / "source")
+    recorded = run_ranks(2, _train, source)
+    target = command_line(data, **flags, tp=2, load=folder / "save", tensorboard_dir=folder / "target")
+    run_ranks(2, _train, target)
+    return folder, recorded
+
+
+def _scalars(folder: Path, key: str) -> dict[int, float]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(key)}
+
+
+def test_upstreams_keys(made):
+    events = EventAccumulator(str(made[0] / "source"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) >= KEYS
+
+
+def test_values_are_those_of_the_steps(made):
+    folder, recorded = made
+    steps, validations = recorded[0]
+    assert recorded[1][0] == steps, "ranks must agree on every metric"
+    assert [s.iteration for s in steps] == [1, 2, 3]
+    for key, value in (
+        ("lm-loss-training/lm loss", lambda s: s.loss),
+        ("grad-norm/grad-norm", lambda s: s.grad_norm),
+        ("learning-rate/learning-rate", lambda s: s.learning_rate),
+    ):
+        assert _scalars(folder / "source", key) == pytest.approx({s.iteration: value(s) for s in steps}, rel=1e-6)
+        by_samples = _scalars(folder / "source", f"{key} vs samples")
+        assert by_samples == pytest.approx({8 * s.iteration: value(s) for s in steps}, rel=1e-6)
+    losses = _scalars(folder / "source", "lm-loss-validation/lm loss validation")
+    assert losses == pytest.approx(dict(validations), rel=1e-6) and list(losses) == [2]
+
+
+def test_run_json_says_what_run_it_was(made):
+    folder, _ = made
+    source, target = (json.loads((folder / name / "run.json").read_text()) for name in ("source", "target"))
+    assert (source["role"], source["resumed_from"]) == ("source", None)
+    assert source["topology"] == "tp1 pp1 dp2" and source["zero_stage"] == 1 and source["precision"] == "fp32"
+    assert target["role"] == "target" and target["topology"] == "tp2 pp1 dp1"
+    assert target["resumed_from"]["iteration"] == 3 and target["resumed_from"]["kind"] == "direct"
+    assert target["resumed_from"]["folder"].endswith("global_step3")
+    assert target["config"]["parallel"]["tensor_model_parallel_size"] == 2
+    assert {"commit", "versions"} <= set(target)
+
+
+def test_the_analysis_reads_it(made):
+    """The join is judged by tb_analysis from nothing but these files."""
+    from tb_analysis.tb_analysis_script import main
+
+    folder, _ = made
+    key = ["--tb_dir", str(folder), "--tb_event_key", "lm-loss-training/lm loss", "--skip_plot", "--skip_csv"]
+    # The Source stopped at 3 and the Target starts at 4: no common step, so no verdict can be a PASS.
+    assert main(key) != 0
