@@ -6,7 +6,7 @@
 #            happened. A control run (tp1 pp1 dp2, another micro batch) says how far the order of float sums
 #            alone drives two runs apart.
 # Hardware:  SIZE=tiny (default on a CPU): 2 cores. SIZE=125M: 2 CUDA devices.
-# Minutes:   about 4 (tiny).
+# Minutes:   2 to 4 (tiny).
 # You see:   a table that ends with PASS, runs/ex3/ucp_training_loss.png with both curves on one line, verdict.txt,
 #            verdict.json and csv/. Exit code 0 on PASS, 1 on FAIL.
 # Knobs:     SIZE DEVICE LAUNCHER RUN_DIR CONTROL DRY_RUN ...: examples/README.md

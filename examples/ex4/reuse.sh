@@ -2,9 +2,9 @@
 # Whether example 2's Source can serve as example 4's. Sourced after ../common.sh.
 #
 # SOURCE_RUN_DIR is the run folder of another example whose Source is used; empty = train one here. If it is
-# not given, runs/ex2 is taken where its finished Source has exactly the settings of this run.
+# not given, the folder ex2 beside RUN_DIR is taken where its finished Source has exactly this run's settings.
 
-ex2_run_dir="$ROOT/runs/ex2"
+ex2_run_dir="$(dirname "$RUN_DIR")/ex2"
 if [[ -z "$SOURCE_RUN_DIR" && -f "$ex2_run_dir/settings.txt" ]] &&
     [[ "$(settings)" == "$(<"$ex2_run_dir/settings.txt")" ]]; then
     SOURCE_RUN_DIR="$ex2_run_dir"

@@ -160,6 +160,19 @@ def test_example_4_uses_the_source_of_example_2_and_writes_nothing_there(tmp_pat
     assert programs == ["ds_to_universal.py", "pretrain_gpt.py", "tb_analysis_script.py"]
 
 
+@pytest.mark.parametrize(("seed", "is_used"), [("1234", True), ("7", False)], ids=["same-settings", "other-seed"])
+def test_example_4_finds_example_2_beside_it_only_with_the_same_settings(seed, is_used, tmp_path):
+    ex2, ex4 = tmp_path / "ex2", tmp_path / "ex4"
+    (ex2 / "checkpoints/source/global_step100").mkdir(parents=True)
+    shell = f"source {EXAMPLES}/ex2/topology.sh; source {EXAMPLES}/common.sh; settings"
+    settings = {"PATH": os.environ["PATH"], "DEVICE": "cpu", "SIZE": "tiny"}
+    printed = subprocess.run(["bash", "-c", shell], env=settings, capture_output=True, text=True, check=True)
+    (ex2 / "settings.txt").write_text(printed.stdout)
+    (convert,) = commands(EXAMPLES / "ex4" / "convert.sh", ex4, SIZE="tiny", SEED=seed)
+    owner = ex2 if is_used else ex4
+    assert convert.value("--input_folder") == f"{owner}/checkpoints/source/global_step100"
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
