@@ -25,6 +25,7 @@ class Batches:
     def __init__(self, config: Config, context: ParallelContext, eod: int | None) -> None:
         self.context = context
         self.micro_batch_size = config.run.micro_batch_size
+        self.samples_per_evaluation = max(1, config.run.eval_iters * config.run.global_batch_size)
         self.num_workers = config.data.num_workers
         self.collate = Collator(eod=eod, eod_mask_loss=config.data.eod_mask_loss)
         self._order_flags = {
@@ -50,15 +51,20 @@ class Batches:
     def train(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
         return self._loader(self.train_set, consumed_samples)
 
-    def valid(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
-        return self._loader(self.valid_set, consumed_samples)
+    def valid(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]] | None:
+        """From the next evaluation's first sample on; None where --split leaves no validation part. A run that is
+        longer than it was planned to be goes through the same evaluations again."""
+        if self.valid_set is None:
+            return None
+        num_evaluations = max(1, len(self.valid_set) // self.samples_per_evaluation)
+        evaluation = consumed_samples // self.samples_per_evaluation % num_evaluations
+        return self._loader(self.valid_set, evaluation * self.samples_per_evaluation)
 
-    def test(self) -> Iterator[dict[str, torch.Tensor]]:
-        return self._loader(self.test_set, 0)
+    def test(self) -> Iterator[dict[str, torch.Tensor]] | None:
+        """None where --split leaves no test part."""
+        return None if self.test_set is None else self._loader(self.test_set, 0)
 
-    def _loader(self, dataset: Any | None, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
-        if dataset is None:
-            return iter(())
+    def _loader(self, dataset: Any, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
         indexer = SampleIndexer(
             num_samples=len(dataset),
             consumed_samples=consumed_samples,

@@ -49,6 +49,9 @@ class Run:
 def fit(run: Run) -> Progress:
     """Train until train_iters or an exit condition; returns how far it came. Collective over the world."""
     config, progress = run.config, run.progress
+    if progress.iteration >= config.train_iters:
+        log.info("nothing to train: iteration %d of %d is reached", progress.iteration, config.train_iters)
+        return progress
     started = time.monotonic()
     stop = _StopSignal.install() if config.run.exit_signal_handler else None
     train = run.batches.train(progress.consumed_train_samples)
@@ -117,10 +120,12 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
     )
 
 
-def validate(run: Run) -> float:
+def validate(run: Run) -> float | None:
     """Mean loss over eval_iters batches of the validation split, logged; moves consumed_valid_samples."""
     config, progress = run.config, run.progress
     batches = run.batches.valid(progress.consumed_valid_samples)
+    if batches is None:
+        return None
     with run.live.streams.preserved():
         loss = evaluate(run.live.engine, batches, config.run.eval_iters)
     progress.consumed_valid_samples += config.run.eval_iters * config.run.global_batch_size
@@ -129,9 +134,13 @@ def validate(run: Run) -> float:
     return loss
 
 
-def test(run: Run) -> float:
+def test(run: Run) -> float | None:
     """Mean loss over eval_iters batches of the test split, logged."""
-    loss = evaluate(run.live.engine, run.batches.test(), run.config.run.eval_iters)
+    batches = run.batches.test()
+    if batches is None:
+        log.info("no test: --split leaves no test part")
+        return None
+    loss = evaluate(run.live.engine, batches, run.config.run.eval_iters)
     log.info("test | loss %.6f | ppl %.4g", loss, math.exp(min(20, loss)))
     return loss
 

@@ -1,0 +1,70 @@
+"""The edges of the loop: where there is nothing to evaluate or to train, and what makes it stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from harness.ranks import RankFailure, run_ranks
+from matrix.recording import build, command_line, write_dataset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "loop_text_document")
+
+
+def _fit(rank: int, world_size: int, argv: list[str], signal_at: int | None = None):
+    from megatron.training.loop import fit, test
+
+    run = build(argv, rank, world_size)
+    if signal_at is not None:
+        step = run.run_log.step
+
+        def step_and_signal(metrics):
+            step(metrics)
+            if metrics.iteration == signal_at and rank == world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        run.run_log.step = step_and_signal
+    progress = fit(run)
+    return progress.iteration, [loss for _, loss in run.run_log.validations], test(run)
+
+
+def test_a_split_without_validation_or_test_part(data):
+    argv = command_line(data, iters=2, split="100,0,0", eval_iters=1, eval_interval=1)
+    assert run_ranks(1, _fit, argv) == [(2, [], None)]
+
+
+def test_evaluation_does_not_depend_on_topology(data):
+    flags = {"iters": 2, "split": "80,10,10", "eval_iters": 2, "eval_interval": 1}
+    _, reference, tested = run_ranks(1, _fit, command_line(data, **flags))[0]
+    assert len(reference) == 2 and reference[0] != reference[1] and tested is not None
+    for flags_of_cell in ({"zero": 1}, {"tp": 2}, {"pp": 2, "zero": 1, "micro_batch": 2}):
+        for _, losses, test_loss in run_ranks(2, _fit, command_line(data, **flags, **flags_of_cell)):
+            assert losses == pytest.approx(reference, abs=2e-6)
+            assert test_loss == pytest.approx(tested, abs=2e-6)
+
+
+def test_resuming_a_finished_run_does_nothing(data, tmp_path):
+    argv = command_line(data, iters=2, save=tmp_path)
+    assert run_ranks(1, _fit, argv)[0][0] == 2
+    before = (tmp_path / "global_step2" / "ucp.json").stat().st_mtime_ns
+    assert run_ranks(1, _fit, [*argv, "--load", str(tmp_path)])[0][0] == 2
+    assert (tmp_path / "global_step2" / "ucp.json").stat().st_mtime_ns == before
+
+
+def test_sigterm_on_one_rank_saves_and_stops_all(data, tmp_path):
+    argv = command_line(data, zero=1, iters=8, save=tmp_path, exit_signal_handler=True)
+    assert [result[0] for result in run_ranks(2, _fit, argv, 3)] == [3, 3]
+    assert (tmp_path / "latest").read_text() == "global_step3"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(data, tmp_path):
+    argv = command_line(data, iters=8, save=tmp_path, save_interval=1, lr=1e20, min_lr=1e19, lr_warmup_iters=0)
+    with pytest.raises(RankFailure, match=r"NonFiniteLossError: loss is .* at iteration \d"):
+        run_ranks(1, _fit, argv)
+    assert (tmp_path / "latest").read_text() != "global_step8"
