@@ -7,6 +7,7 @@ for batch in batches.train(progress.consumed_train_samples): ...   # {"tokens", 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class Batches:
         self.num_workers = config.data.num_workers
         self.collate = Collator(eod=eod, eod_mask_loss=config.data.eod_mask_loss)
         self._order_flags = {
-            "data_path": list(config.data.data_path),
+            # Names, not paths: where the files lie on this machine does not matter.
+            "data_path": [Path(word).name for word in config.data.data_path],
             "split": config.data.split,
             "seed": config.run.seed,
             "seq_length": config.model.seq_length,
