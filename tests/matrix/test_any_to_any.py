@@ -90,6 +90,32 @@ def test_every_source_into(target: Cell, kind: str, sources, data, tmp_path):
     assert_same_tensors(sources[last]["universal"], tmp_path / "again_universal")
 
 
+BEYOND = (
+    Cell(dp=4, zero=1),
+    Cell(dp=4, zero=2),
+    Cell(tp=4, zero=1),
+    Cell(pp=3, zero=1),  # four layers on three stages
+    Cell(pp=4, zero=0),
+    Cell(pp=2, dp=2, zero=1),
+    Cell(pp=2, dp=2, zero=0),
+    Cell(tp=2, pp=2, dp=2, zero=1),
+)
+
+
+@pytest.mark.parametrize("kind", ["direct", "universal"])
+@pytest.mark.parametrize("target", BEYOND, ids=lambda cell: f"to-{cell.name}")
+def test_beyond_two_of_each(target: Cell, kind: str, sources, data, tmp_path):
+    """More ranks, uneven stages, three degrees at once; and from there on to one rank."""
+    made = sources["tp2pp2dp1-zero1"]
+    folder = made["native" if kind == "direct" else "universal"]
+    argv = command_line(data, **target.flags, seed=99)
+    for by_rank in run_ranks(target.world_size, _take_all, argv, [(kind, str(folder))], str(tmp_path)):
+        assert by_rank[0][0] == made["curves"].digests
+    saved = [("direct", str(tmp_path / f"global_step{NUM_STEPS}"))]
+    back = run_ranks(1, _take_all, command_line(data, seed=98), saved, None)
+    assert back[0][0][0] == made["curves"].digests
+
+
 def assert_same_tensors(first: Path, second: Path) -> None:
     """Bitwise, with plain torch.load: independent of our readers and of the digest."""
     files = sorted(path.relative_to(first) for path in (first / "zero").rglob("*.pt") if "optimizer" not in path.name)
