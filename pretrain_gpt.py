@@ -10,15 +10,16 @@ import sys
 
 from megatron.config.arguments import parse
 from megatron.training.launch import LaunchInfo, check_precision, close_distributed, init_distributed
-from megatron.training.reporting import report_errors, set_up_logging
+from megatron.training.reporting import report_errors, set_up_logging, told_by_rank_0
 
 
 def main(argv: list[str]) -> int:
-    result = parse(argv)
-    launch = LaunchInfo.from_environment(local_rank=result.config.run.local_rank)
-    log = set_up_logging(launch.rank)
     # Before any process group: a configuration that cannot run is told by one rank, at once.
-    config = result.config.validate(launch.world_size)
+    with told_by_rank_0(LaunchInfo.from_environment().rank):
+        result = parse(argv)
+        launch = LaunchInfo.from_environment(local_rank=result.config.run.local_rank)
+        log = set_up_logging(launch.rank)
+        config = result.config.validate(launch.world_size)
     run = config.run
     notes = init_distributed(launch, run.distributed_backend, timeout_minutes=run.distributed_timeout_minutes)
     check_precision(config.optimizer.precision)
@@ -38,8 +39,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with report_errors():
-        try:
+    try:
+        # Inside: the message comes before the process group is left, which may wait for other ranks.
+        with report_errors():
             sys.exit(main(sys.argv[1:]))
-        finally:
-            close_distributed()
+    finally:
+        close_distributed()

@@ -2,6 +2,8 @@
 
     with all_ranks_or_none("loading", folder):       # the block itself communicates with nobody
         read_my_part()
+    with stops_all_ranks("reading the data"):        # the same for errors that are no checkpoint's
+        datasets = open_them()
     tag = on_rank_0(lambda: choose_tag())            # its result, or its error, everywhere
     parts = gathered(my_part)                        # by rank, on every rank
 
@@ -17,6 +19,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron.training.reporting import TOLD_ELSEWHERE, told_by_rank_0
+
 
 class CheckpointError(RuntimeError):
     """A save or a load failed; the message says on which ranks and why. Raised on every rank."""
@@ -24,6 +28,10 @@ class CheckpointError(RuntimeError):
 
 class SourceMismatchError(CheckpointError):
     """The Source is of another model, or lacks what this run needs."""
+
+
+class OtherRankError(RuntimeError):
+    """Another rank failed, and so this one cannot go on; the message quotes it."""
 
 
 def gathered(value: Any) -> list[Any]:
@@ -43,7 +51,8 @@ def on_rank_0(action: Callable[[], Any]) -> Any:
             outcome[1] = f"{type(error).__name__}: {error}"
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise CheckpointError(outcome[1])
+        with told_by_rank_0(dist.get_rank()):
+            raise CheckpointError(outcome[1])
     return outcome[0]
 
 
@@ -64,4 +73,27 @@ def all_ranks_or_none(what: str, folder: Path) -> Iterator[None]:
         by_text.setdefault(text, []).append(rank)
     lines = [f"ranks {ranks[:8]}{'...' if len(ranks) > 8 else ''}: {text}" for text, ranks in by_text.items()]
     kind = SourceMismatchError if isinstance(failure, SourceMismatchError) else CheckpointError
-    raise kind(f"{what} {folder} failed on {len(failed)} of {len(told)} ranks\n" + "\n".join(lines)) from failure
+    with told_by_rank_0(dist.get_rank()):
+        raise kind(f"{what} {folder} failed on {len(failed)} of {len(told)} ranks\n" + "\n".join(lines)) from failure
+
+
+@contextlib.contextmanager
+def stops_all_ranks(what: str) -> Iterator[None]:
+    """A rank that failed raises its own error, the others an OtherRankError that quotes it; the block itself
+    communicates with nobody."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    told = gathered(None if failure is None else f"{type(failure).__name__}: {failure}")
+    failed = {rank: text for rank, text in enumerate(told) if text is not None}
+    if not failed:
+        return
+    teller = min(failed)
+    error = failure or OtherRankError(
+        f"{what} failed on {len(failed)} of {len(told)} ranks\nrank {teller}: {failed[teller]}"
+    )
+    rank = dist.get_rank()
+    setattr(error, TOLD_ELSEWHERE, rank != teller and failed.get(rank, failed[teller]) == failed[teller])
+    raise error

@@ -25,6 +25,7 @@ from megatron.model.build import build_model, parameter_layouts
 from megatron.model.flops import flops_per_token, num_parameters
 from megatron.parallel.context import ParallelContext, build_context
 from megatron.parallel.rng import RandomStreams
+from megatron.training.agreement import stops_all_ranks
 from megatron.training.batches import Batches
 from megatron.training.ds_config import deepspeed_config
 from megatron.training.engine import build_engine
@@ -33,6 +34,7 @@ from megatron.training.live_run import LiveRun
 from megatron.training.loading import LoadOptions, load
 from megatron.training.loop import Run
 from megatron.training.progress import Progress
+from megatron.training.reporting import told_by_rank_0
 from megatron.training.resume import ResumePlan, Wanted, choose_resume, find_checkpoints
 from megatron.training.schedule import LearningRateSchedule
 from megatron.training.tensorboard import RunLog
@@ -43,13 +45,14 @@ log = logging.getLogger(__name__)
 def build_run(config: Config, launch: LaunchInfo) -> Run:
     """Collective over the world; torch.distributed is up and `config` is validated. Raises ConfigError, ResumeError,
     data errors and checkpoint errors before the first step."""
-    tokenizer = build_tokenizer(
-        config.data.tokenizer_type,
-        vocab_file=config.data.vocab_file,
-        merge_file=config.data.merge_file,
-        tokenizer_model=config.data.tokenizer_model,
-        vocab_size=config.model.vocab_size,
-    )
+    with stops_all_ranks("reading the tokenizer"):
+        tokenizer = build_tokenizer(
+            config.data.tokenizer_type,
+            vocab_file=config.data.vocab_file,
+            merge_file=config.data.merge_file,
+            tokenizer_model=config.data.tokenizer_model,
+            vocab_size=config.model.vocab_size,
+        )
     model_config = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
     config = dataclasses.replace(config, model=model_config)
     topology = config.parallel.topology(launch.world_size)
@@ -63,7 +66,8 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
 
     context = build_context(topology)
     streams = RandomStreams(config.run.seed, context)
-    batches = Batches(config, context, eod=tokenizer.eod)
+    with stops_all_ranks("reading the dataset"):
+        batches = Batches(config, context, eod=tokenizer.eod)
     model = build_model(config.model, config.parallel, context, streams, config.run.seed)
     layouts = parameter_layouts(model)
     engine = build_engine(config.optimizer, model, context, ds_config)
@@ -82,12 +86,13 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
     progress = Progress()
     if not plan.is_fresh:
         progress = load(live, plan, _load_options(config))
-    run_log = RunLog.open(
-        config.run.tensorboard_dir,
-        _describe(config, context, plan, zero_stage, progress),
-        launch.rank,
-        config.run.tensorboard_queue_size,
-    )
+    with stops_all_ranks("opening --tensorboard-dir"):
+        run_log = RunLog.open(
+            config.run.tensorboard_dir,
+            _describe(config, context, plan, zero_stage, progress),
+            launch.rank,
+            config.run.tensorboard_queue_size,
+        )
     return Run(
         config,
         live,
@@ -113,7 +118,8 @@ def _plan(config: Config, topology: Any, zero_stage: int) -> ResumePlan:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise outcome[1]
+        with told_by_rank_0(dist.get_rank()):
+            raise outcome[1]
     return outcome[0]
 
 

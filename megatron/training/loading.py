@@ -23,6 +23,7 @@ from megatron.training.agreement import CheckpointError, SourceMismatchError, al
 from megatron.training.engine_state import OwnedInterval
 from megatron.training.live_run import LiveRun
 from megatron.training.progress import Progress
+from megatron.training.reporting import told_by_rank_0
 from megatron.training.resume import ResumePlan
 from megatron.training.saving import RNG_FILE
 from megatron.training.schedule import ScheduleError
@@ -59,7 +60,8 @@ def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) ->
     with all_ranks_or_none("loading", folder):
         num_elements = _place(live, source, options)
     live.state.refresh_weights()
-    _check_digests(live, source, options, plan)
+    with told_by_rank_0(dist.get_rank()):
+        _check_digests(live, source, options, plan)
     progress = _restore_common(live, source, options, is_same_topology=plan.kind == "native")
     seconds = time.perf_counter() - started
     log.info(
@@ -186,12 +188,14 @@ def _restore_common(live: LiveRun, source: Source, options: LoadOptions, is_same
         # Once more: the placed hyper-parameters hold the Source's learning rate, the schedule has the last word.
         live.schedule.load_state_dict(common["schedule"])
     scaler = live.state.loss_scaler
-    if scaler is not None and options.with_optimizer and common.get("loss_scaler"):
-        for key, value in common["loss_scaler"].items():
-            if hasattr(scaler, key):
-                setattr(scaler, key, value)
+    saved_scaler = common.get("loss_scaler") or {}
+    # A dynamic scale goes on only from a dynamic one: bf16's constant 1 is no start for fp16, nor the reverse.
+    if options.with_optimizer and getattr(scaler, "dynamic", False) and "last_overflow_iter" in saved_scaler:
+        for key, value in saved_scaler.items():
+            setattr(scaler, key, value)
     if options.with_rng:
-        _restore_rng(live, source, progress, is_same_topology)
+        with all_ranks_or_none("restoring the random streams of", source.folder):
+            _restore_rng(live, source, progress, is_same_topology)
     return progress
 
 

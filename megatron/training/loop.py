@@ -24,6 +24,7 @@ from megatron.training.engine import evaluate, train_step
 from megatron.training.live_run import LiveRun
 from megatron.training.metrics import Rate, StepMetrics, Throughput, console_line, duration
 from megatron.training.progress import Progress
+from megatron.training.reporting import told_by_rank_0
 from megatron.training.saving import save
 from megatron.training.tensorboard import RunLog
 
@@ -95,10 +96,11 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
     loss = train_step(engine, train)
     is_skipped = engine.skipped_steps > skipped_before
     if not math.isfinite(loss) and not is_skipped:
-        raise NonFiniteLossError(
-            f"loss is {loss} at iteration {progress.iteration + 1} (learning rate {learning_rate:.3e}). The last "
-            "checkpoint is untouched; resume from it with a lower --lr, or look at the data of this iteration."
-        )
+        with told_by_rank_0(dist.get_rank()):
+            raise NonFiniteLossError(
+                f"loss is {loss} at iteration {progress.iteration + 1} (learning rate {learning_rate:.3e}). The last "
+                "checkpoint is untouched; resume from it with a lower --lr, or look at the data of this iteration."
+            )
     global_batch_size = run.config.run.global_batch_size
     progress.iteration += 1
     progress.consumed_train_samples += global_batch_size

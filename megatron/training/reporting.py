@@ -2,7 +2,8 @@
 
 log = set_up_logging(rank)          # rank 0 talks, the others only warn
 with report_errors():               # a named error is its message and exit code 2, not a traceback
-    main()
+    with told_by_rank_0(rank):      # what is wrong for every rank is told once
+        main()
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 
 FORMAT = "[%(asctime)s] %(message)s"
 DATE_FORMAT = "%H:%M:%S"
+
+TOLD_ELSEWHERE = "is_told_elsewhere"
+"""Attribute of an error that another rank reports too: true where this rank need not."""
 
 
 def set_up_logging(rank: int) -> logging.Logger:
@@ -40,11 +45,25 @@ def report_errors() -> Iterator[None]:
     except Exception as error:
         if not _explains_itself(error):
             raise
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if getattr(error, TOLD_ELSEWHERE, False):
+            # A launcher ends all ranks once it sees one end: the one that tells comes first.
+            time.sleep(1)
+        else:
+            print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         # Not sys.exit: ranks that wait in a collective are ended by the launcher, and threads of the process
         # group must not keep this one alive until then.
         sys.stdout.flush()
         os._exit(2)
+
+
+@contextlib.contextmanager
+def told_by_rank_0(rank: int) -> Iterator[None]:
+    """The block fails on every rank or on none, in the same way."""
+    try:
+        yield
+    except Exception as error:
+        setattr(error, TOLD_ELSEWHERE, rank > 0)
+        raise
 
 
 def _explains_itself(error: Exception) -> bool:

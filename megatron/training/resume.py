@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.ucp.commit import STAGING_SUFFIX
 from megatron.ucp.errors import NotACheckpointError
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
 from megatron.ucp.sources import open_source
@@ -24,6 +25,8 @@ from megatron.ucp.topology import Topology
 
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
+_REPLACED_SUFFIX = ".replaced"
+"""What megatron.ucp.commit calls a checkpoint while another takes its place."""
 
 
 class ResumeError(RuntimeError):
@@ -47,6 +50,8 @@ class FoundCheckpoints:
     load: Path
     native: Found | None = None
     universal: Found | None = None
+    no_pointer_to: tuple[str, ...] = ()
+    """Committed checkpoints in a folder that has no pointer at all."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,36 @@ class ResumePlan:
 def find_checkpoints(load: Path, tag: str | None = None) -> FoundCheckpoints:
     """What `load` holds: a run folder with its pointers (or a `tag` in it), or a checkpoint folder itself.
 
-    Raises NotACheckpointError where a pointer names a folder that is no committed checkpoint.
+    Raises NotACheckpointError for a pointer, a tag or a folder that is no committed checkpoint.
     """
-    if (load / MANIFEST_NAME).is_file():
+    if _is_checkpoint_folder(load):
         return _sorted_by_kind(load, [_describe(load)])
     if tag is not None:
+        if not (load / tag).is_dir():
+            raise NotACheckpointError(
+                f"--load-tag {tag}: there is no such folder",
+                found=[folder.name for folder in _committed(load)] or "no checkpoint at all",
+                where=load,
+                do="name one of the checkpoints found",
+            )
         return _sorted_by_kind(load, [_describe(load / tag)])
     pointers = [load / LATEST, load / LATEST_UNIVERSAL]
-    return _sorted_by_kind(load, [_describe(load / p.read_text().strip()) for p in pointers if p.is_file()])
+    found = _sorted_by_kind(load, [_describe(load / p.read_text().strip()) for p in pointers if p.is_file()])
+    if found == FoundCheckpoints(load):
+        return FoundCheckpoints(load, no_pointer_to=tuple(folder.name for folder in _committed(load)))
+    return found
+
+
+def _is_checkpoint_folder(folder: Path) -> bool:
+    """By what lies in it, committed or not: a checkpoint given by mistake must not pass for an empty run folder."""
+    return (folder.suffix == STAGING_SUFFIX and folder.is_dir()) or any(
+        next(folder.glob(pattern), None) is not None
+        for pattern in (MANIFEST_NAME, "zero/", "mp_rank_*_model_states.pt", "*zero_pp_rank_*_optim_states.pt")
+    )
+
+
+def _committed(load: Path) -> list[Path]:
+    return sorted(path.parent for path in load.glob(f"*/{MANIFEST_NAME}") if path.parent.suffix != STAGING_SUFFIX)
 
 
 def _sorted_by_kind(load: Path, found: list[Found]) -> FoundCheckpoints:
@@ -87,6 +114,13 @@ def _sorted_by_kind(load: Path, found: list[Found]) -> FoundCheckpoints:
 
 
 def _describe(folder: Path) -> Found:
+    replaced = folder.with_name(folder.name + _REPLACED_SUFFIX)
+    if not folder.exists() and (replaced / MANIFEST_NAME).is_file():
+        raise NotACheckpointError(
+            "a save that was to replace this checkpoint died between its two renames",
+            where=folder,
+            do=f"rename {replaced.name}, which is whole, to {folder.name}",
+        )
     has_manifest = (folder / MANIFEST_NAME).is_file()
     is_foreign_universal = not has_manifest and (folder / "zero").is_dir()  # written by DeepSpeed's own converter
     if not has_manifest and not is_foreign_universal:
@@ -139,9 +173,16 @@ def choose_resume(found: FoundCheckpoints | None, wanted: Wanted) -> ResumePlan:
     if wanted.exit_on_missing_checkpoint:
         raise ResumeError(
             f"no checkpoint in {found.load} and --exit-on-missing-checkpoint was given. Expected a file named "
-            f"{LATEST} or {LATEST_UNIVERSAL} there."
+            f"{LATEST} or {LATEST_UNIVERSAL} there.{_unpointed(found)}"
         )
+    if found.no_pointer_to:
+        return ResumePlan("fresh", None, f"starting fresh: no {LATEST} in {found.load}.{_unpointed(found)}")
     return ResumePlan("fresh", None, f"starting fresh: nothing is saved in {found.load} yet")
+
+
+def _unpointed(found: FoundCheckpoints) -> str:
+    names = ", ".join(found.no_pointer_to)
+    return f" Give --load-tag to resume from one of {names}." if names else ""
 
 
 def _tell(found: Found) -> str:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.training.engine_state import EngineState
+from megatron.training.reporting import told_by_rank_0
 from megatron.ucp.digest import Digest, digest_runs
 from megatron.ucp.layout import Layout, ShardRank
 
@@ -85,10 +86,11 @@ def _check_copies(
     dist.all_gather_object(everywhere, diverged)
     found = sorted({line for lines in everywhere for line in lines})
     if found:
-        raise DivergedCopiesError(
-            "copies of parameters that must be equal have drifted apart (a gradient was not reduced, or a copy was "
-            "written to); nothing was saved:\n  " + "\n  ".join(found[:40])
-        )
+        with told_by_rank_0(dist.get_rank()):
+            raise DivergedCopiesError(
+                "copies of parameters that must be equal have drifted apart (a gradient was not reduced, or a copy "
+                "was written to); nothing was saved:\n  " + "\n  ".join(found[:40])
+            )
 
 
 def _is_partly_replicated(layout: Layout, tp_size: int) -> bool:

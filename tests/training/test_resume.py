@@ -67,7 +67,10 @@ def _save(folder: Path, kind: str = "native", iteration: int = 7) -> Path:
 def test_find_follows_the_pointers(tmp_path):
     _save(tmp_path / "global_step7")
     _save(tmp_path / "global_step7_universal", "universal")
-    assert find_checkpoints(tmp_path) == FoundCheckpoints(tmp_path)  # no pointer: not a checkpoint to resume from
+    # No pointer: not a checkpoint to resume from, but not passed over in silence either.
+    found = find_checkpoints(tmp_path)
+    assert found == FoundCheckpoints(tmp_path, no_pointer_to=("global_step7", "global_step7_universal"))
+    assert "--load-tag to resume from one of global_step7, " in choose_resume(found, SAME).reason
     (tmp_path / "latest").write_text("global_step7")
     (tmp_path / "latest_universal").write_text("global_step7_universal")
     found = find_checkpoints(tmp_path)
@@ -79,6 +82,8 @@ def test_find_takes_a_checkpoint_folder_itself_and_a_tag(tmp_path):
     folder = _save(tmp_path / "global_step7")
     assert find_checkpoints(folder).native.folder == folder
     assert find_checkpoints(tmp_path, "global_step7").native.folder == folder
+    with pytest.raises(NotACheckpointError, match=r"(?s)--load-tag global_step8.*found: global_step7"):
+        find_checkpoints(tmp_path, "global_step8")
 
 
 def test_pointer_to_an_uncommitted_folder_is_refused(tmp_path):
@@ -86,4 +91,23 @@ def test_pointer_to_an_uncommitted_folder_is_refused(tmp_path):
     (tmp_path / "global_step9" / "mp_rank_00_model_states.pt").write_bytes(b"half")
     (tmp_path / "latest").write_text("global_step9")
     with pytest.raises(NotACheckpointError, match="never committed"):
+        find_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "nothing"]
+)
+def test_an_uncommitted_folder_given_as_load_is_no_empty_run_folder(name, tmp_path):
+    """Starting fresh from what the user took for a checkpoint would be the worst answer."""
+    folder = tmp_path / ("global_step9.tmp" if name == "nothing" else "global_step9")
+    folder.mkdir()
+    (folder / name).write_bytes(b"half")
+    with pytest.raises(NotACheckpointError, match="never committed"):
+        find_checkpoints(folder)
+
+
+def test_a_replacing_save_that_died_between_its_renames_is_told(tmp_path):
+    _save(tmp_path / "global_step7.replaced")
+    (tmp_path / "latest").write_text("global_step7")
+    with pytest.raises(NotACheckpointError, match="rename global_step7.replaced, which is whole, to global_step7"):
         find_checkpoints(tmp_path)
