@@ -7,8 +7,10 @@ shard is the running sum over ranks. The layout turns shard intervals into runs.
     source = DeepSpeedSource(folder, read_manifest(folder))
 
 ZeRO-0 keeps whole shards: weights by name ("module", or layer files in a pipeline), optimizer state by index, which
-`manifest.zero0_order` names. ZeRO-3 cuts every parameter by itself, in the order of `manifest.zero3_order`. Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dict,
-_create_param_mapping), runtime/bf16_optimizer.py, runtime/engine.py (_get_rank_zero_ckpt_name), runtime/pipe/module.py.
+`manifest.zero0_order` names. ZeRO-3 cuts every parameter by itself, in the order of `manifest.zero3_order`.
+
+Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dict, _create_param_mapping), stage3.py
+(_rigid_state_dict), runtime/bf16_optimizer.py, runtime/engine.py (_get_rank_zero_ckpt_name), runtime/pipe/module.py.
 """
 
 from __future__ import annotations
