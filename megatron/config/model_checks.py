@@ -143,7 +143,6 @@ def parallel_problems(model: ModelConfig, parallel: ParallelConfig, world_size: 
             fix="--zero-stage 1, or --pipeline-model-parallel-size 1 with more tensor or data parallelism",
         )
     rows = (
-        (stage == 3, "--zero-stage", "ZeRO-3", "--zero-stage 2"),
         (parallel.sequence_parallel, "--sequence-parallel", "Megatron's sequence parallelism", "drop it"),
         (parallel.ds_sequence_parallel_size > 1, "--ds-sequence-parallel-size",
          "Ulysses sequence parallelism", "--ds-sequence-parallel-size 1"),

@@ -27,6 +27,10 @@ from megatron.parallel.context import ParallelContext
 from megatron.ucp.fragment import EMPTY, shard_runs
 from megatron.ucp.layout import Layout, ShardRank
 
+_STAGE3 = "DeepSpeedZeroOptimizer_Stage3"
+_FLAT_GROUPS = {"DeepSpeedZeroOptimizer": "bit16_groups", "BF16_Optimizer": "bf16_groups"}
+"""Wrappers that keep each group's weights in one flat tensor, and the attribute that lists its parameters."""
+
 
 class UnsupportedOptimizerError(RuntimeError):
     """DeepSpeed wraps the optimizer in a way whose state this module does not know how to find."""
@@ -95,9 +99,7 @@ class EngineState:
     @cached_property
     def intervals(self) -> tuple[OwnedInterval, ...]:
         return tuple(
-            self._interval(fragment, group["name"])
-            for index, group in enumerate(self.base.param_groups)
-            for fragment in self._fragments(index)
+            self._interval(fragment, self.base.param_groups[group]["name"]) for group, fragment in self._fragments()
         )
 
     def _interval(self, fragment: _Fragment, group: str) -> OwnedInterval:
@@ -112,21 +114,37 @@ class EngineState:
             counted = shard_runs(layout, self.shard_rank, fragment.start, stop, owned=True)
         return OwnedInterval(name, group, runs=runs, counted_runs=counted, **vars(fragment))
 
-    def _fragments(self, group: int) -> Iterator[_Fragment]:
-        optimizer = self.engine.optimizer
+    @property
+    def flats(self) -> list[tuple[int, torch.Tensor]]:
+        """(parameter group, flat tensor): the keys of the base optimizer's state, in the order of its indices."""
+        if self.wrapper == _STAGE3:
+            # Between steps stage 3 takes them out of the optimizer's groups.
+            optimizer = self.engine.optimizer
+            _require(optimizer, "fp32_partitioned_groups_flat", "sub_group_to_group_id", "fp16_groups")
+            return [
+                (optimizer.sub_group_to_group_id[s], f) for s, f in enumerate(optimizer.fp32_partitioned_groups_flat)
+            ]
+        return [(index, flat) for index, group in enumerate(self.base.param_groups) for flat in group["params"]]
+
+    def _fragments(self) -> Iterator[tuple[int, _Fragment]]:
         if self.is_replicated:
-            for param in optimizer.param_groups[group]["params"]:
-                yield _Fragment(param, param, 0, 0, param.numel())
-            return
-        attribute = {"DeepSpeedZeroOptimizer": "bit16_groups", "BF16_Optimizer": "bf16_groups"}.get(self.wrapper)
-        if attribute is None:
+            yield from ((group, _Fragment(param, param, 0, 0, param.numel())) for group, param in self.flats)
+        elif self.wrapper == _STAGE3:
+            yield from self._stage3_fragments()
+        elif self.wrapper in _FLAT_GROUPS:
+            for group, flat in self.flats:
+                yield from ((group, fragment) for fragment in self._flat_fragments(group, flat))
+        else:
             raise UnsupportedOptimizerError(
                 f"optimizer state under DeepSpeed's {self.wrapper} cannot be located; known are ZeRO-0 in fp32, "
-                "ZeRO-1/2 and BF16_Optimizer. Choose --zero-stage 1 or 2."
+                "ZeRO-1/2/3 and BF16_Optimizer. Choose --zero-stage 1 or 2."
             )
+
+    def _flat_fragments(self, group: int, flat: torch.Tensor) -> Iterator[_Fragment]:
+        """ZeRO-1/2: the group's shards one after the other, cut into one interval per data-parallel rank."""
+        optimizer, attribute = self.engine.optimizer, _FLAT_GROUPS[self.wrapper]
         _require(optimizer, attribute, attribute + "_flat", "real_dp_process_group", "update_lp_params")
         weights_flat = getattr(optimizer, attribute + "_flat")[group]
-        flat = optimizer.optimizer.param_groups[group]["params"][0]
         partition = flat.numel() * dist.get_rank(group=optimizer.real_dp_process_group[group])
         for param in getattr(optimizer, attribute)[group]:
             # The storage position is the truth: DeepSpeed's own hp mapping is wrong under round_robin_gradients.
@@ -135,6 +153,26 @@ class EngineState:
             end = min(offset + param.numel(), partition + flat.numel())
             if end > begin:
                 yield _Fragment(param, flat, begin - partition, begin - offset, end - begin)
+
+    def _stage3_fragments(self) -> Iterator[tuple[int, _Fragment]]:
+        """ZeRO-3: every parameter by itself in equal pieces, the last ones padded (with whatever was in memory)."""
+        optimizer = self.engine.optimizer
+        for (group, flat), params in zip(self.flats, optimizer.fp16_groups, strict=True):
+            position = 0
+            for param in params:
+                length = param.partition_numel()
+                start = min(dist.get_rank(group=param.ds_process_group) * length, param.ds_numel)
+                stop = min(start + length, param.ds_numel)
+                if stop > start:
+                    yield group, _Fragment(param, flat, position, start, stop - start)
+                position += length
+
+    @property
+    def stage3_order(self) -> list[list[str]]:
+        """Names in each of ZeRO-3's sub-groups; empty under other stages."""
+        if self.wrapper != _STAGE3:
+            return []
+        return [[self.engine.param_names[p] for p in params] for params in self.engine.optimizer.fp16_groups]
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -153,12 +191,11 @@ class EngineState:
         The optimizer steps a one-element dummy, and what it leaves there is the template; so no table of
         optimizers is needed. The training that follows is bitwise the one without this call.
         """
-        for index, group in enumerate(self.base.param_groups):
-            for flat in group["params"]:
-                template = self._state_template(index, flat)
-                for key, value in template.items():
-                    if key not in self.base.state[flat]:
-                        self.base.state[flat][key] = _zero_like(value, flat)
+        for group, flat in self.flats:
+            template = self._state_template(group, flat)
+            for key, value in template.items():
+                if key not in self.base.state[flat]:
+                    self.base.state[flat][key] = _zero_like(value, flat)
         optimizer = self.engine.optimizer
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
             # So that DeepSpeed's own accessors (and its savers) see these tensors.
@@ -203,8 +240,19 @@ class EngineState:
 
     def refresh_weights(self) -> None:
         """Make the live (low-precision) weights those of the masters. Collective over the data-parallel group."""
-        if not self.is_replicated:
-            self.engine.optimizer.update_lp_params()
+        optimizer = self.engine.optimizer
+        if self.wrapper == _STAGE3:
+            # Persisted parameters are whole between steps: in partitioned form first, gathered again after.
+            optimizer.checkpoint_event_prologue()
+            for (_, flat), params in zip(self.flats, optimizer.fp16_groups, strict=True):
+                position = 0
+                for param in params:
+                    length = param.partition_numel()
+                    param.ds_tensor.data.copy_(flat.data.narrow(0, position, length))
+                    position += length
+            optimizer.checkpoint_event_epilogue()
+        elif not self.is_replicated:
+            optimizer.update_lp_params()
 
     @property
     def loss_scaler(self) -> Any | None:

@@ -124,10 +124,8 @@ def _place(live: LiveRun, source: Source, options: LoadOptions) -> int:
         # A rank may own only padding of a group; its step must be set all the same.
         by_group = {source.manifest.parameters[i.name].group: steps.get(id(i.flat)) for i in live.state.intervals}
         known = [step for step in by_group.values() if step is not None]
-        for group in live.state.base.param_groups:
-            for flat in group["params"]:
-                step = steps.get(id(flat), known[0] if known else source.manifest.common["iteration"])
-                live.state.set_step(flat, step)
+        for _, flat in live.state.flats:
+            live.state.set_step(flat, steps.get(id(flat), known[0] if known else source.manifest.common["iteration"]))
         _set_hyper_parameters(live, source.manifest.optimizer.groups)
     return num_elements
 

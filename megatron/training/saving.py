@@ -128,8 +128,8 @@ def _manifest(
         steps[interval.name] = live.state.step_of(interval.flat)
         groups[interval.name] = interval.group
         order.append(interval.name)
-    everywhere = gathered((steps, groups, live.state.hyper_parameters(), order))
-    for other_steps, other_groups, _, _ in everywhere:
+    everywhere = gathered((steps, groups, live.state.hyper_parameters(), order, live.state.stage3_order))
+    for other_steps, other_groups, *_ in everywhere:
         for name, step in other_steps.items():
             if steps.setdefault(name, step) != step:
                 raise CheckpointError(f"ranks hold {name} at different optimizer steps: {steps[name]} and {step}")
@@ -168,16 +168,15 @@ def _manifest(
         common=_common(live, progress),
         digests={name: dict(values) for name, values in digests.items()},
         files=dict(files),
-        zero0_order=_zero0_order(live.context.topology, [part[3] for part in everywhere])
-        if live.state.is_replicated
-        else [],
+        zero0_order=_by_mp_rank(topology, [part[3] for part in everywhere]) if live.state.is_replicated else [],
+        zero3_order=_by_mp_rank(topology, [part[4] for part in everywhere]) if live.state.stage3_order else [],
         pipeline_layers=list(live.engine.module.entry_paths) if is_pipelined else [],
     )
 
 
-def _zero0_order(topology: Topology, orders: list[list[str]]) -> list[list[str]]:
-    """By mp_rank: names in the order of the torch optimizer's indices."""
-    return [orders[topology.rank_of(pp=pp, tp=tp)] for pp in range(topology.pp_size) for tp in range(topology.tp_size)]
+def _by_mp_rank(topology: Topology, by_rank: list[Any]) -> list[Any]:
+    """What data-parallel ranks have in common, once each."""
+    return [by_rank[topology.rank_of(pp=pp, tp=tp)] for pp in range(topology.pp_size) for tp in range(topology.tp_size)]
 
 
 def _common(live: LiveRun, progress: Progress) -> dict[str, Any]:

@@ -80,6 +80,9 @@ class Manifest:
     """Native ZeRO-0 only: for each mp_rank (pp_rank * tp_size + tp_rank), the canonical names of the parameters in
     the order of torch's optimizer state indices (all groups, one after the other), because
     mp_rank_XX_model_states.pt keeps the optimizer's state by index."""
+    zero3_order: list[list[list[str]]] = field(default_factory=list)
+    """Native ZeRO-3 only: for each mp_rank, for each sub-group of the optimizer, the names of its parameters in order.
+    Each takes ceil(shard elements / zero ranks) elements of every rank's flat tensor, the last ranks' padded."""
     pipeline_layers: list[str | None] = field(default_factory=list)
     """Native pipelines only: for each index XX of the files layer_XX-model_YY-model_states.pt the prefix that makes
     their names canonical ("embedding", "layers.0", ...); None where a layer has no file. The ZeRO-0 weights are read
@@ -112,6 +115,7 @@ class Manifest:
             "common",
             "digests",
             "zero0_order",
+            "zero3_order",
             "pipeline_layers",
             "saved_by",
             "source",

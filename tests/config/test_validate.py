@@ -84,7 +84,6 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("world", {"tensor_model_parallel_size": 3}, ["world size 4", "a multiple of 3", "start 3 or 6 ranks"]),
     ("no-pp", {"no_pipeline_parallel": True, "pipeline_model_parallel_size": 2}, ["--no-pipeline-parallel with"]),
     ("zero2-pp", {"zero_stage": 2, "pipeline_model_parallel_size": 2}, ["refuses ZeRO-2", "--zero-stage 1"]),
-    ("zero3", {"zero_stage": 3}, ["ZeRO-3: not built yet", "--zero-stage 2"]),
     ("sequence-parallel", {"sequence_parallel": True}, ["sequence parallelism: not built yet"]),
     ("ulysses", {"ds_sequence_parallel_size": 2, "micro_batch_size": 1}, ["Ulysses sequence parallelism: not built"]),
     ("expert-parallel", {"moe_expert_parallel_size": 2}, ["expert parallelism: not built yet"]),

@@ -29,7 +29,7 @@ TOPOLOGIES = ({}, {"dp": 2}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"tp": 2,
 CELLS = tuple(
     Cell(**degrees, zero=zero)
     for degrees in TOPOLOGIES
-    for zero in (0, 1, 2)
+    for zero in (0, 1, 2, 3)
     if not (degrees.get("pp", 1) > 1 and zero > 1)  # DeepSpeed's pipeline engine takes ZeRO-0 and 1 only
 )
-MIN_CELLS = 16
+MIN_CELLS = 20

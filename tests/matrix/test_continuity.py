@@ -16,7 +16,10 @@ from matrix.recording import Curves, command_line, train, write_dataset
 
 HALF = 20
 
-SAME = (Cell(), Cell(dp=2, zero=1), Cell(dp=2, zero=2), Cell(tp=2, zero=1), Cell(pp=2, zero=1), Cell(tp=2, pp=2))
+SAME = (
+    Cell(), Cell(dp=2, zero=1), Cell(dp=2, zero=2), Cell(dp=2, zero=3), Cell(tp=2, zero=1), Cell(pp=2, zero=1),
+    Cell(tp=2, pp=2),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,8 @@ JOURNEYS = (
     (Cell(dp=2, zero=2), Cell(tp=2, pp=2, zero=1)),
     (Cell(tp=2, dp=2, zero=1), Cell(dp=2, zero=0)),
     (Cell(tp=2, pp=2, zero=0), Cell(tp=2, dp=2, zero=2)),
+    (Cell(pp=2, zero=1), Cell(tp=2, dp=2, zero=3)),
+    (Cell(dp=2, zero=3), Cell(tp=2, zero=0)),
 )
 
 

@@ -1,4 +1,4 @@
-"""Source: the files DeepSpeed writes for ZeRO-0, 1, 2, BF16_Optimizer and pipelines, with the ucp.json beside them.
+"""Source: the files DeepSpeed writes for ZeRO-0 to 3, BF16_Optimizer and pipelines, with the ucp.json beside them.
 
 The one idea: ZeRO concatenates the tensor-parallel shards of a parameter group and gives every rank one interval; each
 file says in `param_slice_mappings` which parameters it has and where, in the order of the ranks. The start inside the
@@ -7,8 +7,10 @@ shard is the running sum over ranks. The layout turns shard intervals into runs.
     source = DeepSpeedSource(folder, read_manifest(folder))
 
 ZeRO-0 keeps whole shards: weights by name ("module", or layer files in a pipeline), optimizer state by index, which
-`manifest.zero0_order` names. Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dict,
-_create_param_mapping), runtime/bf16_optimizer.py, runtime/engine.py (_get_rank_zero_ckpt_name), runtime/pipe/module.py.
+`manifest.zero0_order` names. ZeRO-3 cuts every parameter by itself, in the order of `manifest.zero3_order`.
+
+Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dict, _create_param_mapping), stage3.py
+(_rigid_state_dict), runtime/bf16_optimizer.py, runtime/engine.py (_get_rank_zero_ckpt_name), runtime/pipe/module.py.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from megatron.ucp.manifest import Manifest
 from megatron.ucp.sources.source import FileCache, Piece
 
 ZERO_FILE = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
+STAGE3_MODEL_FILE = re.compile(r"^zero_pp_rank_0_mp_rank_(\d+)_model_states\.pt$")
 MODEL_FILE = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
 LAYER_FILE = re.compile(r"^layer_(\d+)-model_(\d+)-model_states\.pt$")
 
@@ -57,8 +60,8 @@ class DeepSpeedSource:
         self._cache = FileCache()
         self._fragments: dict[tuple[str, int], list[_Fragment]] | None = None
         self._shard_runs: dict[tuple[Layout, ShardRank, bool | None], Runs] = {}
-        if manifest.zero_stage not in (0, 1, 2):
-            raise UnsupportedCheckpointError("this ZeRO stage is not read yet", found=manifest.zero_stage, where=folder)
+        if manifest.zero_stage == 3 and not manifest.zero3_order:
+            raise UnsupportedCheckpointError("ZeRO-3 is read only with a ucp.json that orders it", where=folder)
         self.zero_files, self.model_files = _find_files(self.folder, manifest)
 
     def step(self, name: str) -> float | None:
@@ -96,21 +99,22 @@ class DeepSpeedSource:
         fragments = self._index().get((name, mp_rank))
         if not fragments:
             return None
-        base = self._cache.load(fragments[0].file)["optimizer_state_dict"]["base_optimizer_state"]
+        optimizer = self._cache.load(fragments[0].file)["optimizer_state_dict"]
+        base = optimizer["optimizer_state_dict" if self.manifest.zero_stage == 3 else "base_optimizer_state"]
         return (base if isinstance(base, list) else base["state"])[fragments[0].group].get("step")
 
     def side_files(self) -> dict[str, Any]:
         files = {}
-        for path in self.model_files.values():
+        for mp_rank, path in self.model_files.items():
             content = dict(self._cache.load(path))
             # Weights and optimizer state are in zero/; DeepSpeed's universal loader asks only for the rest.
             content["module"], content["optimizer"] = {}, None
-            files[path.name] = content
+            files[f"mp_rank_{mp_rank:02d}_model_states.pt"] = content
         if self.manifest.is_partitioned:
             optimizer = dict(self._cache.load(self.zero_files[0, 0])["optimizer_state_dict"])
-            base = optimizer.pop("base_optimizer_state")
-            for key in ("param_slice_mappings", "single_partition_of_fp32_groups"):
-                optimizer.pop(key)
+            base = optimizer.pop("optimizer_state_dict" if self.manifest.zero_stage == 3 else "base_optimizer_state")
+            for key in ("param_slice_mappings", "single_partition_of_fp32_groups", "fp32_flat_groups"):
+                optimizer.pop(key, None)
             groups = base.get("param_groups", []) if isinstance(base, dict) else []
         else:
             content = self._cache.load(self.model_files[0])
@@ -156,6 +160,9 @@ class DeepSpeedSource:
 
     def _index(self) -> dict[tuple[str, int], list[_Fragment]]:
         """(name, mp_rank) -> fragments in rank order, from every file's own table."""
+        if self._fragments is None and self.manifest.zero_stage == 3:
+            self._fragments = self._stage3_fragments()
+            _check_names(self.manifest, self._fragments)
         if self._fragments is None:
             fragments: dict[tuple[str, int], list[_Fragment]] = {}
             for (_, mp_rank), file in sorted(self.zero_files.items()):
@@ -173,6 +180,24 @@ class DeepSpeedSource:
             self._fragments = fragments
         return self._fragments
 
+    def _stage3_fragments(self) -> dict[tuple[str, int], list[_Fragment]]:
+        """From the order in the manifest: ZeRO-3 cuts every parameter by itself into equal pieces, the last padded."""
+        topology = self.manifest.topology
+        fragments: dict[tuple[str, int], list[_Fragment]] = {}
+        for (zero_rank, mp_rank), file in sorted(self.zero_files.items()):
+            rank = ShardRank(mp_rank % topology.tp_size, topology.tp_size)
+            for group, names in enumerate(self.manifest.zero3_order[mp_rank]):
+                offset = 0
+                for name in names:
+                    numel = math.prod(_find(self.manifest, name, "fp32").layout.shard_shape(rank))
+                    length = -(-numel // topology.zero_size)
+                    start = min(zero_rank * length, numel)
+                    stop = min(start + length, numel)
+                    if stop > start:
+                        fragments.setdefault((name, mp_rank), []).append(_Fragment(file, group, offset, start, stop))
+                    offset += length
+        return fragments
+
 
 def _find(manifest: Manifest, name: str, state: str):
     info = manifest.parameters.get(name)
@@ -186,6 +211,10 @@ def _find(manifest: Manifest, name: str, state: str):
 
 def _key(content: Any, group: int, state: str, file: Path) -> tuple[str | int, ...]:
     optimizer = content["optimizer_state_dict"]
+    if "fp32_flat_groups" in optimizer:  # ZeRO-3
+        if state == "fp32":
+            return ("optimizer_state_dict", "fp32_flat_groups", group)
+        return ("optimizer_state_dict", "optimizer_state_dict", "state", group, state)
     if state == "fp32":
         return ("optimizer_state_dict", "single_partition_of_fp32_groups", group)
     base = optimizer["base_optimizer_state"]
@@ -203,7 +232,7 @@ def _find_files(folder: Path, manifest: Manifest) -> tuple[dict[tuple[int, int],
     for path in folder.iterdir():
         if match := ZERO_FILE.match(path.name):
             zero[int(match[1]), int(match[2])] = path
-        elif match := MODEL_FILE.match(path.name):
+        elif match := (STAGE3_MODEL_FILE if manifest.zero_stage == 3 else MODEL_FILE).match(path.name):
             model[int(match[1])] = path
         elif match := LAYER_FILE.match(path.name):
             layer.add((int(match[1]), int(match[2])))

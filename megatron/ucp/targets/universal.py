@@ -107,6 +107,7 @@ def write_universal(
         digests=digests,
         files=dict(sorted(files.items())),
         zero0_order=[],
+        zero3_order=[],
         pipeline_layers=[],
         source={
             "folder": source.folder.name,
