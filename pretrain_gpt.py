@@ -32,8 +32,9 @@ def main(argv: list[str]) -> int:
 
     built = build_run(config, launch)
     with built.run_log:
-        fit(built)
-        if run.eval_iters:
+        progress = fit(built)
+        # Not after an exit condition: whoever stopped the run may not wait for an evaluation.
+        if run.eval_iters and progress.iteration >= config.train_iters:
             test(built)
     return 0
 

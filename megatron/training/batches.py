@@ -18,12 +18,13 @@ from megatron.data.gpt_dataset import build_datasets, order_crc32
 from megatron.data.loader import Collator, build_loader
 from megatron.data.sampler import SampleIndexer
 from megatron.parallel.context import ParallelContext
+from megatron.training.progress import Progress
 
 
 class Batches:
     """The three splits. Every rank builds the same; construction is local (the index cache is race-safe)."""
 
-    def __init__(self, config: Config, context: ParallelContext, eod: int | None) -> None:
+    def __init__(self, config: Config, context: ParallelContext, eod: int | None, start: Progress) -> None:
         self.context = context
         self.micro_batch_size = config.run.micro_batch_size
         self.samples_per_evaluation = max(1, config.run.eval_iters * config.run.global_batch_size)
@@ -41,7 +42,7 @@ class Batches:
             split=config.data.split,
             seq_length=config.model.seq_length,
             seed=config.run.seed,
-            num_samples=_samples_needed(config),
+            num_samples=_samples_needed(config, start),
             cache_dir=config.data.data_cache_path,
             vocab_size=config.model.vocab_size,
         )
@@ -78,10 +79,12 @@ class Batches:
         return iter(build_loader(dataset, indexer, self.collate, self.num_workers, pin_memory))
 
 
-def _samples_needed(config: Config) -> tuple[int, int, int]:
-    """(train, valid, test) samples of the whole run, as Megatron counts them."""
+def _samples_needed(config: Config, start: Progress) -> tuple[int, int, int]:
+    """(train, valid, test) samples of the whole run, as Megatron counts them. What lies behind a resumed run may have
+    been taken in batches of another size."""
     run = config.run
     train_iters = config.train_iters
     evaluations = train_iters // run.eval_interval + 1
-    train = run.train_samples or train_iters * run.global_batch_size
+    train = start.consumed_train_samples + (train_iters - start.iteration) * run.global_batch_size
+    train = max(train, run.train_samples or 0)
     return train, evaluations * run.eval_iters * run.global_batch_size, run.eval_iters * run.global_batch_size

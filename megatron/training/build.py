@@ -31,13 +31,15 @@ from megatron.training.ds_config import deepspeed_config
 from megatron.training.engine import build_engine
 from megatron.training.launch import LaunchInfo
 from megatron.training.live_run import LiveRun
-from megatron.training.loading import LoadOptions, load
+from megatron.training.loading import LoadOptions, load, progress_of
 from megatron.training.loop import Run
 from megatron.training.progress import Progress
 from megatron.training.reporting import told_by_rank_0
 from megatron.training.resume import ResumePlan, Wanted, choose_resume, find_checkpoints
 from megatron.training.schedule import LearningRateSchedule
 from megatron.training.tensorboard import RunLog
+from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
+from megatron.ucp.sources import open_source
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
     context = build_context(topology)
     streams = RandomStreams(config.run.seed, context)
     with stops_all_ranks("reading the dataset"):
-        batches = Batches(config, context, eod=tokenizer.eod)
+        batches = Batches(config, context, eod=tokenizer.eod, start=_start(config, plan))
     model = build_model(config.model, config.parallel, context, streams, config.run.seed)
     layouts = parameter_layouts(model)
     engine = build_engine(config.optimizer, model, context, ds_config)
@@ -109,7 +111,10 @@ def _plan(config: Config, topology: Any, zero_stage: int) -> ResumePlan:
     if dist.get_rank() == 0:
         checkpoint = config.checkpoint
         try:
-            found = find_checkpoints(Path(checkpoint.load), checkpoint.load_tag) if checkpoint.load else None
+            found = None
+            if checkpoint.load:
+                folder, only_universal = Path(checkpoint.load), checkpoint.universal_checkpoint
+                found = find_checkpoints(folder, checkpoint.load_tag, only_universal)
             wanted = Wanted(
                 topology, zero_stage, checkpoint.universal_checkpoint, checkpoint.exit_on_missing_checkpoint
             )
@@ -121,6 +126,15 @@ def _plan(config: Config, topology: Any, zero_stage: int) -> ResumePlan:
         with told_by_rank_0(dist.get_rank()):
             raise outcome[1]
     return outcome[0]
+
+
+def _start(config: Config, plan: ResumePlan) -> Progress:
+    """How far the Source had come: the data must reach from there to the end."""
+    if plan.is_fresh or config.checkpoint.finetune:
+        return Progress()
+    has_manifest = (plan.folder / MANIFEST_NAME).is_file()
+    manifest = read_manifest(plan.folder) if has_manifest else open_source(plan.folder).manifest
+    return progress_of(manifest.common, config.run.global_batch_size)
 
 
 def _load_options(config: Config) -> LoadOptions:

@@ -52,6 +52,7 @@ REFUSED = {
     ("progressive_layer_drop", "enabled"): "the model does not follow it",
     ("zero_optimization", "zero_quantized_weights"): "a state under ZeRO++ cannot be resumed",
     ("zero_optimization", "zero_quantized_gradients"): "a state under ZeRO++ cannot be resumed",
+    ("zero_optimization", "round_robin_gradients"): "DeepSpeed then saves a wrong table of where parameters lie",
     ("zero_optimization", "zenflow"): "a state under ZenFlow cannot be resumed",
     ("compile", "deepcompile"): "a state under DeepCompile cannot be resumed",
     ("bf16", "bf16_master_weights_and_grads"): "there would be no fp32 master weights to save",

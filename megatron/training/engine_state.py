@@ -254,6 +254,21 @@ class EngineState:
         elif not self.is_replicated:
             optimizer.update_lp_params()
 
+    def stale_weights(self) -> list[str]:
+        """Parameters whose live weights are not their masters, rounded: computing would go on with something else
+        than what was placed. Local: this rank's own intervals."""
+        return [
+            interval.name
+            for interval in self.intervals
+            if not torch.equal(self._live(interval), interval.master.to(interval.param.dtype))
+        ]
+
+    def _live(self, interval: OwnedInterval) -> torch.Tensor:
+        param, start, numel = interval.param, interval.start, interval.numel
+        if self.wrapper == _STAGE3:
+            return param.ds_tensor.detach().view(-1).narrow(0, 0, numel).to(interval.flat.device)
+        return param.detach().view(-1).narrow(0, start, numel)
+
     @property
     def loss_scaler(self) -> Any | None:
         return getattr(self.engine.optimizer, "loss_scaler", None)

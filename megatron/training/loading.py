@@ -11,15 +11,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from megatron.training.agreement import CheckpointError, SourceMismatchError, all_ranks_or_none
+from megatron.training.agreement import CheckpointError, SourceMismatchError, all_ranks_or_none, gathered
 from megatron.training.engine_state import OwnedInterval
 from megatron.training.live_run import LiveRun
 from megatron.training.progress import Progress
@@ -30,6 +32,7 @@ from megatron.training.schedule import ScheduleError
 from megatron.training.state_digest import MASTER, state_digests
 from megatron.ucp.digest import total
 from megatron.ucp.execute import gather
+from megatron.ucp.manifest import MANIFEST_NAME
 from megatron.ucp.sources import Source, open_source
 
 log = logging.getLogger(__name__)
@@ -54,12 +57,16 @@ def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) ->
     options = options or LoadOptions()
     started = time.perf_counter()
     folder = plan.folder
+    _check_all_see_the_same(folder)
     with all_ranks_or_none("opening", folder):
         source = open_source(folder)
         _check_source(live, source, options)
     with all_ranks_or_none("loading", folder):
         num_elements = _place(live, source, options)
     live.state.refresh_weights()
+    with all_ranks_or_none("refreshing the weights from", folder):
+        if stale := live.state.stale_weights():
+            raise CheckpointError(f"live weights are not the masters that were placed: {_some(stale)}")
     with told_by_rank_0(dist.get_rank()):
         _check_digests(live, source, options, plan)
     progress = _restore_common(live, source, options, is_same_topology=plan.kind == "native")
@@ -69,6 +76,19 @@ def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) ->
         folder, seconds, num_elements * 4 / 2**20, progress.iteration, progress.consumed_train_samples,
     )  # fmt: skip
     return progress
+
+
+def _check_all_see_the_same(folder: Path) -> None:
+    """One ucp.json for all: a node with other files, or with none, would place another state than the rest."""
+    manifest = folder / MANIFEST_NAME
+    seen = gathered(f"CRC-32 {zlib.crc32(manifest.read_bytes()):08x}" if manifest.is_file() else "none")
+    if len(set(seen)) > 1:
+        ranks = "; ".join(f"ranks {[r for r, s in enumerate(seen) if s == what][:8]}: {what}" for what in set(seen))
+        with told_by_rank_0(dist.get_rank()):
+            raise CheckpointError(
+                f"ranks do not see the same checkpoint in {folder}: {MANIFEST_NAME} is, on {ranks}. "
+                "Put the whole folder where every node reads it."
+            )
 
 
 def _check_source(live: LiveRun, source: Source, options: LoadOptions) -> None:
@@ -122,21 +142,25 @@ def _place(live: LiveRun, source: Source, options: LoadOptions) -> int:
             raise CheckpointError(f"{interval.name} is at step {step}, others of its group at another")
     if options.with_optimizer:
         # A rank may own only padding of a group; its step must be set all the same.
-        by_group = {source.manifest.parameters[i.name].group: steps.get(id(i.flat)) for i in live.state.intervals}
-        known = [step for step in by_group.values() if step is not None]
-        for _, flat in live.state.flats:
-            live.state.set_step(flat, steps.get(id(flat), known[0] if known else source.manifest.common["iteration"]))
+        by_group = {info.group: info.step for info in source.manifest.parameters.values() if info.step is not None}
+        for group, flat in live.state.flats:
+            name = live.state.base.param_groups[group]["name"]
+            live.state.set_step(flat, steps.get(id(flat), by_group.get(name, source.manifest.iteration or 0)))
         _set_hyper_parameters(live, source.manifest.optimizer.groups)
     return num_elements
 
 
 def _set_hyper_parameters(live: LiveRun, saved: Mapping[str, Mapping[str, Any]]) -> None:
-    """The Source's, by group name. Where the flags ask for others that is told, since they have no effect."""
+    """The Source's, by group name, but for those that the schedule sets. Where the flags ask for others that is told,
+    since they have no effect."""
+    ours = {"lr", "initial_lr"} | ({"weight_decay"} if live.schedule.takes_flags else set())
     for group, values in live.state.hyper_parameters().items():
         for key, value in values.items():
-            if key not in ("lr", "initial_lr") and saved[group].get(key, value) != value:
+            if key not in ours and saved[group].get(key, value) != value:
                 log.warning("warning: %s of group %s goes on as %s, not %s", key, group, saved[group][key], value)
-    live.state.set_hyper_parameters(saved)
+    live.state.set_hyper_parameters(
+        {group: {key: v for key, v in values.items() if key not in ours} for group, values in saved.items()}
+    )
 
 
 def _read(source: Source, interval: OwnedInterval, state: str, out: torch.Tensor) -> None:
@@ -170,8 +194,7 @@ def _check_digests(live: LiveRun, source: Source, options: LoadOptions, plan: Re
 
 def _restore_common(live: LiveRun, source: Source, options: LoadOptions, is_same_topology: bool) -> Progress:
     common = source.manifest.common
-    known = {field.name for field in dataclasses.fields(Progress)}
-    progress = Progress(**{key: common[key] for key in known if key in common})
+    progress = progress_of(common, live.engine.train_batch_size())
     engine = live.engine
     if not options.with_progress:
         return Progress()
@@ -182,9 +205,12 @@ def _restore_common(live: LiveRun, source: Source, options: LoadOptions, is_same
     engine.skipped_steps = common.get("engine", {}).get("skipped_steps", 0)
     # Not the saved number: the accumulation boundary is counted in this run's micro batches.
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    if options.with_schedule and common.get("schedule"):
-        # Once more: the placed hyper-parameters hold the Source's learning rate, the schedule has the last word.
-        live.schedule.load_state_dict(common["schedule"])
+    if options.with_schedule and not common.get("schedule"):
+        log.warning(
+            "warning: the Source has no schedule: this run's goes on at sample %d", progress.consumed_train_samples
+        )
+        live.schedule.num_samples = progress.consumed_train_samples
+    live.schedule.apply()  # what was placed may hold another learning rate than the one that is logged
     scaler = live.state.loss_scaler
     saved_scaler = common.get("loss_scaler") or {}
     # A dynamic scale goes on only from a dynamic one: bf16's constant 1 is no start for fp16, nor the reverse.
@@ -209,6 +235,20 @@ def _restore_rng(live: LiveRun, source: Source, progress: Progress, is_same_topo
         return
     live.streams.reseed(progress.iteration)
     log.info("random streams start anew at iteration %d: the topology changed", progress.iteration)
+
+
+def progress_of(common: Mapping[str, Any], global_batch_size: int) -> Progress:
+    """How far the Source had come. Of a foreign one that does not count samples, what this run's batch size makes of
+    its iterations, and a warning."""
+    known = {field.name for field in dataclasses.fields(Progress)}
+    progress = Progress(**{key: common[key] for key in known if common.get(key) is not None})
+    if progress.iteration and common.get("consumed_train_samples") is None:
+        progress.consumed_train_samples = progress.iteration * global_batch_size
+        log.warning(
+            "warning: the Source does not say how many samples it consumed; %d iterations of %d are assumed",
+            progress.iteration, global_batch_size,
+        )  # fmt: skip
+    return progress
 
 
 def compare_models(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

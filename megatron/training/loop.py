@@ -6,6 +6,7 @@ fit(run)
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
@@ -35,6 +36,14 @@ class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; training on would destroy the model. Nothing is saved."""
 
 
+class LossScaleError(RuntimeError):
+    """fp16 gradients overflow even at the smallest loss scale. Nothing is saved."""
+
+
+class OutOfSamplesError(RuntimeError):
+    """No sample is left for the next step. Nothing is saved."""
+
+
 @dataclass
 class Run:
     """Everything a run consists of, built and ready."""
@@ -60,25 +69,26 @@ def fit(run: Run) -> Progress:
     throughput = Throughput(tokens_per_iteration, run.flops_per_token, dist.get_world_size())
     saved_at = progress.iteration
     losses: list[float] = []
-    skipped = 0
+    skipped = since_line = 0
     while progress.iteration < config.train_iters:
         step = _one_iteration(run, train)
         run.run_log.step(step)
         skipped += step.is_skipped
         if not step.is_skipped:
             losses.append(step.loss)
+        since_line += 1
         if progress.iteration % config.run.log_interval == 0:
-            rate = throughput.since_last(config.run.log_interval)
+            rate, since_line = throughput.since_last(since_line), 0
             _log(run, step, rate, losses, skipped)
             losses, skipped = [], 0
         if config.run.eval_iters and progress.iteration % config.run.eval_interval == 0:
-            validate(run)
-            throughput.restart()
+            with throughput.paused():
+                validate(run)
         reason = _exit_reason(config, progress, started, stop, run.live.engine.device)
         if _is_save_due(config, progress) or (reason and config.checkpoint.save):
-            save(run.live, Path(config.checkpoint.save), progress)
+            with throughput.paused():
+                save(run.live, Path(config.checkpoint.save), progress)
             saved_at = progress.iteration
-            throughput.restart()
         if reason:
             log.info("stopping at iteration %d: %s", progress.iteration, reason)
             return progress
@@ -93,7 +103,14 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
     scaler = run.live.state.loss_scaler if run.config.optimizer.precision == "fp16" else None
     loss_scale = None if scaler is None else float(scaler.cur_scale)
     skipped_before = engine.skipped_steps
-    loss = train_step(engine, train)
+    try:
+        with _explained_loss_scale(progress.iteration + 1):
+            loss = train_step(engine, train)
+    except StopIteration as error:
+        raise OutOfSamplesError(
+            f"the training set ended at iteration {progress.iteration + 1}, before --train-iters. What to do: resume "
+            "from the last checkpoint; the data is planned anew from there"
+        ) from error
     is_skipped = engine.skipped_steps > skipped_before
     if not math.isfinite(loss) and not is_skipped:
         with told_by_rank_0(dist.get_rank()):
@@ -120,6 +137,21 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
         is_skipped=is_skipped,
         global_batch_size=global_batch_size,
     )
+
+
+@contextlib.contextmanager
+def _explained_loss_scale(iteration: int) -> Iterator[None]:
+    """DeepSpeed's own word for it is a bare Exception (runtime/fp16/loss_scaler.py, update_scale)."""
+    try:
+        yield
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        with told_by_rank_0(dist.get_rank()):
+            raise LossScaleError(
+                f"the gradients of iteration {iteration} overflow at the smallest loss scale. The last checkpoint is "
+                "untouched; resume from it with --bf16, a lower --lr or a lower --min-loss-scale."
+            ) from error
 
 
 def validate(run: Run) -> float | None:

@@ -8,8 +8,10 @@ TFLOP/s counts the model's own multiply-adds (forward + backward, no recomputati
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from deepspeed.accelerator import get_accelerator
@@ -50,9 +52,12 @@ class Throughput:
     world_size: int
     _last_time: float = field(default_factory=time.perf_counter)
 
-    def restart(self) -> None:
-        """Leave out what has passed since the last line (an evaluation, a save)."""
-        self._last_time = time.perf_counter()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of the block (an evaluation, a save)."""
+        started = time.perf_counter()
+        yield
+        self._last_time += time.perf_counter() - started
 
     def since_last(self, num_iterations: int) -> Rate:
         now = time.perf_counter()

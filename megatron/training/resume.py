@@ -73,8 +73,9 @@ class ResumePlan:
         return self.folder is None
 
 
-def find_checkpoints(load: Path, tag: str | None = None) -> FoundCheckpoints:
-    """What `load` holds: a run folder with its pointers (or a `tag` in it), or a checkpoint folder itself.
+def find_checkpoints(load: Path, tag: str | None = None, only_universal: bool = False) -> FoundCheckpoints:
+    """What `load` holds: a run folder with its pointers (or a `tag` in it), or a checkpoint folder itself. With
+    `only_universal` the native pointer is not followed: what it names may be gone after a conversion.
 
     Raises NotACheckpointError for a pointer, a tag or a folder that is no committed checkpoint.
     """
@@ -89,7 +90,7 @@ def find_checkpoints(load: Path, tag: str | None = None) -> FoundCheckpoints:
                 do="name one of the checkpoints found",
             )
         return _sorted_by_kind(load, [_describe(load / tag)])
-    pointers = [load / LATEST, load / LATEST_UNIVERSAL]
+    pointers = [load / LATEST_UNIVERSAL] if only_universal else [load / LATEST, load / LATEST_UNIVERSAL]
     found = _sorted_by_kind(load, [_describe(load / p.read_text().strip()) for p in pointers if p.is_file()])
     if found == FoundCheckpoints(load):
         return FoundCheckpoints(load, no_pointer_to=tuple(folder.name for folder in _committed(load)))

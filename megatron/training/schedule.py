@@ -175,13 +175,13 @@ class LearningRateSchedule:
         """Drive `optimizer.param_groups` (torch's or DeepSpeed's) from now on; sets them at once."""
         self._optimizer = optimizer
         self._decay_multipliers = [_decay_multiplier(group) for group in optimizer.param_groups]
-        self._apply()
+        self.apply()
         return self
 
     def step(self, increment: int | None = None) -> None:
         """`increment` samples were trained on; default: one global batch."""
         self.num_samples += self.global_batch_size if increment is None else increment
-        self._apply()
+        self.apply()
 
     def get_lr(self) -> list[float]:
         """The learning rate of each group, for the next step."""
@@ -213,9 +213,15 @@ class LearningRateSchedule:
         if self._takes_checkpoint:
             self.curve = saved_curve
         self.num_samples = int(state["num_samples"])
-        self._apply()
+        self.apply()
 
-    def _apply(self) -> None:
+    @property
+    def takes_flags(self) -> bool:
+        """--override-opt_param-scheduler: what the flags say goes before what a checkpoint says."""
+        return self._takes_flags
+
+    def apply(self) -> None:
+        """Set the groups' learning rates (and a rising weight decay) anew, after something else has written them."""
         if self._optimizer is None:
             return
         decay = self.curve.weight_decay(self.num_samples)

@@ -105,7 +105,8 @@ def _gather_copy(source: Source, name: str, state: str, pieces: list[Piece], run
             copies[:, 1] += piece.offset
             copy_runs(out, source.tensor(piece), copies, piece)
             copied += numel(copies)
-    # Runs of one target do not overlap, so equal counts and no doubles mean that all was placed once.
+    # Runs of one target do not overlap, and the pieces of a Source tile its parameter (its own table is checked when it
+    # is read), so equal counts mean that all was placed once; the digest is the proof.
     if copied != numel(runs):
         missing, doubled = tiling_faults(runs, [p.runs for p in pieces])
         raise SourceError(

@@ -146,11 +146,14 @@ class Manifest:
                 where=where,
                 do="read it with the version of megatron.ucp that wrote it",
             )
-        missing = [f.name for f in fields(cls) if f.name not in data]
+        # Fields may be added within a version; one that an older writer did not know has its default.
+        missing = [name for name in _REQUIRED if name not in data]
         if missing:
-            raise ManifestError("fields are missing", found=missing, where=where)
+            raise ManifestError(
+                "fields are missing", found=missing, where=where, do="the file is damaged: use another checkpoint"
+            )
         try:
-            known = {f.name: data[f.name] for f in fields(cls)}
+            known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
             known["topology"] = Topology.from_json(data["topology"])
             known["optimizer"] = OptimizerInfo(**data["optimizer"])
             known["files"] = {path: FileInfo(**info) for path, info in data["files"].items()}
@@ -158,6 +161,9 @@ class Manifest:
             return cls(**known)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ManifestError(f"malformed manifest ({type(error).__name__}: {error})", where=where) from error
+
+
+_REQUIRED = ("kind", "topology", "parameters", "zero_stage", "is_pipelined", "optimizer", "common", "digests", "files")
 
 
 def _parameter(data: dict[str, Any]) -> ParameterInfo:

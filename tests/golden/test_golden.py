@@ -1,5 +1,6 @@
 """Checkpoints written by version 1 of the format stay readable, and mean the same numbers."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def test_conversion_gives_the_golden_universal_folder(tmp_path):
             golden, made = golden["param"], made["param"]
         if torch.is_tensor(golden):
             assert torch.equal(golden, made), file
+
+
+def test_a_manifest_without_fields_of_later_writers_is_read(tmp_path):
+    """Fields may be added within version 1: what an older writer did not say has its default."""
+    folder = Path(shutil.copytree(NATIVE, tmp_path / "older"))
+    manifest = json.loads((folder / "ucp.json").read_text())
+    for later in ("zero3_order", "saved_by"):
+        del manifest[later]
+    (folder / "ucp.json").write_text(json.dumps(manifest))
+    assert verify(folder).digest == DIGEST
 
 
 def test_a_changed_golden_file_is_noticed(tmp_path):
