@@ -16,6 +16,7 @@ import pytest
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.recording import build, command_line, write_dataset
+from megatron.ucp.errors import NotACheckpointError
 from megatron.ucp.verify import verify
 
 FIRST, SECOND = "global_step2", "global_step3"
@@ -116,6 +117,8 @@ def test_killed_save(point: str, data, tmp_path):
     if is_staged:
         outcome = run_ranks(2, _outcome, _argv(data, tmp_path, 3, load=tmp_path / f"{SECOND}.tmp"))
         assert all("NotACheckpointError" in told for told in outcome), outcome
+        with pytest.raises(NotACheckpointError):  # and the check of whole folders below does see a broken one
+            verify(tmp_path / f"{SECOND}.tmp", num_workers=1)
     # The next start resumes from the one before, and the next save takes the same name.
     assert run_ranks(2, _resume_and_save, _argv(data, tmp_path, 3, load=tmp_path)) == [2, 2]
     assert (tmp_path / "latest").read_text() == SECOND

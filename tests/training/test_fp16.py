@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.ranks import run_ranks
+from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell
 from matrix.recording import build, command_line, write_dataset
 
@@ -36,7 +36,7 @@ def _scaler(state) -> dict:
     return {name: getattr(state.loss_scaler, name, None) for name in names}
 
 
-def _train(rank: int, world_size: int, argv: list[str]):
+def _train(rank: int, world_size: int, argv: list[str], forget: str | None = None):
     """(steps as plain values, scaler at the start and at the end, skipped steps, digests)"""
     from megatron.training.loop import fit
     from megatron.training.state_digest import state_digests
@@ -44,6 +44,8 @@ def _train(rank: int, world_size: int, argv: list[str]):
     _allow_fp16()
     run = build(argv, rank, world_size)
     at_start = _scaler(run.live.state)
+    if forget is not None:
+        setattr(run.live.state.loss_scaler, forget, at_start[forget] - 1)
     fit(run)
     steps = {
         s.iteration: (s.loss, s.learning_rate, s.loss_scale, s.is_skipped, None if s.is_skipped else s.grad_norm)
@@ -75,6 +77,15 @@ def test_same_topology_is_bitwise_through_overflows(cell: Cell, data, tmp_path):
     # It did overflow before the save, and the scale had moved: nothing above is true of a scaler at rest.
     assert skipped[0] == skipped[1] == sum(step[3] for step in steps.values()) > 0
     assert at_half["cur_scale"] < at_start["cur_scale"] and at_half["last_overflow_iter"] >= 0
+
+
+@pytest.mark.parametrize("field", ["cur_iter", "last_overflow_iter"])
+def test_planted_fault_a_counter_that_is_off_by_one(field: str, fp16_source, data):
+    """The comparison above must see it, in the scales of the steps or in the scaler at the end."""
+    folder, _ = fp16_source
+    argv = _argv(data, Cell(dp=2, zero=1), load=folder)
+    right, wrong = (run_ranks(2, _train, argv, forget)[0] for forget in (None, field))
+    assert (right[0], right[2]) != (wrong[0], wrong[2])
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +131,10 @@ def test_a_fixed_scale_is_the_flags(fp16_source, data):
     folder, (_, _, _, _, digests) = fp16_source
     [(scaler, _, found)] = run_ranks(1, _loaded, _argv(data, Cell(zero=1), loss_scale=64.0, load=folder))
     assert (scaler["cur_scale"], found) == (64.0, digests)
+
+
+def test_no_scale_is_small_enough(data, tmp_path):
+    argv = _argv(data, Cell(zero=1), initial_loss_scale=2.0**40, min_loss_scale=2.0**40, save=tmp_path / "save")
+    with pytest.raises(RankFailure, match=r"LossScaleError: the gradients of iteration \d .*resume .* with --bf16"):
+        run_ranks(1, _train, argv)
+    assert not (tmp_path / "save").exists()
