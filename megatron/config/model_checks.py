@@ -24,6 +24,12 @@ def legal_tensor_sizes(model: ModelConfig) -> list[int]:
     return divisors(math.gcd(model.num_attention_heads, model.num_key_value_heads, model.ffn_hidden_size))
 
 
+def legal_sequence_sizes(model: ModelConfig, tp_size: int) -> list[int]:
+    """Ulysses degrees: a tp rank's heads and the sequence are cut."""
+    heads = math.gcd(model.num_attention_heads, model.num_key_value_heads)
+    return divisors(math.gcd(heads // tp_size, model.seq_length)) if heads % tp_size == 0 else [1]
+
+
 def model_problems(model: ModelConfig) -> Iterator[Problem]:
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "ffn_hidden_size",
              "num_key_value_heads", "max_position_embeddings", "make_vocab_size_divisible_by",
@@ -117,6 +123,7 @@ def parallel_problems(model: ModelConfig, parallel: ParallelConfig, world_size: 
                 flags=(flag_of(name), "--tensor-model-parallel-size"),
                 fix="--tensor-model-parallel-size of " + nearest(legal_tensor_sizes(model), tp_size),
             )
+    yield from _sequence_problems(model, parallel)
     if pp_size > model.num_layers:
         yield Problem(
             "more pipeline stages than blocks",
@@ -143,9 +150,6 @@ def parallel_problems(model: ModelConfig, parallel: ParallelConfig, world_size: 
             fix="--zero-stage 1, or --pipeline-model-parallel-size 1 with more tensor or data parallelism",
         )
     rows = (
-        (parallel.sequence_parallel, "--sequence-parallel", "Megatron's sequence parallelism", "drop it"),
-        (parallel.ds_sequence_parallel_size > 1, "--ds-sequence-parallel-size",
-         "Ulysses sequence parallelism", "--ds-sequence-parallel-size 1"),
         (parallel.moe_expert_parallel_size > 1, "--moe-expert-parallel-size", "expert parallelism",
          "--moe-expert-parallel-size 1"),
         (parallel.create_moe_param_group, "--create-moe-param-group", "mixture of experts", "drop it"),
@@ -153,6 +157,34 @@ def parallel_problems(model: ModelConfig, parallel: ParallelConfig, world_size: 
     for is_asked, name, what, fix in rows:
         if is_asked:
             yield Problem(f"{what}: {NOT_BUILT}", found=name, flags=(name,), fix=fix)
+
+
+def _sequence_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    tp_size, sp_size, length = (
+        parallel.tensor_model_parallel_size, parallel.ds_sequence_parallel_size, model.seq_length,
+    )  # fmt: skip
+    legal = legal_sequence_sizes(model, tp_size)
+    if sp_size > 1 and sp_size not in legal:
+        yield Problem(
+            f"heads or sequence cannot be cut into {sp_size} equal parts (Ulysses: a rank has a chunk of the sequence, "
+            "then some heads of all of it)",
+            found=f"--ds-sequence-parallel-size {sp_size} with {model.num_attention_heads} query and "
+            f"{model.num_key_value_heads} key/value heads on {tp_size} tensor parallel ranks, --seq-length {length}",
+            expected=f"a divisor of both heads / {tp_size} and of the sequence length",
+            flags=("--ds-sequence-parallel-size",),
+            fix="--ds-sequence-parallel-size of " + nearest(legal, sp_size),
+        )
+    elif parallel.sequence_parallel and length % (sp_size * tp_size):
+        step = sp_size * tp_size
+        below = length // step * step
+        yield Problem(
+            f"--sequence-parallel cannot cut a sequence into {tp_size} equal parts",
+            found=f"--seq-length {length} with --tensor-model-parallel-size {tp_size} and "
+            f"--ds-sequence-parallel-size {sp_size}",
+            expected=f"a multiple of {step}",
+            flags=("--sequence-parallel", "--seq-length"),
+            fix=f"--seq-length {' or '.join(str(n) for n in (below, below + step) if n)}, or drop --sequence-parallel",
+        )
 
 
 def batch_problems(run: RunConfig, parallel: ParallelConfig, world_size: int) -> Iterator[Problem]:

@@ -6,6 +6,9 @@ share a key.
 
     attention = Attention(model, context, streams)
     y_bsh = attention(x_bsh)
+
+Where sp ranks share the sequence (Ulysses; Jacobs et al. 2023), everything but the core sees a chunk of it, and
+DeepSpeed's DistributedAttention exchanges: from all heads of a chunk to some heads of the whole sequence, and back.
 """
 
 from __future__ import annotations
@@ -52,29 +55,45 @@ class Attention(nn.Module):
             has_bias=model.add_bias_linear,
             unit=group,
         )
-        width, num_shares = self.query_key_value.weight.shape[0], group // self.head_dim + 2
+        # Not weight.shape: deepspeed.zero.Init leaves the weight empty.
+        width = self.query_key_value.weight.atomic_layout.shard_shape(context.shard_rank)[0]
+        num_shares = group // self.head_dim + 2
         kv_here = width // num_shares
         self.sizes_here = (width - 2 * kv_here, kv_here, kv_here)
+        self.exchange = None
+        if context.sp_size > 1:
+            # Late: without sequence parallelism nobody waits for this import.
+            from deepspeed.sequence.layer import DistributedAttention
+
+            self.exchange = DistributedAttention(self._attend, context.sp_group, scatter_idx=2, gather_idx=1)
 
     def forward(self, x_bsh: Tensor) -> Tensor:
-        """Collective over tp."""
-        b, s, _ = x_bsh.shape
-        parts_bsp = self.query_key_value(x_bsh).split(self.sizes_here, dim=-1)
-        q_bnsd, k_bnsd, v_bnsd = (part.view(b, s, -1, self.head_dim).transpose(1, 2) for part in parts_bsp)
-        if self.is_core_recomputed and self.training:
-            y_bnsd = self.streams.checkpointed(self._core, q_bnsd, k_bnsd, v_bnsd)
+        """Collective over tp and sp."""
+        qkv_bsp = self.query_key_value(x_bsh)
+        b, s, _ = qkv_bsp.shape
+        q_bsnd, k_bsnd, v_bsnd = (part.view(b, s, -1, self.head_dim) for part in qkv_bsp.split(self.sizes_here, dim=-1))
+        if self.exchange is None:
+            y_bsnd = self._attend(q_bsnd, k_bsnd, v_bsnd)
         else:
-            y_bnsd = self._core(q_bnsd, k_bnsd, v_bnsd)
-        return self.dense(y_bnsd.transpose(1, 2).reshape(b, s, -1))
+            y_bsnd = self.exchange(q_bsnd, k_bsnd, v_bsnd, batch_dim_idx=0)
+        return self.dense(y_bsnd.reshape(b, s, -1))
 
-    def _core(self, q_bnsd: Tensor, k_bnsd: Tensor, v_bnsd: Tensor) -> Tensor:
+    def _attend(self, q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor) -> Tensor:
+        """Whole sequences, some of the heads."""
+        if self.is_core_recomputed and self.training:
+            return self.streams.checkpointed(self._core, q_bsnd, k_bsnd, v_bsnd)
+        return self._core(q_bsnd, k_bsnd, v_bsnd)
+
+    def _core(self, q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        is_grouped = q_bnsd.shape[1] != k_bnsd.shape[1]
+        is_grouped = q_bsnd.shape[2] != k_bsnd.shape[2]
         # Heads are cut over tp, so their dropout must differ between tp ranks.
         with self.streams.fork() if dropout else nullcontext():
-            return F.scaled_dot_product_attention(
-                q_bnsd, k_bnsd, v_bnsd, dropout_p=dropout, is_causal=True, enable_gqa=is_grouped
-            )
+            y_bnsd = F.scaled_dot_product_attention(
+                *(part.transpose(1, 2) for part in (q_bsnd, k_bsnd, v_bsnd)),
+                dropout_p=dropout, is_causal=True, enable_gqa=is_grouped,
+            )  # fmt: skip
+        return y_bnsd.transpose(1, 2)
 
 
 def output_std(model: ModelConfig) -> float:

@@ -2,12 +2,12 @@
 
     x = x + dropout(attention(norm(x)));  x = x + dropout(mlp(norm(x)))
 
-The residual stream is replicated over tp, so its dropout draws from the default stream, equal on all tp ranks.
+Between the matrices activations are [b, s, h], equal on all tp ranks, or each rank's part of the sequence under
+sequence parallelism; norms, dropout and sums are the same code for both.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
@@ -21,7 +21,7 @@ from megatron.parallel.rng import RandomStreams
 class Block(nn.Module):
     def __init__(self, model: ModelConfig, context: ParallelContext, streams: RandomStreams) -> None:
         super().__init__()
-        self.dropout = model.hidden_dropout
+        self.dropout, self.streams = model.hidden_dropout, streams
         self.input_norm = LayerNorm(model.hidden_size, context, model.layernorm_epsilon)
         self.attention = Attention(model, context, streams)
         self.post_attention_norm = LayerNorm(model.hidden_size, context, model.layernorm_epsilon)
@@ -33,4 +33,4 @@ class Block(nn.Module):
         return x_bsh + self._dropped(self.mlp(self.post_attention_norm(x_bsh)))
 
     def _dropped(self, x_bsh: Tensor) -> Tensor:
-        return F.dropout(x_bsh, self.dropout, self.training)
+        return self.streams.residual_dropout(x_bsh, self.dropout if self.training else 0.0)

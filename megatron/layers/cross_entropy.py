@@ -5,7 +5,7 @@ and in backward, in place again, into their own gradient. Each rank works relati
 columns; two small all-reduces then give log sum exp and the label's logit over all columns.
 
     nll_bs = cross_entropy(logits_bsv, labels_bs, vocabulary)      # consumes logits_bsv
-    loss = mean_loss(nll_bs, loss_mask_bs)
+    loss = mean_loss(nll_bs, loss_mask_bs, context)
 
 Padding columns are set to -inf first, so the loss does not depend on how far the vocabulary is padded, hence not on
 tp_size.
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.layers.vocabulary import Vocabulary
+from megatron.parallel.context import ParallelContext
 
 _LOGITS_AT_ONCE = 1 << 19
 """Logits worked on at once on a CPU: 2 MiB, so that four passes over them read memory once."""
@@ -35,13 +36,21 @@ def cross_entropy(logits_bsv: Tensor, labels_bs: Tensor, vocabulary: Vocabulary)
     return _CrossEntropy.apply(logits_bsv, labels_bs, vocabulary)
 
 
-def mean_loss(nll_bs: Tensor, loss_mask_bs: Tensor | None) -> Tensor:
+def mean_loss(nll_bs: Tensor, loss_mask_bs: Tensor | None, context: ParallelContext) -> Tensor:
     """Mean over each sequence's unmasked positions, then over sequences: so it does not depend on how sequences
-    are grouped into micro batches. A sequence with no unmasked position counts as 0."""
+    are grouped into micro batches. A sequence with no unmasked position counts as 0.
+
+    Where sp ranks share the sequences, this is sp_size times this rank's share of that mean: then the mean over data
+    parallel *and* sp ranks, which is what DeepSpeed takes of gradients (see parallel/mpu.py), is the mean loss's.
+    Collective over sp if masked.
+    """
     if loss_mask_bs is None:
         return nll_bs.mean()
     mask_bs = loss_mask_bs.to(nll_bs.dtype)
-    return ((nll_bs * mask_bs).sum(1) / mask_bs.sum(1).clamp(min=1.0)).mean()
+    num_unmasked_b = mask_bs.sum(1)
+    if context.sp_size > 1:
+        dist.all_reduce(num_unmasked_b, group=context.sp_group)
+    return ((nll_bs * mask_bs).sum(1) * context.sp_size / num_unmasked_b.clamp(min=1.0)).mean()
 
 
 class _CrossEntropy(torch.autograd.Function):

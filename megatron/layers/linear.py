@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.layers.parameter import ZEROS, Initial, declare
-from megatron.parallel.collectives import copy_to_tp, reduce_from_tp
+from megatron.parallel.collectives import enter_tp, leave_tp, replicated
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.layout import Layout, Part
 
@@ -42,8 +42,9 @@ class ColumnLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x_bsh: Tensor) -> Tensor:
-        """[b, s, in] -> [b, s, this rank's part of out]. Backward is collective over tp."""
-        return F.linear(copy_to_tp(x_bsh, self.context), self.weight, self.bias)
+        """[b, s, in] -> [b, s, this rank's part of out]. Collective over tp. Under sequence parallelism the input is
+        this rank's part of the sequence, the output has all of it."""
+        return F.linear(enter_tp(x_bsh, self.context), self.weight, self.bias)
 
 
 class RowLinear(nn.Module):
@@ -65,12 +66,16 @@ class RowLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x_bsp: Tensor) -> Tensor:
-        """[b, s, this rank's part of in] -> [b, s, out], equal on all tp ranks. Collective over tp."""
+        """[b, s, this rank's part of in] -> [b, s, out], equal on all tp ranks; under sequence parallelism this rank's
+        part of the sequence. Collective over tp."""
         if self.context.tp_size == 1:
             return F.linear(x_bsp, self.weight, self.bias)
-        y_bsh = reduce_from_tp(F.linear(x_bsp, self.weight), self.context)
+        y_bsh = leave_tp(F.linear(x_bsp, self.weight), self.context)
+        if self.bias is None:
+            return y_bsh
         # After the sum, or it would be added tp_size times.
-        return y_bsh if self.bias is None else y_bsh + self.bias
+        (bias,) = replicated((self.bias,), self.context)
+        return y_bsh + bias
 
 
 def _by_output(shape: tuple[int, ...], parts: Sequence[Part] | None) -> Layout:

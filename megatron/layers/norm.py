@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron.kernels.layer_norm import layer_norm
 from megatron.layers.parameter import ONES, ZEROS, declare
+from megatron.parallel.collectives import replicated
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.layout import Layout
 
@@ -16,10 +17,11 @@ from megatron.ucp.layout import Layout
 class LayerNorm(nn.Module):
     def __init__(self, hidden_size: int, context: ParallelContext, epsilon: float) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.epsilon, self.context = epsilon, context
         layout = Layout.replicate((hidden_size,))
         self.weight = declare(layout, context, ONES, is_decayed=False)
         self.bias = declare(layout, context, ZEROS, is_decayed=False)
 
     def forward(self, x_bsh: Tensor) -> Tensor:
-        return layer_norm(x_bsh, self.weight, self.bias, self.epsilon)
+        weight, bias = replicated((self.weight, self.bias), self.context)
+        return layer_norm(x_bsh, weight, bias, self.epsilon)

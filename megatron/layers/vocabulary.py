@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.layers.parameter import Initial, declare
-from megatron.parallel.collectives import copy_to_tp, even_sizes, gather_from_tp, reduce_from_tp
+from megatron.parallel.collectives import enter_tp, even_sizes, gather_from_tp, leave_tp
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.layout import Layout
 
@@ -45,20 +45,21 @@ class _VocabularyMatrix(nn.Module):
         self.weight = declare(vocabulary.layout(hidden_size), vocabulary.context, initial, is_decayed=True)
 
     def logits(self, x_bsh: Tensor) -> Tensor:
-        """[b, s, h] -> [b, s, this rank's columns]. Backward is collective over tp."""
-        return F.linear(copy_to_tp(x_bsh, self.vocabulary.context), self.weight)
+        """[b, s, h] -> [b, s, this rank's columns]. Collective over tp."""
+        return F.linear(enter_tp(x_bsh, self.vocabulary.context), self.weight)
 
 
 class WordEmbedding(_VocabularyMatrix):
     def forward(self, tokens_bs: Tensor) -> Tensor:
-        """[b, s] -> [b, s, h], equal on all tp ranks. Collective over tp."""
+        """[b, s] -> [b, s, h], equal on all tp ranks; under sequence parallelism this rank's part of the sequence.
+        Collective over tp."""
         vocabulary = self.vocabulary
         if vocabulary.context.tp_size == 1:
             return F.embedding(tokens_bs, self.weight)
         local_bs = tokens_bs - vocabulary.start
         is_elsewhere_bs = (local_bs < 0) | (local_bs >= vocabulary.size)
         x_bsh = F.embedding(local_bs.masked_fill(is_elsewhere_bs, 0), self.weight)
-        return reduce_from_tp(x_bsh.masked_fill(is_elsewhere_bs.unsqueeze(-1), 0.0), vocabulary.context)
+        return leave_tp(x_bsh.masked_fill(is_elsewhere_bs.unsqueeze(-1), 0.0), vocabulary.context)
 
 
 class OutputLayer(_VocabularyMatrix):

@@ -12,7 +12,6 @@ Its parameter names are the canonical ones, under every parallelism:
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
@@ -49,9 +48,10 @@ class GPT(nn.Module):
             self.lm_head = OutputLayer(self.vocabulary, hidden_size, initial)
 
     def forward(self, tokens_bs: Tensor, labels_bs: Tensor, loss_mask_bs: Tensor | None = None) -> Tensor:
-        """The scalar loss, equal on all tp ranks. Token ids are int64; the mask is 0 or 1."""
+        """The scalar loss, equal on all tp ranks (see `mean_loss`). Token ids are int64; the mask is 0 or 1. Under
+        sequence parallelism over sp, all three are this rank's chunk of the sequences."""
         nll_bs = cross_entropy(self._logits_here(tokens_bs), labels_bs, self.vocabulary)
-        return mean_loss(nll_bs, loss_mask_bs)
+        return mean_loss(nll_bs, loss_mask_bs, self.vocabulary.context)
 
     def logits(self, tokens_bs: Tensor) -> Tensor:
         """[b, s, true vocabulary], on all tp ranks: for looking at, not for training."""
@@ -59,7 +59,7 @@ class GPT(nn.Module):
 
     def _logits_here(self, tokens_bs: Tensor) -> Tensor:
         x_bsh = self.embedding["position_embeddings"](self.embedding["word_embeddings"](tokens_bs))
-        x_bsh = F.dropout(x_bsh, self.embedding_dropout, self.training)
+        x_bsh = self.streams.residual_dropout(x_bsh, self.embedding_dropout if self.training else 0.0)
         for start, stop, is_recomputed in self.recompute.groups(len(self.layers)):
             if is_recomputed and self.training:
                 x_bsh = self.streams.checkpointed(self._run_layers, start, stop, x_bsh)

@@ -21,7 +21,6 @@ import io
 import logging
 from collections.abc import Iterator
 
-import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
@@ -59,7 +58,7 @@ class GPTPipe(PipelineModule):
             super().__init__(
                 _entries(model, context, streams, vocabulary),
                 topology=PipeModelDataParallelTopology(
-                    num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size
+                    num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.zero_size
                 ),
                 loss_fn=_Loss(vocabulary),
                 # By blocks, not by parameters: the vocabulary's matrices would otherwise fill stages of their own,
@@ -84,12 +83,12 @@ class GPTPipe(PipelineModule):
 class PipePositions(PositionEmbedding):
     """The position table's entry also does the dropout that follows it."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
+    def __init__(self, model: ModelConfig, context: ParallelContext, streams: RandomStreams) -> None:
         super().__init__(model.max_position_embeddings, model.hidden_size, context, normal(model.init_method_std))
-        self.dropout = model.hidden_dropout
+        self.dropout, self.streams = model.hidden_dropout, streams
 
     def forward(self, x_bsh: Tensor) -> Tensor:
-        return F.dropout(super().forward(x_bsh), self.dropout, self.training)
+        return self.streams.residual_dropout(super().forward(x_bsh), self.dropout if self.training else 0.0)
 
 
 class PipeBlock(Block):
@@ -99,7 +98,7 @@ class PipeBlock(Block):
         self, model: ModelConfig, context: ParallelContext, streams: RandomStreams, is_recomputed: bool
     ) -> None:
         super().__init__(model, context, streams)
-        self.streams, self.is_recomputed = streams, is_recomputed
+        self.is_recomputed = is_recomputed
 
     def forward(self, x_bsh: Tensor) -> Tensor:
         if self.is_recomputed and self.training:
@@ -114,7 +113,8 @@ class _Loss:
     def __call__(self, logits_bsv: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Consumes the logits."""
         labels_bs, loss_mask_bs = batch
-        return mean_loss(cross_entropy(logits_bsv, labels_bs, self.vocabulary), loss_mask_bs)
+        nll_bs = cross_entropy(logits_bsv, labels_bs, self.vocabulary)
+        return mean_loss(nll_bs, loss_mask_bs, self.vocabulary.context)
 
 
 def entry_paths(model: ModelConfig) -> list[str | None]:
@@ -131,7 +131,7 @@ def _entries(
     """In the order of `entry_paths`."""
     matrix = (vocabulary, model.hidden_size, normal(model.init_method_std))
     middle = [
-        LayerSpec(PipePositions, model, context),
+        LayerSpec(PipePositions, model, context, streams),
         *(LayerSpec(PipeBlock, model, context, streams, is_on) for is_on in _recomputed(model)),
         LayerSpec(LayerNorm, model.hidden_size, context, model.layernorm_epsilon),
     ]

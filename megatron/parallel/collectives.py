@@ -1,4 +1,4 @@
-"""Tensor-parallel communication with gradients: four pairs of conjugate operations.
+"""Tensor-parallel communication with gradients: pairs of conjugate operations.
 
 The one idea: what forward does, backward does the conjugate of (Shoeybi et al., Megatron-LM, section 3).
 
@@ -6,6 +6,18 @@ The one idea: what forward does, backward does the conjugate of (Shoeybi et al.,
     y = reduce_from_tp(y, context)    # forward: sum over tp       backward: identity
     y = gather_from_tp(y, context)    # forward: concatenate       backward: own part      (last dimension)
     x = split_to_tp(x, context)       # forward: own part          backward: concatenate   (last dimension)
+
+Under Megatron's sequence parallelism (Korthikanti et al. 2022, section 4.2.2) what is replicated between the matrices
+of a block is cut over tp along the sequence instead, and a sum becomes its two halves. A layer says where activations
+enter and leave its matrices, and the context which of the two it is:
+
+    x = enter_tp(x, context)          # copy_to_tp                 or forward: concatenate, backward: sum and cut
+    y = leave_tp(y, context)          # reduce_from_tp             or forward: sum and cut, backward: concatenate
+    x = split_sequence(x, context)    # identity                   or forward: own part,    backward: concatenate
+    w, b = replicated((w, b), context)    # identity               or backward: sum over tp
+
+The last is for parameters that every tp rank holds and applies to its part of the sequence: each rank has only a part
+of their gradient. (Dimension 1 is the sequence's, [b, s, h]; it divides by tp_size.)
 
 At tp_size 1 all are the identity. Uneven parts follow numpy.array_split, or `sizes` where given.
 """
@@ -44,6 +56,27 @@ def split_to_tp(x: Tensor, context: ParallelContext, sizes: Sequence[int] | None
     if context.tp_size == 1:
         return x
     return _Split.apply(x, context, tuple(sizes or even_sizes(x.shape[-1], context.tp_size)))
+
+
+def enter_tp(x_bsh: Tensor, context: ParallelContext) -> Tensor:
+    """Where activations enter column-parallel weights: the whole sequence on every tp rank."""
+    return _GatherSequence.apply(x_bsh, context) if context.is_sequence_parallel else copy_to_tp(x_bsh, context)
+
+
+def leave_tp(x_bsh: Tensor, context: ParallelContext) -> Tensor:
+    """The sum of the partial results of row-parallel weights; this rank's part of the sequence under sequence
+    parallelism. Collective over tp."""
+    return _SumSequence.apply(x_bsh, context) if context.is_sequence_parallel else reduce_from_tp(x_bsh, context)
+
+
+def split_sequence(x_bsh: Tensor, context: ParallelContext) -> Tensor:
+    """From what is equal on all tp ranks, this rank's part of the sequence."""
+    return _SplitSequence.apply(x_bsh, context) if context.is_sequence_parallel else x_bsh
+
+
+def replicated(params: Sequence[Tensor], context: ParallelContext) -> tuple[Tensor, ...]:
+    """Parameters that are applied to activations between the matrices. Backward is collective over tp, one sum."""
+    return _CopyAll.apply(context, *params) if context.is_sequence_parallel else tuple(params)
 
 
 def even_sizes(total: int, num_parts: int) -> list[int]:
@@ -93,6 +126,67 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         return _concatenated(grad, ctx.context, ctx.sizes), None, None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext) -> Tensor:
+        ctx.context = context
+        return _gathered_sequence(x, context)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _summed_sequence(grad, ctx.context), None
+
+
+class _SumSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext) -> Tensor:
+        ctx.context = context
+        return _summed_sequence(x, context)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _gathered_sequence(grad, ctx.context), None
+
+
+class _SplitSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext) -> Tensor:
+        ctx.context = context
+        return x.chunk(context.tp_size, dim=1)[context.tp_rank].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _gathered_sequence(grad, ctx.context), None
+
+
+class _CopyAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, context: ParallelContext, *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.context = context
+        return tuple(param.view_as(param) for param in params)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        total = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(total, group=ctx.context.tp_group)
+        parts = total.split([grad.numel() for grad in grads])
+        return None, *(part.view(grad.shape) for part, grad in zip(parts, grads))
+
+
+def _gathered_sequence(x: Tensor, context: ParallelContext) -> Tensor:
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(context.tp_size)]
+    dist.all_gather(parts, x.contiguous(), group=context.tp_group)
+    return torch.cat(parts, dim=1)
+
+
+def _summed_sequence(x: Tensor, context: ParallelContext) -> Tensor:
+    parts = torch.cat(x.chunk(context.tp_size, dim=1))  # [tp * b, s / tp, h]
+    own = parts.new_empty(x.shape[0], *parts.shape[1:])
+    # One tensor: gloo takes three times as long for a list of them.
+    dist.reduce_scatter_single(own, parts, group=context.tp_group)
+    return own
 
 
 def _all_reduced(x: Tensor, context: ParallelContext) -> Tensor:

@@ -30,10 +30,14 @@ class ParallelContext:
     rank: int = 0
     tp_group: ProcessGroup | None = None
     """Ranks that share one block's matrices. A group of one rank is None, here and below."""
-    dp_group: ProcessGroup | None = None
-    """Ranks that hold the same shard and see other samples."""
+    sp_group: ProcessGroup | None = None
+    """Ranks that see the same samples, each another chunk of every sequence (Ulysses)."""
+    zero_group: ProcessGroup | None = None
+    """Ranks that hold the same shard, over which gradients are averaged and ZeRO partitions: dp and sp together."""
     pp_group: ProcessGroup | None = None
     """Ranks that hold the stages of one model."""
+    sequence_parallel: bool = False
+    """Megatron's: between the matrices of a block, activations are cut over tp along the sequence."""
 
     @classmethod
     def single(cls) -> ParallelContext:
@@ -61,6 +65,27 @@ class ParallelContext:
         return self.topology.dp_size
 
     @property
+    def sp_rank(self) -> int:
+        return self.coords.sp
+
+    @property
+    def sp_size(self) -> int:
+        return self.topology.sp_size
+
+    @property
+    def zero_rank(self) -> int:
+        """Index in `zero_group`, and the number in ZeRO's file names. Never a node-local rank."""
+        return self.topology.zero_rank(self.coords)
+
+    @property
+    def zero_size(self) -> int:
+        return self.topology.zero_size
+
+    @property
+    def is_sequence_parallel(self) -> bool:
+        return self.sequence_parallel and self.tp_size > 1
+
+    @property
     def pp_rank(self) -> int:
         return self.coords.pp
 
@@ -82,7 +107,7 @@ class ParallelContext:
         return ShardRank(tp_rank=self.tp_rank, tp_size=self.tp_size)
 
 
-def build_context(topology: Topology) -> ParallelContext:
+def build_context(topology: Topology, sequence_parallel: bool = False) -> ParallelContext:
     """Collective over the world, which must be initialised. Raises WorldSizeError."""
     if dist.get_world_size() != topology.world_size:
         raise WorldSizeError(
@@ -93,7 +118,7 @@ def build_context(topology: Topology) -> ParallelContext:
     rank = dist.get_rank()
     groups: dict[str, ProcessGroup | None] = {}
     # new_group is collective over the world: every rank creates every group, in the same order.
-    for axis in ("tp", "dp", "pp"):
+    for axis in ("tp", "sp", "zero", "pp"):
         groups[axis] = None
         for ranks in topology.groups(axis):
             if len(ranks) == 1:
@@ -101,4 +126,6 @@ def build_context(topology: Topology) -> ParallelContext:
             group = dist.new_group(ranks)
             if rank in ranks:
                 groups[axis] = group
-    return ParallelContext(topology, rank, groups["tp"], groups["dp"], groups["pp"])
+    return ParallelContext(
+        topology, rank, groups["tp"], groups["sp"], groups["zero"], groups["pp"], sequence_parallel=sequence_parallel
+    )

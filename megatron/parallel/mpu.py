@@ -3,6 +3,10 @@
 The one idea: DeepSpeed calls a module named `mpu` by method names that grew over years; they are all here and
 nowhere else. A PipelineModule brings its own (`model.mpu()`, deepspeed/runtime/pipe/topology.py).
 
+To DeepSpeed, ranks that share a sequence are data-parallel ranks: it averages gradients over both and partitions over
+both, in every ZeRO stage and in pipelines, once the loss is scaled for it (layers/cross_entropy.py, mean_loss). Its
+own notion of sequence parallelism sums over sp in ZeRO-1/2, averages in ZeRO-3, and leaves ZeRO-3's ranks to diverge.
+
     engine = DeepSpeedEngine(..., mpu=Mpu(context))
 
 To DeepSpeed a group of None is the whole world, so a degree of 1 is answered with a group of this rank alone.
@@ -22,10 +26,16 @@ class Mpu:
     def __init__(self, context: ParallelContext) -> None:
         self._context = context
         topology, coords = context.topology, context.coords
-        self._tp_ranks = [topology.rank_of(pp=coords.pp, dp=coords.dp, tp=t) for t in range(context.tp_size)]
-        self._dp_ranks = [topology.rank_of(pp=coords.pp, dp=d, tp=coords.tp) for d in range(context.dp_size)]
+        self._tp_ranks = [
+            topology.rank_of(pp=coords.pp, dp=coords.dp, sp=coords.sp, tp=t) for t in range(context.tp_size)
+        ]
+        self._dp_ranks = [
+            topology.rank_of(pp=coords.pp, dp=d, sp=s, tp=coords.tp)
+            for d in range(context.dp_size)
+            for s in range(context.sp_size)
+        ]
         self._alone = None
-        if min(context.tp_size, context.dp_size, context.pp_size) == 1:
+        if min(context.tp_size, context.zero_size, context.pp_size) == 1:
             # Local synchronisation: no rank waits for groups it is not in.
             self._alone = dist.new_group([context.rank], use_local_synchronization=True)
 
@@ -49,16 +59,16 @@ class Mpu:
     get_model_parallel_group = get_tensor_model_parallel_group
     get_model_parallel_src_rank = get_tensor_model_parallel_src_rank
 
-    # -- data parallelism ---------------------------------------------------------------------------------------
+    # -- data parallelism, sequence parallelism included --------------------------------------------------------
 
     def get_data_parallel_rank(self) -> int:
-        return self._context.dp_rank
+        return self._context.zero_rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self._context.dp_size
+        return self._context.zero_size
 
     def get_data_parallel_group(self) -> ProcessGroup:
-        return self._context.dp_group or self._alone
+        return self._context.zero_group or self._alone
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return self._dp_ranks

@@ -1,11 +1,11 @@
 """Two random streams per rank, and activation checkpointing that replays both.
 
-The one idea: what is replicated over tp (dropout on the residual stream) must draw the same numbers on every tp
-rank, what is cut over tp (dropout on a rank's attention heads) must not. So the device's own generator is the
-default stream, equal on tp ranks, and a second one is swapped in by `fork`.
+The one idea: what is replicated over tp (the residual stream) must draw the same numbers on every tp rank, what is
+cut over tp (a rank's attention heads; the residual stream under sequence parallelism) must not. So the device's own
+generator is the default stream, equal on tp ranks, and a second one is swapped in by `fork`.
 
     streams = RandomStreams(seed=1234, context)
-    hidden = dropout(hidden)                      # default stream
+    hidden = streams.residual_dropout(hidden, 0.1)
     with streams.fork(): weights = dropout(weights)
     output = streams.checkpointed(block, hidden)  # recomputed in backward with the same numbers
 
@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -36,9 +37,9 @@ class RandomStreams:
 
     def reseed(self, iteration: int) -> None:
         """Start both streams anew. After a change of topology there is no state to go on from, so the rule is: the
-        streams are a function of (seed, iteration, pp_rank, dp_rank), the tensor-parallel one of tp_rank too."""
+        streams are a function of (seed, iteration, pp_rank, zero_rank), the tensor-parallel one of tp_rank too."""
         context = self._context
-        place = (iteration, context.pp_rank, context.dp_rank)
+        place = (iteration, context.pp_rank, context.zero_rank)
         torch.manual_seed(derived_seed(self._seed, "host", *place))
         self._seed_device(derived_seed(self._seed, "tensor_parallel", *place, context.tp_rank))
         self._tensor_parallel = _device_state()
@@ -54,6 +55,13 @@ class RandomStreams:
         finally:
             self._tensor_parallel = _device_state()
             _set_device_state(default)
+
+    def residual_dropout(self, x_bsh: Tensor, probability: float) -> Tensor:
+        """Dropout between the matrices of a block."""
+        if probability == 0.0:
+            return x_bsh
+        with self.fork() if self._context.is_sequence_parallel else nullcontext():
+            return F.dropout(x_bsh, probability)
 
     @contextmanager
     def preserved(self) -> Iterator[None]:

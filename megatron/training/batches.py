@@ -1,7 +1,7 @@
 """Micro batches for this rank, in an order that depends on nothing but the seed and the samples consumed.
 
 batches = Batches(config, context)                      # builds or opens the index caches
-for batch in batches.train(progress.consumed_train_samples): ...   # {"tokens", "labels", "loss_mask"}, [b, s]
+for batch in batches.train(progress.consumed_train_samples): ...   # {"tokens", "labels", "loss_mask"}, [b, s / sp]
 """
 
 from __future__ import annotations
@@ -76,7 +76,13 @@ class Batches:
             dp_size=self.context.dp_size,
         )
         pin_memory = get_accelerator().device_name() != "cpu"
-        return iter(build_loader(dataset, indexer, self.collate, self.num_workers, pin_memory))
+        loader = iter(build_loader(dataset, indexer, self.collate, self.num_workers, pin_memory))
+        return loader if self.context.sp_size == 1 else map(self._chunk, loader)
+
+    def _chunk(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This rank's part of every sequence; the ranks of an sp group read the same samples."""
+        context = self.context
+        return {key: value.chunk(context.sp_size, dim=1)[context.sp_rank] for key, value in batch.items()}
 
 
 def _samples_needed(config: Config, start: Progress) -> tuple[int, int, int]:

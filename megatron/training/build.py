@@ -24,11 +24,12 @@ from megatron.data.tokenizer import build_tokenizer
 from megatron.model.build import build_model, parameter_layouts
 from megatron.model.flops import flops_per_token, num_parameters
 from megatron.parallel.context import ParallelContext, build_context
+from megatron.parallel.mpu import Mpu
 from megatron.parallel.rng import RandomStreams
 from megatron.training.agreement import stops_all_ranks
 from megatron.training.batches import Batches
 from megatron.training.ds_config import deepspeed_config
-from megatron.training.engine import build_engine
+from megatron.training.engine import build_engine, partitioned_construction
 from megatron.training.launch import LaunchInfo
 from megatron.training.live_run import LiveRun
 from megatron.training.loading import LoadOptions, load, progress_of
@@ -66,13 +67,15 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
     plan = _plan(config, topology, zero_stage)
     log.info("%s", plan.reason)
 
-    context = build_context(topology)
+    context = build_context(topology, config.parallel.sequence_parallel)
     streams = RandomStreams(config.run.seed, context)
     with stops_all_ranks("reading the dataset"):
         batches = Batches(config, context, eod=tokenizer.eod, start=_start(config, plan))
-    model = build_model(config.model, config.parallel, context, streams, config.run.seed)
+    mpu = Mpu(context)
+    construction = partitioned_construction(ds_config, mpu)
+    model = build_model(config.model, config.parallel, context, streams, config.run.seed, construction)
     layouts = parameter_layouts(model)
-    engine = build_engine(config.optimizer, model, context, ds_config)
+    engine = build_engine(config.optimizer, model, context, mpu, ds_config)
     schedule = LearningRateSchedule(config.optimizer, config.train_iters, config.run.global_batch_size)
     schedule.attach(engine.optimizer)
     live = LiveRun.of(

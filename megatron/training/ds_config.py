@@ -39,10 +39,12 @@ FLAG_OF = {
     ("fp16", "min_loss_scale"): "--min-loss-scale",
     ("fp16", "hysteresis"): "--hysteresis",
     ("data_types", "grad_accum_dtype"): "--accumulate-allreduce-grads-in-fp32",
+    ("pipeline", "pipe_partitioned"): "--sequence-parallel",
+    ("pipeline", "grad_partitioned"): "--sequence-parallel",
 }
 """Which flag gives a value of the JSON."""
 
-MUST_AGREE = tuple(FLAG_OF)[:6]
+MUST_AGREE = (*tuple(FLAG_OF)[:6], ("pipeline", "pipe_partitioned"), ("pipeline", "grad_partitioned"))
 
 # DeepSpeed's features under which a saved state cannot be placed or a global batch is not what the flags say.
 REFUSED = {
@@ -88,6 +90,8 @@ def deepspeed_config(config: Config, topology: Topology, user_json: Json | None 
     _drop_defaults_of_given_fp16(flags, user, config.optimizer)
     won: list[str] = []
     merged = _merge(flags, user, (), won, notes)
+    # To DeepSpeed, ranks that share a sequence are data-parallel ranks with samples of their own (parallel/mpu.py).
+    merged["train_batch_size"] *= topology.sp_size
     if won:
         notes.append("the DeepSpeed JSON wins over the flags: " + ", ".join(won))
     return merged, notes
@@ -115,6 +119,10 @@ def flag_values(config: Config, topology: Topology) -> Json:
     if optimizer.precision == "bf16" and optimizer.accumulate_allreduce_grads_in_fp32:
         # With ZeRO-1 this makes DeepSpeed build its BF16_Optimizer; without it, its ZeRO optimizer.
         values["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.parallel.sequence_parallel:
+        # Between stages DeepSpeed sends one tp rank's share of an activation that it takes to be equal on all of them
+        # (runtime/pipe/engine.py, PartitionedTensor); here each has another part of the sequence.
+        values["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return values
 
 
@@ -131,7 +139,7 @@ def _loss_scale_values(optimizer: OptimizerConfig) -> Json:
 def _contradictions(flags: Json, user: Json, topology: Topology) -> Iterator[Problem]:
     for path in MUST_AGREE:
         found, expected = _get(user, path), _get(flags, path)
-        if found is None or found == "auto" or found == expected:
+        if expected is None or found is None or found == "auto" or found == expected:
             continue
         yield Problem(
             f"the flags and the DeepSpeed JSON contradict each other on {'.'.join(path)}",

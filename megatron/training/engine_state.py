@@ -107,7 +107,7 @@ class EngineState:
         layout = self.layouts[name]
         runs = shard_runs(layout, self.shard_rank, fragment.start, fragment.start + fragment.numel)
         context = self.context
-        if context.pp_rank != min(self.pp_stages[name]) or (context.dp_rank > 0 and self.is_replicated):
+        if context.pp_rank != min(self.pp_stages[name]) or (context.zero_rank > 0 and self.is_replicated):
             counted = EMPTY
         else:
             stop = fragment.start + fragment.numel

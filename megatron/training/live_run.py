@@ -55,6 +55,11 @@ class LiveRun:
     train_order: Mapping[str, Any]
     """Which samples come in which order (`Batches.train_order`); a Source's other one is told."""
 
+    @property
+    def global_batch_size(self) -> int:
+        """In samples. DeepSpeed counts a sample once for every rank that has a chunk of it."""
+        return self.engine.train_batch_size() // self.context.sp_size
+
     @classmethod
     def of(
         cls,

@@ -194,14 +194,15 @@ def _check_digests(live: LiveRun, source: Source, options: LoadOptions, plan: Re
 
 def _restore_common(live: LiveRun, source: Source, options: LoadOptions, is_same_topology: bool) -> Progress:
     common = source.manifest.common
-    progress = progress_of(common, live.engine.train_batch_size())
+    progress = progress_of(common, live.global_batch_size)
     engine = live.engine
     if not options.with_progress:
         return Progress()
     for line in changed_order(common.get("train_order"), live.train_order):
         log.warning("warning: %s", line)
     engine.global_steps = progress.iteration
-    engine.global_samples = common.get("engine", {}).get("global_samples", progress.consumed_train_samples)
+    samples = common.get("engine", {}).get("global_samples", progress.consumed_train_samples)
+    engine.global_samples = samples * live.context.sp_size
     engine.skipped_steps = common.get("engine", {}).get("skipped_steps", 0)
     # Not the saved number: the accumulation boundary is counted in this run's micro batches.
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()

@@ -67,7 +67,7 @@ def _check_copies(
     """Every copy of a parameter, summed over the ranks that share it, must have the digest that is saved."""
     context = state.context
     if not state.is_replicated:
-        held = _summed(held, context.dp_group, context.dp_size)
+        held = _summed(held, context.zero_group, context.zero_size)
     over_tp = _summed(held.clone(), context.tp_group, context.tp_size)
     diverged = []
     for i, name in enumerate(names):

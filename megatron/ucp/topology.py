@@ -80,13 +80,15 @@ class Topology:
         return pp * self.tp_size + tp
 
     def groups(self, axis: str) -> list[list[int]]:
-        """Ranks that differ only along `axis` ("pp", "dp", "sp", "tp"), every group sorted, in order of first rank."""
-        if axis not in ("pp", "dp", "sp", "tp"):
-            raise UcpError("unknown axis", found=axis, expected=["pp", "dp", "sp", "tp"])
+        """Ranks that differ only along `axis` ("pp", "dp", "sp", "tp", or "zero" for dp and sp together), every group
+        sorted, in order of first rank."""
+        if axis not in ("pp", "dp", "sp", "tp", "zero"):
+            raise UcpError("unknown axis", found=axis, expected=["pp", "dp", "sp", "tp", "zero"])
         groups: dict[tuple, list[int]] = {}
         for rank in range(self.world_size):
             coords = asdict(self.coords(rank))
-            coords.pop(axis)
+            for along in ("dp", "sp") if axis == "zero" else (axis,):
+                coords.pop(along)
             groups.setdefault(tuple(coords.values()), []).append(rank)
         return list(groups.values())
 

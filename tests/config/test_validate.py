@@ -84,8 +84,21 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("world", {"tensor_model_parallel_size": 3}, ["world size 4", "a multiple of 3", "start 3 or 6 ranks"]),
     ("no-pp", {"no_pipeline_parallel": True, "pipeline_model_parallel_size": 2}, ["--no-pipeline-parallel with"]),
     ("zero2-pp", {"zero_stage": 2, "pipeline_model_parallel_size": 2}, ["refuses ZeRO-2", "--zero-stage 1"]),
-    ("sequence-parallel", {"sequence_parallel": True}, ["sequence parallelism: not built yet"]),
-    ("ulysses", {"ds_sequence_parallel_size": 2, "micro_batch_size": 1}, ["Ulysses sequence parallelism: not built"]),
+    (
+        "sequence-parallel",
+        {"sequence_parallel": True, "tensor_model_parallel_size": 4, "seq_length": 30},
+        ["--sequence-parallel cannot cut", "--seq-length 30", "--seq-length 28 or 32"],
+    ),
+    (
+        "ulysses",
+        {"ds_sequence_parallel_size": 8, "num_attention_heads": 12, "micro_batch_size": 1},
+        ["cannot be cut into 8 equal parts", "12 query and 12 key/value heads", "--ds-sequence-parallel-size of 1, 2 or 4"],
+    ),
+    (
+        "ulysses-kv",
+        {"ds_sequence_parallel_size": 4, "num_key_value_heads": 2, "micro_batch_size": 1},
+        ["cannot be cut into 4 equal parts", "--ds-sequence-parallel-size of 1 or 2"],
+    ),
     ("expert-parallel", {"moe_expert_parallel_size": 2}, ["expert parallelism: not built yet"]),
     ("experts", {"num_experts": (4,)}, ["mixture of experts: not built yet"]),
     ("swiglu", {"swiglu": True}, ["SwiGLU: not built yet"]),

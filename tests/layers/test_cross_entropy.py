@@ -11,6 +11,8 @@ from megatron.layers.vocabulary import Vocabulary
 from megatron.parallel.context import ParallelContext, build_context
 from megatron.ucp.topology import Topology
 
+ALONE = ParallelContext.single()
+
 
 def _parallel(rank, world_size, logits, labels, upstream, padded_size, fault):
     context = build_context(Topology(tp_size=world_size)) if world_size > 1 else ParallelContext.single()
@@ -98,7 +100,7 @@ def test_logits_are_consumed_and_backward_runs_once():
 def test_mean_loss_is_by_sequence_and_so_independent_of_micro_batches():
     nll = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [1.0, 1.0, 1.0, 1.0]])
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
-    assert mean_loss(nll, mask).item() == pytest.approx((1.5 + 8.0 + 0.0) / 3)
-    singly = [mean_loss(nll[i : i + 1], mask[i : i + 1]).item() for i in range(3)]
-    assert sum(singly) / 3 == pytest.approx(mean_loss(nll, mask).item())
-    assert mean_loss(nll, torch.ones_like(nll)).item() == pytest.approx(mean_loss(nll, None).item())
+    assert mean_loss(nll, mask, ALONE).item() == pytest.approx((1.5 + 8.0 + 0.0) / 3)
+    singly = [mean_loss(nll[i : i + 1], mask[i : i + 1], ALONE).item() for i in range(3)]
+    assert sum(singly) / 3 == pytest.approx(mean_loss(nll, mask, ALONE).item())
+    assert mean_loss(nll, torch.ones_like(nll), ALONE).item() == pytest.approx(mean_loss(nll, None, ALONE).item())

@@ -11,18 +11,26 @@ class Cell:
     pp: int = 1
     dp: int = 1
     zero: int = 0
+    sp: int = 1
+    """Ulysses: ranks that share a sequence."""
+    cut: bool = False
+    """Megatron's --sequence-parallel: activations cut along the sequence over tp."""
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.sp
 
     @property
     def name(self) -> str:
-        return f"tp{self.tp}pp{self.pp}dp{self.dp}-zero{self.zero}"
+        sequence = (f"sp{self.sp}" if self.sp > 1 else "") + ("-cut" if self.cut else "")
+        return f"tp{self.tp}pp{self.pp}dp{self.dp}{sequence}-zero{self.zero}"
 
     @property
     def flags(self) -> dict[str, int]:
-        return {"tp": self.tp, "pp": self.pp, "zero": self.zero}
+        sequence = {"ds_sequence_parallel_size": self.sp} if self.sp > 1 else {}
+        if self.cut:
+            sequence["sequence_parallel"] = True
+        return {"tp": self.tp, "pp": self.pp, "zero": self.zero, **sequence}
 
 
 TOPOLOGIES = ({}, {"dp": 2}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"tp": 2, "dp": 2})

@@ -86,8 +86,8 @@ def _steps(engine, context, is_pipelined):
                 engine.backward(loss)
                 engine.step()
                 total += loss.detach() / NUM_MICRO_BATCHES
-            if context.dp_group is not None:
-                torch.distributed.all_reduce(total, group=context.dp_group)
+            if context.zero_group is not None:
+                torch.distributed.all_reduce(total, group=context.zero_group)
             losses.append(total.item() / context.dp_size)
         norms.append(engine.get_global_grad_norm())
     return [*losses, _held_out(engine, is_pipelined)], norms

@@ -20,7 +20,7 @@ def _sums(rank, world_size, topology):
         size, index = (getattr(mpu, f"get_{axis}_parallel_{what}")() for what in ("world_size", "rank"))
         sums[axis] = (int(value), size, index)
     sources = mpu.get_tensor_model_parallel_src_rank(), mpu.get_data_parallel_src_rank()
-    groups = [group is None for group in (context.tp_group, context.dp_group, context.pp_group)]
+    groups = [group is None for group in (context.tp_group, context.zero_group, context.pp_group)]
     return sums, sources, groups, mpu.get_data_parallel_group_ranks()
 
 
