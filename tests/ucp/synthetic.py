@@ -5,6 +5,9 @@ lines of torch.chunk / torch.cat / array_split, and ZeRO partitions are made by 
 
     state = make_state(MODEL, seed=0)
     write_native(folder, state, Topology(tp_size=2, pp_size=2, dp_size=2), zero_stage=1)
+
+ZeRO-3 (no pipelines): every parameter is padded and dealt out by itself, in sub-groups of `SUB_GROUP` elements a rank.
+Parameters of the group FROZEN belong to no optimizer; their files hold bfloat16.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ NUM_HEADS, NUM_KV_HEADS = 8, 2
 HIDDEN = NUM_HEADS * HEAD
 VOCABULARY = 37
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
+FROZEN = ""
+SUB_GROUP = 60
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,16 @@ def model(num_layers: int = 2, hidden: int = HIDDEN, vocabulary: int = VOCABULAR
 
 def make_state(parameters: list[Parameter], seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return {p.name: {s: torch.randn(p.shape, generator=generator) for s in STATES} for p in parameters}
+    return {p.name: {s: _random(p, generator) for s in states_of(p)} for p in parameters}
+
+
+def states_of(parameter: Parameter) -> tuple[str, ...]:
+    return STATES[:1] if parameter.group == FROZEN else STATES
+
+
+def _random(parameter: Parameter, generator: torch.Generator) -> torch.Tensor:
+    values = torch.randn(parameter.shape, generator=generator)
+    return values.bfloat16().float() if parameter.group == FROZEN else values
 
 
 def padded_vocabulary(vocabulary: int, tp_size: int, multiple: int = 4) -> int:
@@ -142,6 +156,7 @@ def write_native(
     folder.mkdir(parents=True)
     is_pipelined = topology.pp_size > 1
     order: list[list[str]] = []
+    stage3_order: list[list[list[str]]] = []
     with _deepspeed_classes():
         for pp in range(topology.pp_size):
             for tp in range(topology.tp_size):
@@ -150,14 +165,19 @@ def write_native(
                 shards = {
                     (p.name, s): _edited(edit, pp, tp, p.name, s, cut(p, state[p.name][s], tp, topology.tp_size))
                     for p in mine
-                    for s in STATES
+                    for s in states_of(p)
                 }
                 order.append([p.name for group in groups for p in group])
                 mp_rank = pp * topology.tp_size + tp
-                _write_model_states(folder, mp_rank, groups, shards, topology, zero_stage, is_pipelined, info)
+                if zero_stage == 3:
+                    sub_groups = _sub_groups(groups, shards, topology.zero_size)
+                    stage3_order.append([[p.name for p in members] for _, members in sub_groups])
+                    _write_stage3(folder, mp_rank, mine, sub_groups, shards, topology, prefix, info)
+                    continue
+                _write_model_states(folder, mp_rank, mine, groups, shards, topology, zero_stage, is_pipelined, info)
                 if zero_stage:
                     _write_zero(folder, mp_rank, groups, shards, topology.zero_size, prefix, zero_stage, is_elastic)
-                if is_pipelined and not zero_stage:
+                if is_pipelined:
                     _write_layers(folder, mine, shards, pp, tp)
     manifest = Manifest(
         kind="native",
@@ -166,8 +186,10 @@ def write_native(
             p.name: ParameterInfo(
                 layout=layout_of(p, topology.tp_size),
                 group=p.group,
-                states=STATES,
-                step=5.0,
+                states=states_of(p),
+                step=None if p.group == FROZEN else 5.0,
+                is_trainable=p.group != FROZEN,
+                dtype="bfloat16" if p.group == FROZEN else "float32",
                 pp_stages=tuple(
                     pp
                     for pp in range(topology.pp_size)
@@ -186,6 +208,7 @@ def write_native(
         },
         files=checksum_folder(folder),
         zero0_order=[] if zero_stage else order,
+        zero3_order=stage3_order,
         pipeline_layers=_layer_prefixes(parameters) if is_pipelined else [],
     )
     if with_manifest:
@@ -210,34 +233,107 @@ def _param_groups(groups) -> list[dict]:
     return out
 
 
-def _write_model_states(folder, mp_rank, groups, shards, topology, zero_stage, is_pipelined, info) -> None:
-    names = [p.name for group in groups for p in group]
+def _model_states(mine, groups, topology, zero_stage, info, shards) -> dict:
+    trainable = [p for group in groups for p in group]
+    frozen = [p for p in mine if p.group == FROZEN]
     content = {
-        "module": None if is_pipelined else {n: shards[n, "fp32"] for n in names},
         "optimizer": None,
+        "buffer_names": [],
+        "shared_params": {},
         "param_shapes": [OrderedDict((p.name, shards[p.name, "fp32"].shape) for p in group) for group in groups],
-        "dp_world_size": topology.dp_size,
+        "frozen_param_shapes": None,
+        "frozen_param_fragments": None,
+        "dp_world_size": topology.zero_size,
         "mp_world_size": topology.tp_size,
         "checkpoint_parallel_dimensions": {"pp_degree": topology.pp_size, "tp_degree": topology.tp_size},
         "global_steps": 5,
         "ds_version": "0.19.8",
         "iteration": 5,
     }
+    if zero_stage > 1:
+        content["frozen_param_shapes"] = OrderedDict((p.name, shards[p.name, "fp32"].shape) for p in frozen)
     if info is not None:
         content["universal_checkpoint_info"] = info
     if not zero_stage:
-        states = {i: {"step": torch.tensor(5.0), **{s: shards[n, s] for s in STATES[1:]}} for i, n in enumerate(names)}
+        states = {
+            i: {"step": torch.tensor(5.0), **{s: shards[p.name, s] for s in STATES[1:]}}
+            for i, p in enumerate(trainable)
+        }
         content["optimizer"] = {"state": states, "param_groups": _param_groups(groups)}
+    return content
+
+
+def _low(p: Parameter, shard: torch.Tensor) -> torch.Tensor:
+    return shard.bfloat16() if p.group == FROZEN else shard
+
+
+def _write_model_states(folder, mp_rank, mine, groups, shards, topology, zero_stage, is_pipelined, info) -> None:
+    content = _model_states(mine, groups, topology, zero_stage, info, shards)
+    content["module"] = None if is_pipelined else {p.name: _low(p, shards[p.name, "fp32"]) for p in mine}
+    if zero_stage > 1:
+        content["frozen_param_fragments"] = {p.name: _low(p, shards[p.name, "fp32"]) for p in mine if p.group == FROZEN}
     torch.save(content, folder / f"mp_rank_{mp_rank:02d}_model_states.pt")
 
 
+def _sub_groups(groups, shards, count) -> list[tuple[int, list[Parameter]]]:
+    """(parameter group, members), closed as soon as a rank has SUB_GROUP elements of it."""
+    result = []
+    for index, group in enumerate(groups):
+        members, size = [], 0
+        for p in group:
+            members.append(p)
+            size += -(-shards[p.name, "fp32"].numel() // count)
+            if size >= SUB_GROUP or p is group[-1]:
+                result.append((index, members))
+                members, size = [], 0
+    return result
+
+
+def _dealt(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """`count` equal pieces; what fills the last ones up is not zero, so that whoever reads it is found out."""
+    size = -(-tensor.numel() // count)
+    padding = torch.full((size * count - tensor.numel(),), 9e9, dtype=tensor.dtype)
+    return list(torch.cat([tensor.flatten(), padding]).split(size))
+
+
+def _write_stage3(folder, mp_rank, mine, sub_groups, shards, topology, prefix, info) -> None:
+    count = topology.zero_size
+    pieces = {key: _dealt(shard, count) for key, shard in shards.items()}
+    for rank in range(count):
+        content = _model_states(mine, [members for _, members in sub_groups], topology, 3, info, shards)
+        content["module"] = {p.name: torch.zeros(0) for p in mine}
+        content["frozen_param_fragments"] = {
+            p.name: pieces[p.name, "fp32"][rank].bfloat16() for p in mine if p.group == FROZEN
+        }
+        torch.save(content, folder / f"zero_pp_rank_{rank}_mp_rank_{mp_rank:02d}_model_states.pt")
+        flats = [
+            {s: torch.cat([pieces[p.name, s][rank] for p in members]) for s in STATES} for _, members in sub_groups
+        ]
+        state = {i: {"step": torch.tensor(5.0), **{s: flat[s] for s in STATES[1:]}} for i, flat in enumerate(flats)}
+        groups = [
+            {"name": name, "lr": 0.1, "params": [i for i, (g, _) in enumerate(sub_groups) if g == group]}
+            for group, name in enumerate(("decay", "no_decay"))
+        ]
+        content = {
+            "optimizer_state_dict": {
+                "zero_stage": 3,
+                "loss_scaler": sys.modules["deepspeed.runtime.fp16.loss_scaler"].LossScaler(),
+                "partition_count": count,
+                "optimizer_state_dict": {"state": state, "param_groups": groups},
+                "fp32_flat_groups": [flat["fp32"] for flat in flats],
+            },
+            "ds_version": "0.19.8",
+        }
+        torch.save(content, folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_{mp_rank:02d}_optim_states.pt")
+
+
 def _write_zero(folder, mp_rank, groups, shards, count, prefix, zero_stage, is_elastic) -> None:
-    """Every group: shards one after the other, padded to `count` equal partitions."""
+    """Every group: shards one after the other, padded to `count` equal partitions of an even number of elements."""
     files = [{"fp32": [], "state": [], "mappings": [], "paddings": []} for _ in range(count)]
     for group in groups:
         flats = {s: torch.cat([shards[p.name, s].flatten() for p in group] or [torch.zeros(0)]) for s in STATES}
         numel = flats["fp32"].numel()
-        size = -(-max(numel, 1) // count)
+        size = -(-max(numel, 1) // (2 * count)) * 2
         for rank, file in enumerate(files):
             first, last = rank * size, (rank + 1) * size
             mapping, offset = OrderedDict(), 0
@@ -284,7 +380,7 @@ def _write_layers(folder, mine, shards, pp, tp) -> None:
         if pp and p.layer == 0:
             continue  # the tied copy is a partial in DeepSpeed's list of layers and has no file
         parts = 2 if p.name.startswith("layers.") else 1
-        layers.setdefault(p.layer, {})[p.name.split(".", parts)[-1]] = shards[p.name, "fp32"]
+        layers.setdefault(p.layer, {})[p.name.split(".", parts)[-1]] = _low(p, shards[p.name, "fp32"])
     for layer, content in layers.items():
         torch.save(content, folder / f"layer_{layer:02d}-model_{tp:02d}-model_states.pt")
 
