@@ -1,7 +1,7 @@
 """The optimizer, the learning-rate and weight-decay schedule, and the numbers' precision.
 
 The one idea: values only. training/schedule.py turns the schedule fields into a curve, training/ds_config.py
-turns the precision fields into DeepSpeed's blocks, training/engine.py builds the optimizer.
+turns the precision fields into DeepSpeed's blocks, training/optimizers.py builds the optimizer.
 
     optimizer = OptimizerConfig(lr=6e-4, min_lr=6e-5, lr_decay_style="cosine", precision="bf16")
 """
@@ -14,6 +14,11 @@ from megatron.config.flag import flag
 
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
+OPTIMIZERS = ("adam", "sgd", "lion", "adagrad", "muon", "adafactor")
+
+MATRICES, DECAY, NO_DECAY, DECOUPLED = "matrices", "decay", "no_decay", "decoupled"
+"""Names of parameter groups; groups are saved and restored by name. `matrices` only with Muon, `decoupled` only with
+--decoupled-lr."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,12 @@ class OptimizerConfig:
     """Iterations are counted in global batches; samples are sequences."""
 
     optimizer: str = flag(
-        "adam", help="adam is AdamW, as in Megatron: decay is not part of the gradient", choices=("adam", "sgd")
+        "adam", help="adam is AdamW, as in Megatron: decay is not part of the gradient", choices=OPTIMIZERS
     )
     lr: float | None = flag(None, help="peak learning rate")
     min_lr: float = flag(0.0, help="learning rate at the end of the decay")
+    decoupled_lr: float | None = flag(None, help="peak learning rate of the word embedding and the output layer")
+    decoupled_min_lr: float | None = flag(None, help="theirs at the end of the decay; default: --min-lr")
     lr_warmup_init: float = flag(0.0, help="learning rate at the start of the warm-up")
     lr_decay_style: str = flag("linear", help="shape of the decay", choices=DECAY_STYLES)
     lr_decay_iters: int | None = flag(
@@ -60,6 +67,9 @@ class OptimizerConfig:
     adam_beta2: float = flag(0.999, help="decay rate of the second moment")
     adam_eps: float = flag(1e-8, help="added to the root of the second moment")
     sgd_momentum: float = flag(0.9, help="momentum of --optimizer sgd")
+    lion_beta1: float = flag(0.9, help="part of the momentum in a step of --optimizer lion")
+    lion_beta2: float = flag(0.99, help="decay rate of the momentum of --optimizer lion")
+    muon_momentum: float = flag(0.95, help="momentum of --optimizer muon (of the linear layers' matrices)")
     precision: str = flag(
         "fp32",
         help="precision of weights in the forward pass; the master weights are always fp32",

@@ -37,7 +37,7 @@ class ColumnLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
-        self.weight = declare(_by_output((out_size, in_size), parts), context, initial, is_decayed=True)
+        self.weight = declare(_by_output((out_size, in_size), parts), context, initial, is_decayed=True, kind="matrix")
         bias = declare(_by_output((out_size,), parts), context, ZEROS, is_decayed=False) if has_bias else None
         self.register_parameter("bias", bias)
 
@@ -61,7 +61,8 @@ class RowLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
-        self.weight = declare(Layout.shard_h((out_size, in_size), unit), context, initial, is_decayed=True)
+        layout = Layout.shard_h((out_size, in_size), unit)
+        self.weight = declare(layout, context, initial, is_decayed=True, kind="matrix")
         bias = declare(Layout.replicate((out_size,)), context, ZEROS, is_decayed=False) if has_bias else None
         self.register_parameter("bias", bias)
 

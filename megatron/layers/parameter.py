@@ -3,20 +3,21 @@ by the layer that makes it.
 
 The one idea: nothing later infers any of these from a name or a shape. Checkpoints ask for `.atomic_layout`
 (`.layout` is torch's own), DeepSpeed's gradient norm for `.tensor_model_parallel`, the optimizer's groups for
-`.is_decayed`.
+`.is_decayed` and `.kind`.
 
     self.weight = declare(Layout.shard_v((out, in)), context, normal(0.02), is_decayed=True)
     initialize(model, seed)                  # names are known only now, and a value depends on seed and name
     layouts = layouts_of(model.named_parameters())
 
 Initialisation does not depend on the topology: the full atomic tensor is drawn by a generator seeded with
-(seed, canonical name), and each rank keeps its part.
+(seed, canonical name), and each rank keeps its part: of a ZeRO-3 model, which is never whole, only its piece.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -38,6 +39,10 @@ class Initial:
     std: float
 
 
+Kind = Literal["matrix", "vocabulary", "other"]
+"""What the optimizer may treat differently: a matrix of a linear layer (Muon), and the word embedding and the output
+layer (--decoupled-lr)."""
+
 ZEROS = Initial(0.0, 0.0)
 ONES = Initial(1.0, 0.0)
 
@@ -46,13 +51,16 @@ def normal(std: float) -> Initial:
     return Initial(0.0, std)
 
 
-def declare(layout: Layout, context: ParallelContext, initial: Initial, is_decayed: bool) -> nn.Parameter:
+def declare(
+    layout: Layout, context: ParallelContext, initial: Initial, is_decayed: bool, kind: Kind = "other"
+) -> nn.Parameter:
     """This rank's shard, its values not set yet (see `initialize`). Raises LayoutError if it cannot be cut."""
     param = nn.Parameter(torch.empty(layout.shard_shape(context.shard_rank)))
     param.atomic_layout = layout
     param.shard_rank = context.shard_rank
     param.initial = initial
     param.is_decayed = is_decayed
+    param.kind = kind
     # DeepSpeed's old and new word for "every tp rank holds another part": it counts the others once in norms.
     param.model_parallel = param.tensor_model_parallel = layout.is_cut_over("tp")
     return param
@@ -73,7 +81,21 @@ def initialize(named_parameters: Iterable[tuple[str, nn.Parameter]], seed: int) 
         else:
             generator = torch.Generator("cpu").manual_seed(derived_seed(seed, "initial", name))
             atomic = torch.empty(param.atomic_layout.shape).normal_(initial.mean, initial.std, generator=generator)
-        param.copy_(param.atomic_layout.split(atomic, param.shard_rank))
+        shard = param.atomic_layout.split(atomic, param.shard_rank)
+        if hasattr(param, "ds_tensor"):
+            _fill_partition(param, shard)
+        else:
+            param.copy_(shard)
+
+
+def _fill_partition(param: nn.Parameter, shard: torch.Tensor) -> None:
+    """Of a parameter that deepspeed.zero.Init has taken apart: it is empty itself, this rank's piece of the flattened
+    shard is `ds_tensor`. Written there, nothing is gathered; what pads the last ranks' pieces becomes zero."""
+    piece = param.ds_tensor
+    start = param.ds_zero_partition_rank * piece.numel()
+    own = shard.reshape(-1)[start : start + piece.numel()]
+    piece.zero_()
+    piece[: own.numel()].copy_(own)
 
 
 def _declared(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:

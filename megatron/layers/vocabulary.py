@@ -42,7 +42,8 @@ class _VocabularyMatrix(nn.Module):
     def __init__(self, vocabulary: Vocabulary, hidden_size: int, initial: Initial) -> None:
         super().__init__()
         self.vocabulary = vocabulary
-        self.weight = declare(vocabulary.layout(hidden_size), vocabulary.context, initial, is_decayed=True)
+        layout = vocabulary.layout(hidden_size)
+        self.weight = declare(layout, vocabulary.context, initial, is_decayed=True, kind="vocabulary")
 
     def logits(self, x_bsh: Tensor) -> Tensor:
         """[b, s, h] -> [b, s, this rank's columns]. Collective over tp."""

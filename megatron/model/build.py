@@ -7,11 +7,13 @@ groups = parameter_groups(model, weight_decay=0.1)
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from megatron.config.model import ModelConfig
+from megatron.config.optimizer import DECAY, DECOUPLED, MATRICES, NO_DECAY
 from megatron.config.parallel import ParallelConfig
 from megatron.layers.parameter import initialize, layouts_of
 from megatron.model.gpt import GPT
@@ -21,17 +23,24 @@ from megatron.ucp.layout import Layout
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, streams: RandomStreams, seed: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    context: ParallelContext,
+    streams: RandomStreams,
+    seed: int,
+    construction: AbstractContextManager | None = None,
 ) -> nn.Module:
     """The model with its first values: the same atomic parameters under every topology. With pipelining,
-    collective over the world. `model.vocab_size` must be known."""
+    collective over the world. `model.vocab_size` must be known. A plain model is constructed, not initialised, under
+    `construction` (deepspeed.zero.Init, which is collective)."""
     if parallel.is_pipelined:
         # Late: deepspeed.pipe is not needed for a plain model.
         from megatron.model.gpt_pipe import GPTPipe
 
         built: nn.Module = GPTPipe(model, context, streams)
     else:
-        built = GPT(model, context, streams)
+        with construction or nullcontext():
+            built = GPT(model, context, streams)
     initialize(built.named_parameters(), seed)
     return built
 
@@ -41,12 +50,25 @@ def parameter_layouts(model: nn.Module) -> dict[str, Layout]:
     return layouts_of(model.named_parameters())
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """For torch optimizers and DeepSpeed: matrices decay, biases and norms do not. No group is empty."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, has_matrices: bool = False, has_decoupled: bool = False
+) -> list[dict[str, Any]]:
+    """For torch optimizers and DeepSpeed: matrices decay, biases and norms do not. No group is empty. With
+    `has_matrices` the linear layers' matrices are a group of their own (Muon), with `has_decoupled` the word embedding
+    and the output layer (--decoupled-lr)."""
     parameter_layouts(model)  # so that an undeclared parameter is named, not an AttributeError
-    params = [param for param in model.parameters() if param.requires_grad]
-    groups = [
-        {"name": "decay", "params": [p for p in params if p.is_decayed], "weight_decay": weight_decay},
-        {"name": "no_decay", "params": [p for p in params if not p.is_decayed], "weight_decay": 0.0},
+    members: dict[str, list[nn.Parameter]] = {MATRICES: [], DECAY: [], NO_DECAY: [], DECOUPLED: []}
+    for param in model.parameters():
+        if not param.requires_grad:
+            continue
+        group = DECAY if param.is_decayed else NO_DECAY
+        if has_matrices and param.kind == "matrix":
+            group = MATRICES
+        elif has_decoupled and param.kind == "vocabulary":
+            group = DECOUPLED
+        members[group].append(param)
+    return [
+        {"name": name, "params": params, "weight_decay": 0.0 if name == NO_DECAY else weight_decay}
+        for name, params in members.items()
+        if params
     ]
-    return [group for group in groups if group["params"]]

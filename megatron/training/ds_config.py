@@ -62,6 +62,20 @@ REFUSED = {
 }
 
 
+_NOT_ELEMENTWISE = (
+    "its step of a ZeRO partition is not that of the parameter, so the topology would change the training"
+)
+_COMPRESSED = "it communicates in its own way and keeps errors of each rank: its state cannot be resumed elsewhere"
+REFUSED_OPTIMIZERS = {
+    "lamb": _NOT_ELEMENTWISE,
+    "muon": "its clipping, and so the training, depends on the ZeRO stage; --optimizer muon trains the same under all",
+    "onebitadam": _COMPRESSED,
+    "onebitlamb": _COMPRESSED,
+    "zerooneadam": _COMPRESSED,
+}
+"""By type in lower case. Others are tried on small tensors before training (optimizer_probe.py)."""
+
+
 def deepspeed_config(config: Config, topology: Topology, user_json: Json | None = None) -> tuple[Json, list[str]]:
     """The dictionary for DeepSpeed, and what to tell the user. Raises one ConfigError with every contradiction.
 
@@ -159,6 +173,16 @@ def _refused(user: Json) -> Iterator[Problem]:
                 expected='such as {"zero_optimization": {"stage": 1}}',
                 flags=("--deepspeed_config",),
             )
+    block = user.get("optimizer")
+    kind = block.get("type") if isinstance(block, Mapping) else "none"
+    if not isinstance(kind, str) or kind.lower() in REFUSED_OPTIMIZERS:
+        reason = REFUSED_OPTIMIZERS.get(str(kind).lower(), "it has no type")
+        yield Problem(
+            f"optimizer in the DeepSpeed JSON is refused: {reason}",
+            found=str(kind),
+            expected='such as {"type": "AdamW", "params": {"lr": 1e-4}}',
+            flags=("--deepspeed_config", "--optimizer"),
+        )
     for path, reason in REFUSED.items():
         if _get(user, path) not in (None, False, "auto"):
             yield Problem(
@@ -189,8 +213,13 @@ def _fill_optimizer(user: Json, optimizer: OptimizerConfig, notes: list[str]) ->
         return
     params = block.setdefault("params", {})
     of_flags: Json = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
-    if "adam" in str(block.get("type", "")).lower():
+    kind = block["type"].lower()
+    if "adam" in kind:
         of_flags |= {"betas": [optimizer.adam_beta1, optimizer.adam_beta2], "eps": optimizer.adam_eps}
+    elif kind == "lion":
+        of_flags |= {"betas": [optimizer.lion_beta1, optimizer.lion_beta2]}
+    elif kind == "sgd":
+        of_flags |= {"momentum": optimizer.sgd_momentum}
     for name, value in of_flags.items():
         if params.get(name, "auto") == "auto":
             params[name] = value

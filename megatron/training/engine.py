@@ -1,6 +1,8 @@
 """Build the DeepSpeed engine: one optimizer, one engine class per kind of model, grad norms right everywhere.
 
-engine = build_engine(config, model, context, ds_config)
+mpu = Mpu(context)
+model = build_model(..., construction=partitioned_construction(ds_config, mpu))
+engine = build_engine(config, model, context, mpu, ds_config)
 loss = train_step(engine, micro_batches)     # one global batch, plain or pipelined
 engine.get_global_grad_norm()                # the same number under every topology
 """
@@ -8,9 +10,11 @@ engine.get_global_grad_norm()                # the same number under every topol
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
@@ -22,6 +26,7 @@ from megatron.config.optimizer import OptimizerConfig
 from megatron.model.build import parameter_groups
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.mpu import Mpu
+from megatron.training.optimizers import build_optimizer
 
 
 class _Fp32GradNorm:
@@ -68,41 +73,49 @@ class PipeEngine(_Fp32GradNorm, PipelineEngine):
     """DeepSpeed's engine for a PipelineModule."""
 
 
+def partitioned_construction(ds_config: dict[str, Any], mpu: Mpu) -> AbstractContextManager:
+    """What a plain model is constructed under. ZeRO-3: deepspeed.zero.Init, which partitions each layer's parameters
+    when the layer is made, so that no rank ever holds the whole model.
+
+    Precision and offload come from the configuration: a `dtype` of its own zero.Init takes for bf16 where the device
+    has no fp16 (zero/partition_parameters.py, _set_dtype).
+    """
+    if ds_config["zero_optimization"]["stage"] != 3:
+        return nullcontext()
+    group = mpu.get_data_parallel_group()
+    return deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=ds_config, mpu=mpu)
+
+
 def build_engine(
-    optimizer: OptimizerConfig, model: torch.nn.Module, context: ParallelContext, ds_config: dict[str, Any]
+    optimizer: OptimizerConfig, model: torch.nn.Module, context: ParallelContext, mpu: Mpu, ds_config: dict[str, Any]
 ) -> PlainEngine | PipeEngine:
-    """Collective over the world. `ds_config` is the merged dictionary of `ds_config.deepspeed_config`."""
-    groups = parameter_groups(model, optimizer.weight_decay)
-    client_optimizer = None if "optimizer" in ds_config else build_optimizer(optimizer, groups)
+    """Collective over the world. `ds_config` is the merged dictionary of `ds_config.deepspeed_config`; `mpu` the one
+    that a plain model was constructed with (a pipeline has its own)."""
+    block = ds_config.get("optimizer")
+    groups = parameter_groups(
+        model,
+        optimizer.weight_decay,
+        has_matrices=optimizer.optimizer == "muon" and block is None,
+        has_decoupled=optimizer.decoupled_lr is not None,
+    )
+    client_optimizer = build_optimizer(optimizer, groups, block)
+    if client_optimizer is not None:
+        ds_config = {key: value for key, value in ds_config.items() if key != "optimizer"}
     is_pipelined = isinstance(model, PipelineModule)
-    mpu = model.mpu() if is_pipelined else Mpu(context)
+    ds_mpu = model.mpu() if is_pipelined else mpu
     engine = (PipeEngine if is_pipelined else PlainEngine)(
         args=None,
         model=model,
         optimizer=client_optimizer,
         model_parameters=groups,
-        mpu=mpu,
+        mpu=ds_mpu,
         dist_init_required=False,
         config=ds_config,
-        config_class=DeepSpeedConfig(ds_config, mpu),
+        config_class=DeepSpeedConfig(ds_config, ds_mpu),
     )
     # Its own mpu will not do: a pipeline's "model parallel rank" counts stages too.
     engine.context = context
     return engine
-
-
-def build_optimizer(config: OptimizerConfig, groups: Iterable[Mapping[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW (Megatron's "adam" decouples weight decay), or SGD with momentum."""
-    groups = [dict(group) for group in groups]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-    )
 
 
 def train_step(engine: PlainEngine | PipeEngine, micro_batches: Iterator[Mapping[str, torch.Tensor]]) -> float:
