@@ -132,6 +132,15 @@ def parallel_problems(model: ModelConfig, parallel: ParallelConfig, world_size: 
             flags=("--pipeline-model-parallel-size", "--num-layers"),
             fix=f"--pipeline-model-parallel-size of at most {model.num_layers}",
         )
+    method = parallel.pp_partition_method
+    if method not in ("uniform", "parameters") and not method.startswith("type:"):
+        yield Problem(
+            "unknown way of dealing the model to pipeline stages",
+            found=f"--pp-partition-method {method}",
+            expected="uniform, parameters, or type:REGEX",
+            flags=("--pp-partition-method",),
+            fix="drop it: type:transformer gives every stage as many blocks",
+        )
     if parallel.no_pipeline_parallel and pp_size > 1:
         yield Problem(
             "--no-pipeline-parallel with several pipeline stages",

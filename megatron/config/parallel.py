@@ -33,6 +33,11 @@ class ParallelConfig:
     no_pipeline_parallel: bool = flag(
         False, help="at one stage, build the plain model and not a one-stage PipelineModule"
     )
+    pp_partition_method: str = flag(
+        "type:transformer",
+        help="how DeepSpeed deals the model to stages: type:REGEX (equal numbers of what matches, such as blocks), "
+        "uniform (entries), or parameters",
+    )
     moe_expert_parallel_size: int = flag(1, help="ranks that share the experts", unit="ranks")
     create_moe_param_group: bool = flag(False, help="a parameter group of their own for experts")
     zero_stage: int = flag(0, help="DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))

@@ -37,7 +37,7 @@ def build_model(
         # Late: deepspeed.pipe is not needed for a plain model.
         from megatron.model.gpt_pipe import GPTPipe
 
-        built: nn.Module = GPTPipe(model, context, streams)
+        built: nn.Module = GPTPipe(model, context, streams, parallel.pp_partition_method)
     else:
         with construction or nullcontext():
             built = GPT(model, context, streams)

@@ -46,10 +46,23 @@ class PipelineRecomputeError(ValueError):
     """A way of recomputing that pipeline entries cannot do."""
 
 
+class PipelinePartitionError(ValueError):
+    """A way of dealing the entries to stages that leaves a stage empty."""
+
+
 class GPTPipe(PipelineModule):
     """Construction is collective over the world. Parameters are not initialised here (see `build_model`)."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, streams: RandomStreams) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        context: ParallelContext,
+        streams: RandomStreams,
+        partition_method: str = "type:transformer",
+    ) -> None:
+        """`partition_method` is DeepSpeed's: with "type:REGEX" every stage gets as many entries whose class matches;
+        "uniform" as many entries; "parameters" as many parameters, for which DeepSpeed builds the whole model on every
+        rank. Raises PipelinePartitionError."""
         topology, vocabulary = context.topology, vocabulary_of(model, context)
         said = io.StringIO()
         self.entry_paths = entry_paths(model)  # first: PipelineModule's constructor asks for parameters
@@ -61,11 +74,17 @@ class GPTPipe(PipelineModule):
                     num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.zero_size
                 ),
                 loss_fn=_Loss(vocabulary),
-                # By blocks, not by parameters: the vocabulary's matrices would otherwise fill stages of their own,
-                # and DeepSpeed would build the whole model on every rank to count.
-                partition_method=f"type:^{PipeBlock.__name__}$",
+                partition_method=partition_method,
             )
         log.debug("%s", said.getvalue())
+        stages = [(int(start), int(stop)) for start, stop in zip(self.parts, self.parts[1:])]
+        if any(start == stop for start, stop in stages):
+            names = ", ".join(dict.fromkeys(spec.typename.__name__ for spec in self._layer_specs))
+            raise PipelinePartitionError(
+                f"--pp-partition-method {partition_method} leaves a pipeline stage empty. Found: entries {stages} of "
+                f"{len(self.entry_paths)} on the {topology.pp_size} stages. Expected: at least one on each; the "
+                f"entries' classes are {names}. What to do: drop the flag, or use uniform."
+            )
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -91,7 +110,7 @@ class PipePositions(PositionEmbedding):
         return self.streams.residual_dropout(super().forward(x_bsh), self.dropout if self.training else 0.0)
 
 
-class PipeBlock(Block):
+class PipeTransformerBlock(Block):
     """A block that recomputes itself."""
 
     def __init__(
@@ -132,7 +151,7 @@ def _entries(
     matrix = (vocabulary, model.hidden_size, normal(model.init_method_std))
     middle = [
         LayerSpec(PipePositions, model, context, streams),
-        *(LayerSpec(PipeBlock, model, context, streams, is_on) for is_on in _recomputed(model)),
+        *(LayerSpec(PipeTransformerBlock, model, context, streams, is_on) for is_on in _recomputed(model)),
         LayerSpec(LayerNorm, model.hidden_size, context, model.layernorm_epsilon),
     ]
     if model.untie_embeddings_and_output_weights:

@@ -1,8 +1,25 @@
-"""The cells of the matrix: topologies and ZeRO stages that the spine supports, by name."""
+"""The matrix: one tiny model that every topology here can take, the topologies, and the families of named cases.
+
+    Cell(tp=2, pp=2, dp=2, zero=1).name          # "tp2pp2dp2-z1"
+    sources_of(target)                           # every Source that a family brings to this Target
+
+The model has 12 heads and 5 blocks, so that tensor parallel sizes 1 to 4 divide it and stages are uneven; its
+vocabulary of 101 is padded differently by each of them; a global batch of 12 is divided by 1 to 4 ranks.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+MODEL = {
+    "num_layers": 5,
+    "hidden_size": 24,
+    "num_attention_heads": 12,
+    "seq_length": 16,
+    "max_position_embeddings": 16,
+    "global_batch_size": 12,
+}
 
 
 @dataclass(frozen=True)
@@ -15,6 +32,9 @@ class Cell:
     """Ulysses: ranks that share a sequence."""
     cut: bool = False
     """Megatron's --sequence-parallel: activations cut along the sequence over tp."""
+    how: str = ""
+    """"uniform" or "parameters": DeepSpeed's way of dealing the model to stages; "plain": at one stage the plain model
+    and not a PipelineModule of one stage (which ZeRO-2 and 3 never are)."""
 
     @property
     def world_size(self) -> int:
@@ -22,22 +42,82 @@ class Cell:
 
     @property
     def name(self) -> str:
-        sequence = (f"sp{self.sp}" if self.sp > 1 else "") + ("-cut" if self.cut else "")
-        return f"tp{self.tp}pp{self.pp}dp{self.dp}{sequence}-zero{self.zero}"
+        extra = (f"sp{self.sp}" if self.sp > 1 else "") + ("-cut" if self.cut else "")
+        extra += f"-{self.how}" if self.how else ""
+        return f"tp{self.tp}pp{self.pp}dp{self.dp}{extra}-z{self.zero}"
 
     @property
-    def flags(self) -> dict[str, int]:
-        sequence = {"ds_sequence_parallel_size": self.sp} if self.sp > 1 else {}
+    def flags(self) -> dict[str, object]:
+        flags: dict[str, object] = {"tp": self.tp, "pp": self.pp, "zero": self.zero}
+        if self.sp > 1:
+            flags["ds_sequence_parallel_size"] = self.sp
         if self.cut:
-            sequence["sequence_parallel"] = True
-        return {"tp": self.tp, "pp": self.pp, "zero": self.zero, **sequence}
+            flags["sequence_parallel"] = True
+        if self.how == "plain":
+            flags["no_pipeline_parallel"] = True
+        elif self.how:
+            flags["pp_partition_method"] = self.how
+        return flags
 
 
-TOPOLOGIES = ({}, {"dp": 2}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"tp": 2, "dp": 2})
-CELLS = tuple(
-    Cell(**degrees, zero=zero)
-    for degrees in TOPOLOGIES
-    for zero in (0, 1, 2, 3)
-    if not (degrees.get("pp", 1) > 1 and zero > 1)  # DeepSpeed's pipeline engine takes ZeRO-0 and 1 only
+def cell(name: str) -> Cell:
+    """From its name: "tp2pp2dp2-z1", "tp1pp1dp2sp2-z1", "tp2pp1dp1-cut-z3", "tp1pp4dp1-uniform-z1"."""
+    match = re.fullmatch(r"tp(\d)pp(\d)dp(\d)(?:sp(\d))?(-cut)?(?:-(uniform|parameters|plain))?-z(\d)", name)
+    tp, pp, dp, sp, cut, how, zero = match.groups()
+    return Cell(int(tp), int(pp), int(dp), int(zero), int(sp or 1), bool(cut), how or "")
+
+
+def _cells(names: str) -> tuple[Cell, ...]:
+    return tuple(cell(name) for name in names.split())
+
+
+PAPER = cell("tp2pp2dp2-z1")
+FIG_7A = _cells(
+    "tp1pp1dp1-z1 tp1pp1dp2-z3 tp1pp1dp2sp2-z1 tp1pp1dp4-z2 tp1pp1dp4-z3 tp1pp2dp2-z1 tp2pp1dp1-z1 tp2pp1dp2-z1 "
+    "tp2pp1dp2-z2 tp2pp2dp1-z1 tp2pp2dp2-z1"
 )
-MIN_CELLS = 20
+"""Targets of Lian et al. 2025, figure 7a, from PAPER."""
+FIG_7B = _cells(
+    "tp1pp1dp1-z1 tp1pp1dp2-z3 tp1pp1dp2sp2-z1 tp1pp1dp4-z2 tp1pp1dp4-z3 tp1pp2dp2-z1 tp2pp1dp2-z2 tp2pp2dp1-z1"
+)
+"""Sources of figure 7b, to PAPER."""
+FIG_8 = (
+    (cell("tp1pp1dp4-z0"), cell("tp1pp1dp2-z0")),  # data parallel degree
+    (cell("tp1pp1dp4-z0"), cell("tp1pp1dp4-z2")),  # to ZeRO
+    (cell("tp2pp2dp1-z0"), cell("tp4pp1dp1-z0")),  # model parallel degrees
+)
+"""Pairs of figure 8; its fourth, of experts, is not of this model."""
+
+SQUARES = {
+    "ZeRO stages and dp sizes": tuple(Cell(dp=dp, zero=zero) for zero in (0, 1, 2, 3) for dp in (1, 2, 3, 4)),
+    "tp sizes, uneven vocabulary": _cells(
+        "tp1pp1dp1-plain-z0 tp2pp1dp1-plain-z1 tp3pp1dp1-z0 tp3pp1dp1-z1 tp3pp1dp1-z3 tp4pp1dp1-z1 tp4pp1dp1-z2 "
+        "tp2pp1dp2-z3"
+    ),
+    "stages of five blocks": _cells(
+        "tp1pp1dp1-z0 tp1pp2dp1-z0 tp1pp2dp1-z1 tp1pp4dp1-z0 tp1pp4dp1-z1 tp1pp3dp1-uniform-z1 tp1pp4dp1-parameters-z1"
+    ),
+    "sequence parallel": _cells(
+        "tp1pp1dp1-z1 tp1pp1dp1sp2-z0 tp1pp1dp1sp2-z1 tp1pp1dp1sp2-z2 tp1pp1dp1sp2-z3 tp1pp1dp1sp4-z1 tp2pp1dp1-cut-z1 "
+        "tp2pp1dp1-cut-z3"
+    ),
+    "three and four degrees": _cells(
+        "tp1pp1dp1-z0 tp2pp2dp2-z1 tp2pp2dp1sp2-z1 tp2pp2dp2-cut-z0 tp2pp1dp2sp2-cut-z2 tp2pp1dp2sp2-z3 tp1pp2dp2sp2-z1"
+    ),
+}
+"""Families of which every member is a Source for every other."""
+
+PAIRS: dict[tuple[Cell, Cell], str] = {
+    **{(a, b): family for family, cells in SQUARES.items() for a in cells for b in cells},
+    **{(PAPER, target): "figure 7a" for target in FIG_7A},
+    **{(source, PAPER): "figure 7b" for source in FIG_7B},
+    **dict.fromkeys(FIG_8, "figure 8"),
+}
+"""(Source, Target) -> the family it is there for."""
+
+SOURCES = tuple(dict.fromkeys(source for source, _ in PAIRS))
+TARGETS = tuple(dict.fromkeys(target for _, target in PAIRS))
+
+
+def sources_of(target: Cell) -> tuple[Cell, ...]:
+    return tuple(source for source, other in PAIRS if other == target)
