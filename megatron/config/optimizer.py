@@ -20,6 +20,14 @@ MATRICES, DECAY, NO_DECAY, DECOUPLED = "matrices", "decay", "no_decay", "decoupl
 """Names of parameter groups; groups are saved and restored by name. `matrices` only with Muon, `decoupled` only with
 --decoupled-lr."""
 
+SINCE = "_since_"
+"""Between a group's name and the iteration from which on its parameters are trained, if they were frozen before."""
+
+
+def base_group(name: str) -> str:
+    """`decay` of `decay_since_100`: the group whose treatment a late one shares."""
+    return name.partition(SINCE)[0]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -83,4 +91,7 @@ class OptimizerConfig:
     hysteresis: int = flag(2, help="overflows before the scale halves", unit="steps")
     accumulate_allreduce_grads_in_fp32: bool = flag(
         False, help="accumulate bf16 gradients in fp32 (with ZeRO-1: DeepSpeed's BF16_Optimizer)"
+    )
+    freeze_parameters: tuple[str, ...] = flag(
+        (), help="patterns of canonical names of parameters that are not trained: embedding.* 'layers.0.*'"
     )

@@ -7,13 +7,14 @@ groups = parameter_groups(model, weight_decay=0.1)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from megatron.config.model import ModelConfig
-from megatron.config.optimizer import DECAY, DECOUPLED, MATRICES, NO_DECAY
+from megatron.config.optimizer import DECAY, DECOUPLED, MATRICES, NO_DECAY, base_group
 from megatron.config.parallel import ParallelConfig
 from megatron.layers.parameter import initialize, layouts_of
 from megatron.model.gpt import GPT
@@ -51,14 +52,20 @@ def parameter_layouts(model: nn.Module) -> dict[str, Layout]:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, has_matrices: bool = False, has_decoupled: bool = False
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    has_matrices: bool = False,
+    has_decoupled: bool = False,
+    late: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """For torch optimizers and DeepSpeed: matrices decay, biases and norms do not. No group is empty. With
-    `has_matrices` the linear layers' matrices are a group of their own (Muon), with `has_decoupled` the word embedding
-    and the output layer (--decoupled-lr)."""
+    """For torch optimizers and DeepSpeed: matrices decay, biases and norms do not, frozen parameters are left out. No
+    group is empty. With `has_matrices` the linear layers' matrices are a group of their own (Muon), with
+    `has_decoupled` the word embedding and the output layer (--decoupled-lr). What `late` names is in groups apart, with
+    what it says at the end of the group's name (training/trainable.py)."""
     parameter_layouts(model)  # so that an undeclared parameter is named, not an AttributeError
     members: dict[str, list[nn.Parameter]] = {MATRICES: [], DECAY: [], NO_DECAY: [], DECOUPLED: []}
-    for param in model.parameters():
+    for param_name, param in model.named_parameters():
         if not param.requires_grad:
             continue
         group = DECAY if param.is_decayed else NO_DECAY
@@ -66,9 +73,11 @@ def parameter_groups(
             group = MATRICES
         elif has_decoupled and param.kind == "vocabulary":
             group = DECOUPLED
-        members[group].append(param)
+        if group != MATRICES:  # Muon's momentum has no step to count from
+            group += (late or {}).get(param_name, "")
+        members.setdefault(group, []).append(param)
     return [
-        {"name": name, "params": params, "weight_decay": 0.0 if name == NO_DECAY else weight_decay}
+        {"name": name, "params": params, "weight_decay": 0.0 if base_group(name) == NO_DECAY else weight_decay}
         for name, params in members.items()
         if params
     ]

@@ -39,7 +39,8 @@ from megatron.training.reporting import told_by_rank_0
 from megatron.training.resume import ResumePlan, Wanted, choose_resume, find_checkpoints
 from megatron.training.schedule import LearningRateSchedule
 from megatron.training.tensorboard import RunLog
-from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
+from megatron.training.trainable import freeze, late_parameters, refuse_buffers
+from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.ucp.sources import open_source
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,13 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
     mpu = Mpu(context)
     construction = partitioned_construction(ds_config, mpu)
     model = build_model(config.model, config.parallel, context, streams, config.run.seed, construction)
-    layouts = parameter_layouts(model)
-    engine = build_engine(config.optimizer, model, context, mpu, ds_config)
+    with stops_all_ranks("building the model"):
+        layouts = parameter_layouts(model)
+        refuse_buffers(model)
+    freeze(model, config.optimizer.freeze_parameters, context)
+    with stops_all_ranks("reading the checkpoint's parameter groups"):
+        late = _late(config, plan)
+    engine = build_engine(config.optimizer, model, context, mpu, ds_config, late)
     schedule = LearningRateSchedule(config.optimizer, config.train_iters, config.run.global_batch_size)
     schedule.attach(engine.optimizer)
     live = LiveRun.of(
@@ -135,9 +141,18 @@ def _start(config: Config, plan: ResumePlan) -> Progress:
     """How far the Source had come: the data must reach from there to the end."""
     if plan.is_fresh or config.checkpoint.finetune:
         return Progress()
-    has_manifest = (plan.folder / MANIFEST_NAME).is_file()
-    manifest = read_manifest(plan.folder) if has_manifest else open_source(plan.folder).manifest
-    return progress_of(manifest.common, config.run.global_batch_size)
+    return progress_of(_manifest(plan.folder).common, config.run.global_batch_size)
+
+
+def _late(config: Config, plan: ResumePlan) -> dict[str, str]:
+    """Parameters whose optimizer states began after the others', if any are loaded."""
+    if plan.is_fresh or not _load_options(config).with_optimizer:
+        return {}
+    return late_parameters(_manifest(plan.folder))
+
+
+def _manifest(folder: Path) -> Manifest:
+    return read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else open_source(folder).manifest
 
 
 def _load_options(config: Config) -> LoadOptions:

@@ -87,16 +87,22 @@ def partitioned_construction(ds_config: dict[str, Any], mpu: Mpu) -> AbstractCon
 
 
 def build_engine(
-    optimizer: OptimizerConfig, model: torch.nn.Module, context: ParallelContext, mpu: Mpu, ds_config: dict[str, Any]
+    optimizer: OptimizerConfig,
+    model: torch.nn.Module,
+    context: ParallelContext,
+    mpu: Mpu,
+    ds_config: dict[str, Any],
+    late: Mapping[str, str] | None = None,
 ) -> PlainEngine | PipeEngine:
     """Collective over the world. `ds_config` is the merged dictionary of `ds_config.deepspeed_config`; `mpu` the one
-    that a plain model was constructed with (a pipeline has its own)."""
+    that a plain model was constructed with (a pipeline has its own); `late` as `parameter_groups` takes it."""
     block = ds_config.get("optimizer")
     groups = parameter_groups(
         model,
         optimizer.weight_decay,
         has_matrices=optimizer.optimizer == "muon" and block is None,
         has_decoupled=optimizer.decoupled_lr is not None,
+        late=late,
     )
     client_optimizer = build_optimizer(optimizer, groups, block)
     if client_optimizer is not None:
