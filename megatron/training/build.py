@@ -94,6 +94,8 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
         "%s, ZeRO-%d, %s, %s parameters, %d ranks",
         topology, zero_stage, config.optimizer.precision, f"{num_parameters(config.model):,}", launch.world_size,
     )  # fmt: skip
+    with stops_all_ranks("checking the optimizer"):
+        live.state.check_optimizer(is_saved=config.checkpoint.save is not None)
     progress = Progress()
     if not plan.is_fresh:
         progress = load(live, plan, _load_options(config))

@@ -4,11 +4,16 @@ The one idea: whatever the ZeRO stage, the master weights and the optimizer's st
 torch optimizer, and this rank holds an interval of each parameter's TP shard somewhere in them. `EngineState`
 lists those intervals as views, so that saving a digest and placing a saved state are plain loops:
 
-    state = EngineState(engine, names, layouts, context)
+    state = EngineState(engine, layouts, context, pp_stages, frozen)
     for interval in state.intervals:
         interval.master.copy_(...)          # fp32, 1-D, a view into the optimizer's own tensor
-        interval.states["exp_avg"].copy_(...)
+        interval.state(state.base, "exp_avg").copy_(...)
+    for interval in state.frozen_intervals:
+        interval.weights.copy_(...)         # in the run's precision, the live weights themselves
     state.refresh_weights()                 # collective
+
+A frozen parameter has no master and no optimizer state: its value is the live weight, in whatever precision the run
+has. Where that is bf16 or fp16, its state "fp32" is the weight widened, and a load rounds what it reads.
 
 This touches attributes of DeepSpeed 0.19.8 that are not public API; `_require` names what a new version lacks.
 """
@@ -24,16 +29,16 @@ import torch
 import torch.distributed as dist
 
 from megatron.parallel.context import ParallelContext
-from megatron.ucp.fragment import EMPTY, shard_runs
+from megatron.training.optimizer_states import OptimizerStates, UnsupportedOptimizerError
+from megatron.ucp.fragment import EMPTY, shard_runs, whole_runs
 from megatron.ucp.layout import Layout, ShardRank
+
+MASTER = "fp32"
+"""Name of the master weight among the states, as on disk."""
 
 _STAGE3 = "DeepSpeedZeroOptimizer_Stage3"
 _FLAT_GROUPS = {"DeepSpeedZeroOptimizer": "bit16_groups", "BF16_Optimizer": "bf16_groups"}
 """Wrappers that keep each group's weights in one flat tensor, and the attribute that lists its parameters."""
-
-
-class UnsupportedOptimizerError(RuntimeError):
-    """DeepSpeed wraps the optimizer in a way whose state this module does not know how to find."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,37 @@ class OwnedInterval:
 
 
 @dataclass(frozen=True)
+class FrozenInterval:
+    """The same of a parameter that the optimizer does not know: whole on every data-parallel rank, a piece under
+    ZeRO-3."""
+
+    name: str
+    param: torch.nn.Parameter
+    start: int
+    numel: int
+    runs: Any
+    counted_runs: Any
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """Live, 1-D."""
+        return _live_weights(self.param, self.start, self.numel)
+
+
+@dataclass(frozen=True)
+class StatePart:
+    """What an interval holds of one state of its parameter."""
+
+    state: str
+    values: torch.Tensor
+    """1-D, a view."""
+    layout: Layout
+    """The parameter's, or that of a state of another shape, which is never cut."""
+    runs: Any
+    counted_runs: Any
+
+
+@dataclass(frozen=True)
 class _Fragment:
     param: torch.nn.Parameter
     flat: torch.Tensor
@@ -72,7 +108,7 @@ class _Fragment:
     numel: int
 
 
-class EngineState:
+class EngineState(OptimizerStates):
     """The optimizer's state of a live engine, by canonical parameter name. Construction is local."""
 
     def __init__(
@@ -81,12 +117,16 @@ class EngineState:
         layouts: Mapping[str, Layout],
         context: ParallelContext,
         pp_stages: Mapping[str, tuple[int, ...]],
+        frozen: frozenset[str] = frozenset(),
     ) -> None:
-        """`layouts` and `pp_stages` (which stages hold a copy) cover every parameter of the whole model."""
+        """`layouts` and `pp_stages` (which stages hold a copy) cover every parameter of the whole model, `frozen` names
+        those that are not trained."""
         self.engine = engine
         self.layouts = layouts
         self.context = context
         self.pp_stages = pp_stages
+        self.frozen = frozen
+        self._step_homes: dict[int, str | None] = {}
         self.wrapper = type(engine.optimizer).__name__
         self.base: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self.shard_rank = ShardRank(tp_rank=context.tp_rank, tp_size=context.tp_size)
@@ -102,17 +142,35 @@ class EngineState:
             self._interval(fragment, self.base.param_groups[group]["name"]) for group, fragment in self._fragments()
         )
 
+    @cached_property
+    def frozen_intervals(self) -> tuple[FrozenInterval, ...]:
+        intervals = []
+        for param, name in self.engine.param_names.items():
+            if name in self.frozen:
+                start, numel = _stage3_piece(param) if self.wrapper == _STAGE3 else (0, param.numel())
+                if numel:
+                    runs, counted = self._runs(name, start, numel, self.has_whole_frozen)
+                    intervals.append(FrozenInterval(name, param, start, numel, runs, counted))
+        return tuple(intervals)
+
+    @property
+    def has_whole_frozen(self) -> bool:
+        """Every data-parallel rank holds all of the frozen parameters: under all stages but ZeRO-3."""
+        return self.wrapper != _STAGE3
+
     def _interval(self, fragment: _Fragment, group: str) -> OwnedInterval:
         name = self.engine.param_names[fragment.param]
-        layout = self.layouts[name]
-        runs = shard_runs(layout, self.shard_rank, fragment.start, fragment.start + fragment.numel)
-        context = self.context
-        if context.pp_rank != min(self.pp_stages[name]) or (context.zero_rank > 0 and self.is_replicated):
-            counted = EMPTY
-        else:
-            stop = fragment.start + fragment.numel
-            counted = shard_runs(layout, self.shard_rank, fragment.start, stop, owned=True)
+        runs, counted = self._runs(name, fragment.start, fragment.numel, self.is_replicated)
         return OwnedInterval(name, group, runs=runs, counted_runs=counted, **vars(fragment))
+
+    def _runs(self, name: str, start: int, numel: int, is_replicated: bool) -> tuple[Any, Any]:
+        """(all, those counted here) of an interval of this rank's shard, of which every data-parallel rank has a copy
+        or not."""
+        layout, context, stop = self.layouts[name], self.context, start + numel
+        runs = shard_runs(layout, self.shard_rank, start, stop)
+        if context.pp_rank != min(self.pp_stages[name]) or (context.zero_rank > 0 and is_replicated):
+            return runs, EMPTY
+        return runs, shard_runs(layout, self.shard_rank, start, stop, owned=True)
 
     @property
     def flats(self) -> list[tuple[int, torch.Tensor]]:
@@ -160,83 +218,40 @@ class EngineState:
         for (group, flat), params in zip(self.flats, optimizer.fp16_groups, strict=True):
             position = 0
             for param in params:
-                length = param.partition_numel()
-                start = min(dist.get_rank(group=param.ds_process_group) * length, param.ds_numel)
-                stop = min(start + length, param.ds_numel)
-                if stop > start:
-                    yield group, _Fragment(param, flat, position, start, stop - start)
-                position += length
+                start, numel = _stage3_piece(param)
+                if numel:
+                    yield group, _Fragment(param, flat, position, start, numel)
+                position += param.partition_numel()
+
+    @property
+    def members(self) -> list[list[str]]:
+        """For each of `flats` the parameters of which some data-parallel rank has a part in it, in order."""
+        if self.is_replicated:
+            return [[self.engine.param_names[param]] for _, param in self.flats]
+        if self.wrapper == _STAGE3:
+            groups = self.engine.optimizer.fp16_groups
+        else:
+            of_group = getattr(self.engine.optimizer, _FLAT_GROUPS[self.wrapper])
+            groups = [of_group[group] for group, _ in self.flats]
+        return [[self.engine.param_names[param] for param in params] for params in groups]
 
     @property
     def stage3_order(self) -> list[list[str]]:
         """Names in each of ZeRO-3's sub-groups; empty under other stages."""
-        if self.wrapper != _STAGE3:
-            return []
-        return [[self.engine.param_names[p] for p in params] for params in self.engine.optimizer.fp16_groups]
+        return self.members if self.wrapper == _STAGE3 else []
 
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        """The optimizer's tensor states cut like the parameter (exp_avg, ...), sorted; needs `make_states`."""
-        names = {
-            key
-            for flat, states in self.base.state.items()
-            for key, value in states.items()
-            if torch.is_tensor(value) and value.dim() > 0 and value.shape == flat.shape
-        }
-        return tuple(sorted(names))
-
-    def make_states(self) -> None:
-        """Create the optimizer's states (zeros) where a fresh engine has none yet, without taking a step.
-
-        The optimizer steps a one-element dummy, and what it leaves there is the template; so no table of
-        optimizers is needed. The training that follows is bitwise the one without this call.
-        """
-        for group, flat in self.flats:
-            template = self._state_template(group, flat)
-            for key, value in template.items():
-                if key not in self.base.state[flat]:
-                    self.base.state[flat][key] = _zero_like(value, flat)
-        optimizer = self.engine.optimizer
-        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-            # So that DeepSpeed's own accessors (and its savers) see these tensors.
-            optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _state_template(self, group: int, flat: torch.Tensor) -> dict[str, Any]:
-        dummy = torch.nn.Parameter(torch.zeros(1, dtype=flat.dtype, device=flat.device))
-        dummy.grad = torch.zeros_like(dummy)
-        groups = self.base.param_groups
-        # A copy of the group: some optimizers write into it (FusedAdam's group["step"]).
-        self.base.param_groups = [{**groups[group], "params": [dummy]}]
-        try:
-            type(self.base).step(self.base)  # the class's method: no hooks of schedulers or engines
-        finally:
-            self.base.param_groups = groups
-        return self.base.state.pop(dummy, {})
-
-    def step_of(self, flat: torch.Tensor) -> float | None:
-        step = self.base.state[flat].get("step")
-        return None if step is None else float(step)
-
-    def set_step(self, flat: torch.Tensor, step: float) -> None:
-        states = self.base.state[flat]
-        if torch.is_tensor(states.get("step")):
-            states["step"].fill_(step)
-        elif "step" in states:
-            states["step"] = type(states["step"])(step)
-
-    def hyper_parameters(self) -> dict[str, dict[str, Any]]:
-        """Every group's hyper-parameters by the group's name."""
-        return {
-            group["name"]: {key: _plain(value) for key, value in group.items() if key not in ("params", "name")}
-            for group in self.base.param_groups
-        }
-
-    def set_hyper_parameters(self, groups: Mapping[str, Mapping[str, Any]]) -> None:
-        """In place and by name: group indices differ between topologies (a stage drops its empty groups)."""
-        for group in self.base.param_groups:
-            for key, value in groups[group["name"]].items():
-                group[key] = tuple(value) if isinstance(value, list) else value
+    def parts(self, interval: OwnedInterval) -> Iterator[StatePart]:
+        """The master weight and every tensor state, as far as they are this interval's."""
+        layout = self.layouts[interval.name]
+        yield StatePart(MASTER, interval.master, layout, interval.runs, interval.counted_runs)
+        for key, value in self.tensor_states(interval.flat).items():
+            if value.shape == interval.flat.shape:
+                values = interval.state(self.base, key)
+                yield StatePart(key, values, layout, interval.runs, interval.counted_runs)
+            else:
+                runs = whole_runs(value.numel())
+                counted = runs if len(interval.counted_runs) else EMPTY
+                yield StatePart(key, value.detach().view(-1), Layout.unique(value.shape), runs, counted)
 
     def refresh_weights(self) -> None:
         """Make the live (low-precision) weights those of the masters. Collective over the data-parallel group."""
@@ -260,18 +275,29 @@ class EngineState:
         return [
             interval.name
             for interval in self.intervals
-            if not torch.equal(self._live(interval), interval.master.to(interval.param.dtype))
+            if not torch.equal(
+                _live_weights(interval.param, interval.start, interval.numel).to(interval.flat.device),
+                interval.master.to(interval.param.dtype),
+            )
         ]
-
-    def _live(self, interval: OwnedInterval) -> torch.Tensor:
-        param, start, numel = interval.param, interval.start, interval.numel
-        if self.wrapper == _STAGE3:
-            return param.ds_tensor.detach().view(-1).narrow(0, 0, numel).to(interval.flat.device)
-        return param.detach().view(-1).narrow(0, start, numel)
 
     @property
     def loss_scaler(self) -> Any | None:
         return getattr(self.engine.optimizer, "loss_scaler", None)
+
+
+def _live_weights(param: torch.nn.Parameter, start: int, numel: int) -> torch.Tensor:
+    """Elements [start, start + numel) of the shard, of which ZeRO-3 keeps just this rank's piece."""
+    if hasattr(param, "ds_tensor"):
+        return param.ds_tensor.detach().view(-1).narrow(0, 0, numel)
+    return param.detach().view(-1).narrow(0, start, numel)
+
+
+def _stage3_piece(param: torch.nn.Parameter) -> tuple[int, int]:
+    """(start, numel) of this rank's piece of a parameter's shard; the last ranks may have only padding."""
+    length = param.partition_numel()
+    start = min(dist.get_rank(group=param.ds_process_group) * length, param.ds_numel)
+    return start, min(length, param.ds_numel - start)
 
 
 def _require(owner: Any, *attributes: str) -> None:
@@ -281,19 +307,3 @@ def _require(owner: Any, *attributes: str) -> None:
             f"{type(owner).__name__} of this DeepSpeed has no {', '.join(lacking)}; this code was written against "
             "DeepSpeed 0.19.8. Install that version."
         )
-
-
-def _zero_like(value: Any, flat: torch.Tensor) -> Any:
-    """A fresh state for `flat`, of the kind the optimizer left on its one-element dummy."""
-    if torch.is_tensor(value) and value.shape == (1,):
-        return torch.zeros_like(flat, dtype=value.dtype, requires_grad=False)
-    if torch.is_tensor(value):
-        return torch.zeros_like(value)
-    return value if value is None else type(value)(0)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON keeps it."""
-    if isinstance(value, torch.Tensor):
-        return value.item()
-    return list(value) if isinstance(value, tuple) else value

@@ -7,7 +7,7 @@ progress = loading.load(live, plan)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron.parallel.context import ParallelContext
 from megatron.parallel.rng import RandomStreams
 from megatron.training.agreement import CheckpointError, gathered
 from megatron.training.engine_state import EngineState
+from megatron.training.optimizers import Muon
 from megatron.training.schedule import LearningRateSchedule
 from megatron.ucp.deepspeed_compat import universal_checkpoint_info
 from megatron.ucp.layout import Layout
@@ -22,23 +23,28 @@ from megatron.ucp.layout import Layout
 
 @dataclass(frozen=True)
 class Atlas:
-    """The whole model's parameters, the same on every rank: how each is cut and which stages hold it."""
+    """The whole model's parameters, the same on every rank: how each is cut, which stages hold it, what is frozen."""
 
     layouts: Mapping[str, Layout]
     pp_stages: Mapping[str, tuple[int, ...]]
+    frozen: frozenset[str] = frozenset()
+    """Names of parameters that are not trained."""
 
     @classmethod
-    def gather(cls, layouts: Mapping[str, Layout], context: ParallelContext) -> Atlas:
-        """From this stage's layouts. Collective over the world."""
+    def gather(cls, layouts: Mapping[str, Layout], frozen: Iterable[str], context: ParallelContext) -> Atlas:
+        """From what this stage has. Collective over the world."""
         merged: dict[str, Layout] = {}
         stages: dict[str, set[int]] = {}
-        for stage, of_stage in gathered((context.pp_rank, dict(layouts))):
+        all_frozen: set[str] = set()
+        for stage, of_stage, frozen_there in gathered((context.pp_rank, dict(layouts), list(frozen))):
+            all_frozen |= set(frozen_there)
             for name, layout in of_stage.items():
                 if merged.setdefault(name, layout) != layout:
                     raise CheckpointError(f"stages declare different layouts of {name}: {merged[name]} and {layout}")
                 stages.setdefault(name, set()).add(stage)
         names = sorted(merged)
-        return cls({n: merged[n] for n in names}, {n: tuple(sorted(stages[n])) for n in names})
+        pp_stages = {n: tuple(sorted(stages[n])) for n in names}
+        return cls({n: merged[n] for n in names}, pp_stages, frozenset(all_frozen))
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,16 @@ class LiveRun:
         padded_vocab_size: int,
     ) -> LiveRun:
         """`layouts` is this stage's. Collective over the world."""
-        atlas = Atlas.gather(layouts, context)
-        # Where DeepSpeed's own converter looks for it (engine._save_checkpoint).
+        frozen = [name for param, name in engine.param_names.items() if not param.requires_grad]
+        atlas = Atlas.gather(layouts, frozen, context)
+        # Where DeepSpeed's own converter looks for it (engine._save_checkpoint). It converts what the optimizer has.
         engine.module.universal_checkpoint_info = universal_checkpoint_info(
-            atlas.layouts,
+            {name: layout for name, layout in atlas.layouts.items() if name not in atlas.frozen},
             tp_size=context.tp_size,
             padded_vocab_size=padded_vocab_size,
-            tied=[name for name, stages in atlas.pp_stages.items() if len(stages) > 1],
+            tied=[name for name, stages in atlas.pp_stages.items() if len(stages) > 1 and name not in atlas.frozen],
         )
-        state = EngineState(engine, atlas.layouts, context, atlas.pp_stages)
+        state = EngineState(engine, atlas.layouts, context, atlas.pp_stages, atlas.frozen)
+        if isinstance(state.base, Muon):
+            state.base.attach(state)
         return cls(engine, context, streams, schedule, atlas, state, dict(model), dict(train_order))

@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 
 from megatron.training.agreement import CheckpointError, SourceMismatchError, all_ranks_or_none, gathered
-from megatron.training.engine_state import OwnedInterval
+from megatron.training.engine_state import MASTER
 from megatron.training.live_run import LiveRun
 from megatron.training.progress import Progress
 from megatron.training.reporting import told_by_rank_0
 from megatron.training.resume import ResumePlan
 from megatron.training.saving import RNG_FILE
 from megatron.training.schedule import ScheduleError
-from megatron.training.state_digest import MASTER, state_digests
+from megatron.training.state_digest import state_digests
 from megatron.ucp.digest import total
 from megatron.ucp.execute import gather
 from megatron.ucp.manifest import MANIFEST_NAME
@@ -104,16 +104,14 @@ def _check_source(live: LiveRun, source: Source, options: LoadOptions) -> None:
             problems.append(f"{name}: shape {there[name].layout.shape} in the Source, {wanted[name].shape} here")
     if options.with_optimizer:
         live.state.make_states()
-        ours = set(live.state.state_names)
-        theirs = {state for info in there.values() for state in info.states} - {MASTER}
-        if not ours <= theirs:
-            problems.append(
-                f"optimizer states {sorted(ours)} are needed, the Source has {sorted(theirs)} "
-                f"({source.manifest.optimizer.kind}); use the same optimizer, or --no-load-optim"
-            )
+        problems += _state_problems(live, source)
         lacking = {g["name"] for g in live.state.base.param_groups} - set(source.manifest.optimizer.groups)
-        if lacking:
-            problems.append(f"parameter groups the Source lacks: {sorted(lacking)}")
+        if lacking and not live.schedule.takes_flags:
+            problems.append(
+                f"parameter groups the Source lacks: {sorted(lacking)} (it has "
+                f"{sorted(source.manifest.optimizer.groups)}). With --override-opt_param-scheduler their "
+                "hyper-parameters are those of the flags"
+            )
     if options.with_schedule and (saved_schedule := source.manifest.common.get("schedule")):
         try:
             live.schedule.load_state_dict(saved_schedule)
@@ -125,29 +123,61 @@ def _check_source(live: LiveRun, source: Source, options: LoadOptions) -> None:
         )
 
 
+def _state_problems(live: LiveRun, source: Source) -> list[str]:
+    """One line for all parameters that differ in the same way."""
+    alike: dict[str, list[str]] = {}
+    for interval in live.state.intervals:
+        info = source.manifest.parameters.get(interval.name)
+        if info is None:
+            continue
+        ours = {part.state: part.layout.shape for part in live.state.parts(interval)}
+        theirs = {state: info.layout_of(state).shape for state in info.states}
+        ours |= dict.fromkeys(live.state.scalars_of(interval.flat), "a number")
+        theirs |= dict.fromkeys(info.scalars, "a number")
+        for names in (ours, theirs):
+            names.pop(MASTER)
+        if set(ours) != set(theirs):
+            line = (
+                f"optimizer states {sorted(ours)} are needed, the Source has {sorted(theirs)} "
+                f"({source.manifest.optimizer.kind}); use the same optimizer, or --no-load-optim"
+            )
+            alike.setdefault(line, []).append(interval.name)
+        elif ours != theirs and info.layout.shape == live.atlas.layouts[interval.name].shape:
+            alike.setdefault(f"optimizer states of {theirs} in the Source, of {ours} here", []).append(interval.name)
+    return [f"{_some(names, 3)}: {line}" for line, names in alike.items()]
+
+
 def _place(live: LiveRun, source: Source, options: LoadOptions) -> int:
     """Read this rank's intervals into the optimizer's tensors; returns the number of elements. Local."""
     num_elements = 0
-    steps: dict[int, float] = {}
     for interval in live.state.intervals:
-        _read(source, interval, MASTER, interval.master)
-        num_elements += interval.numel
-        if not options.with_optimizer:
-            continue
-        for state in live.state.state_names:
-            _read(source, interval, state, interval.state(live.state.base, state))
-            num_elements += interval.numel
-        step = source.step(interval.name)
-        if step is not None and steps.setdefault(id(interval.flat), step) != step:
-            raise CheckpointError(f"{interval.name} is at step {step}, others of its group at another")
+        for part in live.state.parts(interval):
+            if part.state == MASTER or options.with_optimizer:
+                pieces = source.pieces(interval.name, part.state)
+                gather(source, interval.name, part.state, pieces, part.runs, part.values)
+                num_elements += part.values.numel()
     if options.with_optimizer:
-        # A rank may own only padding of a group; its step must be set all the same.
-        by_group = {info.group: info.step for info in source.manifest.parameters.values() if info.step is not None}
-        for group, flat in live.state.flats:
-            name = live.state.base.param_groups[group]["name"]
-            live.state.set_step(flat, steps.get(id(flat), by_group.get(name, source.manifest.iteration or 0)))
+        # All that a flat tensor has of any rank: this one may own only padding.
+        for (_, flat), names in zip(live.state.flats, live.state.members, strict=True):
+            _set_numbers(live, source, flat, names)
         _set_hyper_parameters(live, source.manifest.optimizer.groups)
     return num_elements
+
+
+def _set_numbers(live: LiveRun, source: Source, flat: torch.Tensor, names: list[str]) -> None:
+    """The step and other numbers, of which a flat tensor has one for all its parameters."""
+    infos = {name: source.manifest.parameters[name] for name in names}
+    kept = {name: {"step": info.step, **info.scalars} for name, info in infos.items()}
+    first = kept[names[0]]
+    if differing := sorted(name for name, numbers in kept.items() if numbers != first):
+        raise CheckpointError(
+            f"{names[0]} is at {first}, {differing[0]} at {kept[differing[0]]}, but here the optimizer steps them "
+            "together. Resume under --zero-stage 0."
+        )
+    step = first.pop("step")
+    live.state.set_step(flat, step if step is not None else source.manifest.iteration or 0)
+    for key in live.state.scalars_of(flat):
+        live.state.set_scalar(flat, key, first[key])
 
 
 def _set_hyper_parameters(live: LiveRun, saved: Mapping[str, Mapping[str, Any]]) -> None:
@@ -163,22 +193,17 @@ def _set_hyper_parameters(live: LiveRun, saved: Mapping[str, Mapping[str, Any]])
     )
 
 
-def _read(source: Source, interval: OwnedInterval, state: str, out: torch.Tensor) -> None:
-    gather(source, interval.name, state, source.pieces(interval.name, state), interval.runs, out)
-
-
 def _check_digests(live: LiveRun, source: Source, options: LoadOptions, plan: ResumePlan) -> None:
     placed = state_digests(live.state)
     saved = source.manifest.digests
     if not saved:
         log.warning("%s carries no state digest: the load could not be proven", source.folder)
         return
-    states = (MASTER, *live.state.state_names) if options.with_optimizer else (MASTER,)
     wrong = [
         f"{name} ({state})"
-        for name in placed
-        for state in states
-        if saved.get(name, {}).get(state) != placed[name].get(state)
+        for name, digests in placed.items()
+        for state in (digests if options.with_optimizer else (MASTER,))
+        if saved.get(name, {}).get(state) != digests.get(state)
     ]
     if wrong:
         raise CheckpointError(

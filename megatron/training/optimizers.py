@@ -130,6 +130,9 @@ class Muon(torch.optim.AdamW):
     topology, each computed once for all data-parallel ranks.
     """
 
+    gathers_matrices = True
+    """Its step of a part of a parameter is that part of the whole's step."""
+
     def __init__(self, params: Any, dtype: torch.dtype, momentum: float, **adam: Any) -> None:
         """`dtype` is that of the orthogonalisation: bf16 does, but amplifies differences between topologies."""
         super().__init__(params, **adam)

@@ -24,10 +24,11 @@ import torch.distributed as dist
 
 import megatron
 from megatron.training.agreement import CheckpointError, all_ranks_or_none, gathered, on_rank_0
+from megatron.training.engine_state import EngineState, OwnedInterval
 from megatron.training.live_run import LiveRun
 from megatron.training.progress import Progress
 from megatron.training.resume import LATEST
-from megatron.training.state_digest import MASTER, state_digests
+from megatron.training.state_digest import state_digests
 from megatron.ucp import commit
 from megatron.ucp.digest import total
 from megatron.ucp.manifest import FileInfo, Manifest, OptimizerInfo, ParameterInfo, write_manifest
@@ -51,7 +52,8 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
     started = time.perf_counter()
     final = folder / f"global_step{progress.iteration}"
     # A fresh optimizer (saved before its first step) has no states yet; DeepSpeed would save none.
-    live.state.make_states()
+    with all_ranks_or_none("saving", final):
+        live.state.make_states(is_saved=True)
     digests = state_digests(live.state)
     staging = on_rank_0(lambda: commit.stage(final, replace=True))
     with all_ranks_or_none("saving", final), _deferred_write_errors(live.engine):
@@ -121,29 +123,28 @@ def _commit(staging: Path, final: Path, manifest: Manifest) -> None:
 def _manifest(
     live: LiveRun, progress: Progress, digests: Mapping[str, Mapping[str, str]], files: Mapping[str, FileInfo]
 ) -> Manifest:
-    steps: dict[str, float | None] = {}
+    numbers: dict[str, dict[str, Any]] = {}
     groups: dict[str, str] = {}
     order: list[str] = []
     for interval in live.state.intervals:
-        steps[interval.name] = live.state.step_of(interval.flat)
+        numbers[interval.name] = _numbers(live.state, interval)
         groups[interval.name] = interval.group
         order.append(interval.name)
-    everywhere = gathered((steps, groups, live.state.hyper_parameters(), order, live.state.stage3_order))
-    for other_steps, other_groups, *_ in everywhere:
-        for name, step in other_steps.items():
-            if steps.setdefault(name, step) != step:
-                raise CheckpointError(f"ranks hold {name} at different optimizer steps: {steps[name]} and {step}")
+    everywhere = gathered((numbers, groups, live.state.hyper_parameters(), order, live.state.stage3_order))
+    for other_numbers, other_groups, *_ in everywhere:
+        for name, there in other_numbers.items():
+            if numbers.setdefault(name, there) != there:
+                raise CheckpointError(f"ranks hold {name} at different optimizer steps: {numbers[name]} and {there}")
         groups.update(other_groups)
     hyper_parameters = {name: values for part in everywhere for name, values in part[2].items()}
-    states = (MASTER, *live.state.state_names)
     parameters = {
         name: ParameterInfo(
             layout=layout,
             group=groups[name],
             is_trainable=True,
             pp_stages=live.atlas.pp_stages[name],
-            states=states,
-            step=steps[name],
+            states=tuple(digests[name]),
+            **numbers.get(name, {}),
         )
         for name, layout in live.atlas.layouts.items()
     }
@@ -172,6 +173,17 @@ def _manifest(
         zero3_order=_by_mp_rank(topology, [part[4] for part in everywhere]) if live.state.stage3_order else [],
         pipeline_layers=list(live.engine.module.entry_paths) if is_pipelined else [],
     )
+
+
+def _numbers(state: EngineState, interval: OwnedInterval) -> dict[str, Any]:
+    """What ParameterInfo keeps beside the tensors."""
+    shape = state.layouts[interval.name].shape
+    own_shapes = {part.state: part.layout.shape for part in state.parts(interval) if part.layout.shape != shape}
+    return {
+        "step": state.step_of(interval.flat),
+        "scalars": state.scalars_of(interval.flat),
+        "shapes": own_shapes,
+    }
 
 
 def _by_mp_rank(topology: Topology, by_rank: list[Any]) -> list[Any]:

@@ -10,17 +10,18 @@ against it: copies that drifted apart are found here, before they are saved.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron.training.engine_state import EngineState
+from megatron.training.agreement import gathered
+from megatron.training.engine_state import MASTER, EngineState, StatePart
 from megatron.training.reporting import told_by_rank_0
 from megatron.ucp.digest import Digest, digest_runs
+from megatron.ucp.fragment import Runs
 from megatron.ucp.layout import Layout, ShardRank
-
-MASTER = "fp32"
-"""Name of the master weight among the states, as on disk."""
 
 
 class DivergedCopiesError(RuntimeError):
@@ -28,30 +29,60 @@ class DivergedCopiesError(RuntimeError):
 
 
 def state_digests(state: EngineState) -> dict[str, dict[str, str]]:
-    """{canonical name: {state: hex}}. Collective over the world. Raises DivergedCopiesError on every rank."""
+    """{canonical name: {state: hex}}; of a frozen parameter only its weight's, widened to fp32. Collective over the
+    world. Raises DivergedCopiesError on every rank."""
     names = sorted(state.layouts)
-    kinds = (MASTER, *state.state_names)
+    kinds = (MASTER, *sorted({kind for kinds in gathered(state.state_names) for kind in kinds}))
     row = {name: index for index, name in enumerate(names)}
     counted = torch.zeros(len(names), len(kinds), 2, dtype=torch.int64)
-    held = torch.zeros_like(counted)
+    # What a data-parallel rank has all of, and what it has a piece of.
+    wholes, pieces = torch.zeros_like(counted), torch.zeros_like(counted)
+    num_holders = torch.zeros(len(names), len(kinds), dtype=torch.int64)
+
+    def add(name: str, part: StatePart, held: torch.Tensor) -> None:
+        place, identity = (row[name], kinds.index(part.state)), (name, part.state, part.layout.shape)
+        everything = own = _digest(part.values, part.runs, *identity)
+        if not np.array_equal(part.counted_runs, part.runs):
+            own = _digest(part.values, part.counted_runs, *identity)
+        held[place] += torch.tensor(everything.to_int64_pair())
+        counted[place] += torch.tensor(own.to_int64_pair())
+        num_holders[place] += 1
+
     for interval in state.intervals:
-        for column, kind in enumerate(kinds):
-            values = interval.master if kind == MASTER else interval.state(state.base, kind)
-            layout = state.layouts[interval.name]
-            place = row[interval.name], column
-            everything = own = digest_runs(values, interval.runs, name=interval.name, state=kind, shape=layout.shape)
-            if not np.array_equal(interval.counted_runs, interval.runs):
-                own = digest_runs(values, interval.counted_runs, name=interval.name, state=kind, shape=layout.shape)
-            held[place] += torch.tensor(everything.to_int64_pair())
-            counted[place] += torch.tensor(own.to_int64_pair())
+        for part in state.parts(interval):
+            add(interval.name, part, wholes if state.is_replicated else pieces)
+    for frozen in state.frozen_intervals:
+        layout = state.layouts[frozen.name]
+        part = StatePart(MASTER, frozen.weights, layout, frozen.runs, frozen.counted_runs)
+        add(frozen.name, part, wholes if state.has_whole_frozen else pieces)
     device = state.engine.device
     counted = _summed(counted.to(device), None)
-    _check_copies(state, names, kinds, held.to(device), counted)
+    num_holders = _summed(num_holders.to(device), None).cpu()
+    pieces = _summed(pieces.to(device), state.context.zero_group, state.context.zero_size)
+    _check_copies(state, names, kinds, wholes.to(device) + pieces, counted)
     counted = counted.cpu()
     return {
-        name: {kind: Digest.from_int64_pair(counted[i, j].tolist()).hex() for j, kind in enumerate(kinds)}
+        name: {
+            kind: Digest.from_int64_pair(counted[i, j].tolist()).hex()
+            for j, kind in enumerate(kinds)
+            if num_holders[i, j]
+        }
         for i, name in enumerate(names)
     }
+
+
+def _digest(values: torch.Tensor, runs: Runs, name: str, state: str, shape: tuple[int, ...]) -> Digest:
+    return digest_runs(values, runs, name=name, state=state, shape=shape)
+
+
+def summed_digests(state: EngineState, own: Mapping[str, Digest]) -> dict[str, str]:
+    """Of the frozen parameters, from what each rank counts. Collective over the world."""
+    names = sorted(state.frozen)
+    table = torch.zeros(len(names), 2, dtype=torch.int64)
+    for i, name in enumerate(names):
+        table[i] = torch.tensor(own.get(name, Digest()).to_int64_pair())
+    table = _summed(table.to(state.engine.device), None).cpu()
+    return {name: Digest.from_int64_pair(table[i].tolist()).hex() for i, name in enumerate(names)}
 
 
 def _summed(table: torch.Tensor, group: dist.ProcessGroup | None, size: int | None = None) -> torch.Tensor:
@@ -64,10 +95,9 @@ def _summed(table: torch.Tensor, group: dist.ProcessGroup | None, size: int | No
 def _check_copies(
     state: EngineState, names: list[str], kinds: tuple[str, ...], held: torch.Tensor, counted: torch.Tensor
 ) -> None:
-    """Every copy of a parameter, summed over the ranks that share it, must have the digest that is saved."""
+    """Every copy of a parameter, summed over the ranks that share it, must have the digest that is saved. `held` is
+    summed over the data-parallel ranks where they hold pieces."""
     context = state.context
-    if not state.is_replicated:
-        held = _summed(held, context.zero_group, context.zero_size)
     over_tp = _summed(held.clone(), context.tp_group, context.tp_size)
     diverged = []
     for i, name in enumerate(names):

@@ -76,9 +76,16 @@ def _compare_tables(a: Source, b: Source) -> tuple[list[str], list[tuple[str, st
             continue
         if set(left.states) != set(right.states):
             lines.append(f"{name}: states {', '.join(left.states)} and {', '.join(right.states)}")
-        if left.step != right.step:
-            lines.append(f"{name}: step {left.step} and {right.step}")
-        common += [(name, state) for state in left.states if state in right.states]
+        numbers = [{"step": info.step, **info.scalars} for info in (left, right)]
+        for key in sorted(set(numbers[0]) | set(numbers[1])):
+            if numbers[0].get(key) != numbers[1].get(key):
+                lines.append(f"{name}: {key} {numbers[0].get(key)} and {numbers[1].get(key)}")
+        for state in left.states:
+            shapes = [info.layout_of(state).shape for info in (left, right) if state in info.states]
+            if len(set(shapes)) > 1:
+                lines.append(f"{name} ({state}): shape {shapes[0]} and {shapes[1]}")
+            elif len(shapes) == 2:
+                common.append((name, state))
     if a.manifest.iteration != b.manifest.iteration:
         lines.append(f"iteration {a.manifest.iteration} and {b.manifest.iteration}")
     sides = ("common", a.manifest.common, b.manifest.common), ("model", a.manifest.model, b.manifest.model)
@@ -98,7 +105,7 @@ def _compare_tables(a: Source, b: Source) -> tuple[list[str], list[tuple[str, st
 
 
 def _compare_state(a: Source, b: Source, name: str, state: str) -> StateDelta:
-    numel = a.manifest.parameters[name].layout.numel
+    numel = a.manifest.parameters[name].layout_of(state).numel
     pieces_a, pieces_b = a.pieces(name, state), b.pieces(name, state)
     num_different, max_delta = 0, 0.0
     for start in range(0, numel, _CHUNK):

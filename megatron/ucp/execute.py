@@ -23,13 +23,13 @@ def read_into(source: Source, name: str, state: str, runs: Runs, out: torch.Tens
 
     Returns the digest of what was placed, in `out`'s precision. Raises SourceError for a gap or an overlap."""
     gather(source, name, state, source.pieces(name, state), runs, out)
-    shape = source.manifest.parameters[name].layout.shape
+    shape = source.manifest.parameters[name].layout_of(state).shape
     return digest_runs(out, runs, name=name, state=state, shape=shape)
 
 
 def gather(source: Source, name: str, state: str, pieces: list[Piece], runs: Runs, out: torch.Tensor) -> None:
     """read_into without the digest, for callers that have the pieces already."""
-    if source.manifest.parameters[name].layout.is_averaged and source.manifest.kind == "native":
+    if source.manifest.parameters[name].layout_of(state).is_averaged and source.manifest.kind == "native":
         _gather_mean(source, name, state, pieces, runs, out)
     else:
         _gather_copy(source, name, state, [p for p in pieces if p.copy == 0], runs, out)
@@ -39,7 +39,7 @@ def check_replicas(
     source: Source, name: str, state: str, pieces: list[Piece], start: int, values: torch.Tensor
 ) -> None:
     """Compares every replica's share of atomic [start, start + len(values)) with `values`, bit by bit."""
-    if source.manifest.parameters[name].layout.is_averaged:
+    if source.manifest.parameters[name].layout_of(state).is_averaged:
         return
     for piece in pieces:
         if piece.copy == 0:

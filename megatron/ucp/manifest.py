@@ -35,11 +35,18 @@ class ParameterInfo:
     states: tuple[str, ...] = ("fp32",)
     """"fp32" first, then the optimizer's own tensors: "exp_avg", ..."""
     step: float | None = None
+    scalars: dict[str, float] = field(default_factory=dict)
+    """Other numbers that the optimizer keeps for the parameter, by its own names (NAdam's "mu_product")."""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of those states whose shape is not the parameter's (Adafactor's "row_var"): they are never cut."""
     pp_stages: tuple[int, ...] = (0,)
     """Stages that hold a copy; more than one for tied weights. The lowest is the one that counts."""
     is_trainable: bool = True
     dtype: str = "float32"
     """Of the weights in forward and backward."""
+
+    def layout_of(self, state: str) -> Layout:
+        return Layout.unique(self.shapes[state]) if state in self.shapes else self.layout
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,7 @@ def _parameter(data: dict[str, Any]) -> ParameterInfo:
             **data,
             "layout": Layout.from_json(data["layout"]),
             "states": tuple(data["states"]),
+            "shapes": {state: tuple(shape) for state, shape in data.get("shapes", {}).items()},
             "pp_stages": tuple(data["pp_stages"]),
         }
     )

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megatron.ucp.fragment import intersect, numel, shard_runs
+from megatron.ucp.fragment import intersect, numel, shard_runs, whole_runs
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.sources import Source
 from megatron.ucp.topology import Topology
@@ -47,8 +47,10 @@ def plan(source: Source, target: Topology, zero_stage: int = 1) -> list[RankRead
         for name, layout, start, stop in _owned(source, stages[coords.pp], shard_rank, zero, zero_stage):
             runs = shard_runs(layout, shard_rank, start, stop)
             for state in parameters[name].states:
+                of_state = parameters[name].layout_of(state)
+                wanted = whole_runs(of_state.numel) if state in parameters[name].shapes else runs
                 for piece in pieces[name, state]:
-                    copies = intersect(runs, piece.runs)
+                    copies = intersect(wanted, piece.runs)
                     if len(copies):
                         count = numel(copies) * source.tensor(piece).element_size()
                         rank.num_bytes += count

@@ -101,7 +101,7 @@ def _check_files(folder: Path, manifest: Manifest, num_workers: int) -> list[str
 
 def _check_state(source: Source, name: str, state: str) -> tuple[Digest | None, str | None]:
     """(digest, finding) of one parameter's state."""
-    layout = source.manifest.parameters[name].layout
+    layout = source.manifest.parameters[name].layout_of(state)
     try:
         pieces = source.pieces(name, state)
         for copy in sorted({p.copy for p in pieces}) if layout.is_averaged else [0]:

@@ -69,8 +69,8 @@ def fill_with_noise(run) -> None:
     state = run.live.state
     state.make_states()
     for interval in state.intervals:
-        for tensor in (interval.master, *(interval.state(state.base, name) for name in state.state_names)):
-            tensor.fill_(NOISE)
+        for part in state.parts(interval):
+            part.values.fill_(NOISE)
         state.set_step(interval.flat, NOISE)
     state.refresh_weights()
     with GatheredParameters(list(run.live.engine.module.parameters())):  # whole under ZeRO-3 too

@@ -39,7 +39,7 @@ class UniversalSource:
         return self._info(name, "fp32").step
 
     def pieces(self, name: str, state: str) -> list[Piece]:
-        layout = self._info(name, state).layout
+        layout = self._info(name, state).layout_of(state)
         return [Piece(self._file(name, state), ("param",), whole_runs(layout.numel))]
 
     def tensor(self, piece: Piece) -> torch.Tensor:

@@ -54,7 +54,7 @@ class _Stopped(Exception):
 
 def tensor_bytes(manifest: Manifest) -> int:
     """Size of all states of all parameters as float32: what the output will hold."""
-    return sum(4 * info.layout.numel * len(info.states) for info in manifest.parameters.values())
+    return sum(4 * info.layout_of(state).numel for info in manifest.parameters.values() for state in info.states)
 
 
 def write_universal(
@@ -70,7 +70,7 @@ def write_universal(
     stop = threading.Event()
     jobs = [(name, state) for name, info in manifest.parameters.items() for state in info.states]
     # Largest first, so that no worker is left alone with a big one at the end.
-    jobs.sort(key=lambda job: -manifest.parameters[job[0]].layout.numel)
+    jobs.sort(key=lambda job: -manifest.parameters[job[0]].layout_of(job[1]).numel)
     for name in manifest.parameters:
         (folder / "zero" / name).mkdir(parents=True)
 
@@ -122,7 +122,7 @@ def write_universal(
 def _write_tensor(
     source: Source, folder: Path, name: str, state: str, progress: Callable[[int], None], stop: threading.Event
 ) -> _Written | None:
-    layout = source.manifest.parameters[name].layout
+    layout = source.manifest.parameters[name].layout_of(state)
     relative = f"zero/{name}/{state}.pt"
     try:
         pieces = source.pieces(name, state)
@@ -183,12 +183,19 @@ def file_keys(layout: Layout, name: str) -> dict[str, Any]:
     return keys
 
 
+def _step_object(source: Source, name: str) -> Any:
+    """As the optimizer keeps it; a tensor where it counts for several parameters in one place."""
+    step, counted = source.step_object(name), source.step(name)
+    is_counted_here = counted is None or (step is not None and float(step) == counted)
+    return step if is_counted_here else torch.tensor(counted)
+
+
 def _write_side_files(source: Source, folder: Path) -> dict[str, FileInfo]:
     """Steps, the optimizer's common state, model states, and whatever else the save had that is not a .pt file."""
     infos: dict[str, FileInfo] = {}
     contents = source.side_files()
     for name in source.manifest.parameters:
-        if (step := source.step_object(name)) is not None:
+        if (step := _step_object(source, name)) is not None:
             contents[f"zero/{name}/step.pt"] = step
     for relative, content in contents.items():
         save(content, folder / relative)
