@@ -55,7 +55,8 @@ def assert_universal_equals(folder, state):
         for key, tensor in states.items():
             path = folder / "zero" / name / f"{key}.pt"
             assert torch.equal(load(path)["param"], tensor), (name, key)
-        assert float(load(folder / "zero" / name / "step.pt")) == 5.0
+        if len(states) > 1:  # a frozen parameter takes no steps
+            assert float(load(folder / "zero" / name / "step.pt")) == 5.0
 
 
 @pytest.mark.parametrize("case", CASES)

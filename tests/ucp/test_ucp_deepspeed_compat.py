@@ -9,7 +9,7 @@ from ucp.synthetic import layout_of, make_state, model, padded_vocabulary, write
 
 from harness.ranks import run_ranks
 from megatron.ucp.convert import convert
-from megatron.ucp.deepspeed_compat import foreign_manifest, universal_checkpoint_info
+from megatron.ucp.deepspeed_compat import universal_checkpoint_info
 from megatron.ucp.diff import diff
 from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.layout import Cut, Layout, Part
@@ -91,7 +91,7 @@ def test_layouts_come_back_from_the_patterns(tmp_path, topology, with_widths):
     manifest = write_native(
         tmp_path / "n", STATE, topology, 2, info=info_for(topology.tp_size, with_widths), with_manifest=False
     )
-    found = foreign_manifest(tmp_path / "n")
+    found = open_source(tmp_path / "n").manifest
     assert found.topology == topology and found.zero_stage == 2 and found.iteration == 5
     for name, info in manifest.parameters.items():
         assert found.parameters[name].layout.shape == info.layout.shape, name

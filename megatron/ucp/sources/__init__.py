@@ -12,7 +12,9 @@ from pathlib import Path
 from megatron.ucp.commit import STAGING_SUFFIX
 from megatron.ucp.errors import NotACheckpointError, listed
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
-from megatron.ucp.sources.deepspeed import MODEL_FILE, ZERO_FILE, DeepSpeedSource
+from megatron.ucp.sources.deepspeed import DeepSpeedSource
+from megatron.ucp.sources.deepspeed_files import MODEL_FILE, ZERO_FILE
+from megatron.ucp.sources.foreign import open_foreign
 from megatron.ucp.sources.source import Piece, Source
 from megatron.ucp.sources.universal import UniversalSource, infer_manifest
 
@@ -54,7 +56,7 @@ def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
 
 def open_source(folder: str | Path, tag: str | None = None, column_parallel: tuple[str, ...] = ()) -> Source:
     """The Source for a checkpoint folder, or for a run folder with `latest`. `column_parallel`: regular expressions
-    that foreign checkpoints need, see deepspeed_compat. Raises NotACheckpointError and what the Source raises."""
+    that foreign checkpoints need, see sources/foreign.py. Raises NotACheckpointError and what the Source raises."""
     folder = find_checkpoint(folder, tag)
     kind = _kind(folder)
     if kind == "manifest":
@@ -62,9 +64,7 @@ def open_source(folder: str | Path, tag: str | None = None, column_parallel: tup
         return (UniversalSource if manifest.kind == "universal" else DeepSpeedSource)(folder, manifest)
     if kind == "universal":
         return UniversalSource(folder, infer_manifest(folder))
-    from megatron.ucp.deepspeed_compat import foreign_manifest
-
-    return DeepSpeedSource(folder, foreign_manifest(folder, column_parallel))
+    return open_foreign(folder, column_parallel)
 
 
 def _kind(folder: Path) -> str | None:

@@ -7,7 +7,8 @@ shard is the running sum over ranks. The layout turns shard intervals into runs.
     source = DeepSpeedSource(folder, read_manifest(folder))
 
 ZeRO-0 keeps whole shards: weights by name ("module", or layer files in a pipeline), optimizer state by index, which
-`manifest.zero0_order` names. ZeRO-3 cuts every parameter by itself, in the order of `manifest.zero3_order`.
+`manifest.zero0_order` names. ZeRO-3 cuts every parameter by itself, in the order of `manifest.zero3_order`. Frozen
+parameters lie with the weights, under ZeRO-3 cut likewise, in each rank's model states.
 
 Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dict, _create_param_mapping), stage3.py
 (_rigid_state_dict), runtime/bf16_optimizer.py, runtime/engine.py (_get_rank_zero_ckpt_name), runtime/pipe/module.py.
@@ -16,33 +17,24 @@ Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dic
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.ucp.errors import (
-    CorruptFileError,
-    MissingFileError,
-    SourceError,
-    UnsupportedCheckpointError,
-    listed,
-)
+from megatron.ucp.errors import CorruptFileError, ManifestError, SourceError, listed
 from megatron.ucp.fragment import Runs, clip_local, shard_runs
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest
+from megatron.ucp.sources.deepspeed_files import find_files
 from megatron.ucp.sources.source import FileCache, Piece
 
-ZERO_FILE = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
-STAGE3_MODEL_FILE = re.compile(r"^zero_pp_rank_0_mp_rank_(\d+)_model_states\.pt$")
-MODEL_FILE = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
-LAYER_FILE = re.compile(r"^layer_(\d+)-model_(\d+)-model_states\.pt$")
+FROZEN = "frozen_param_fragments"
 
 
 @dataclass(frozen=True)
-class _Fragment:
+class Fragment:
     """Elements [start, stop) of a (pp, tp) shard, in group `group` of a file, from element `offset` of its flat."""
 
     file: Path
@@ -52,23 +44,41 @@ class _Fragment:
     stop: int
 
 
-class DeepSpeedSource:
-    """Opens lazily; the file table is checked at once, and all missing files are named together."""
+Fragments = dict[tuple[str, int], list[Fragment]]
+"""(name, mp_rank) -> who holds which part, in rank order."""
 
-    def __init__(self, folder: str | Path, manifest: Manifest):
+
+class DeepSpeedSource:
+    """Opens lazily; the file table is checked at once, and all missing files are named together.
+
+    `corrections` are believed instead of what the files' own tables say of these parameters."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        corrections: Fragments | None = None,
+        cache: FileCache | None = None,
+    ):
         self.folder, self.manifest = Path(folder), manifest
-        self._cache = FileCache()
-        self._fragments: dict[tuple[str, int], list[_Fragment]] | None = None
+        self._cache = cache or FileCache()
+        self._corrections = corrections or {}
+        self._fragments: Fragments | None = None
         self._shard_runs: dict[tuple[Layout, ShardRank, bool | None], Runs] = {}
         if manifest.zero_stage == 3 and not manifest.zero3_order:
-            raise UnsupportedCheckpointError("ZeRO-3 is read only with a ucp.json that orders it", where=folder)
-        self.zero_files, self.model_files = _find_files(self.folder, manifest)
+            raise ManifestError("ZeRO-3 without zero3_order", where=folder, do="use another checkpoint")
+        self.files = find_files(self.folder, manifest)
+
+    def check(self) -> None:
+        """Finds out now where every parameter lies, which otherwise the first question does. Raises SourceError."""
+        self._index()
 
     def step(self, name: str) -> float | None:
         return _find(self.manifest, name, "fp32").step
 
     def pieces(self, name: str, state: str) -> list[Piece]:
         info = _find(self.manifest, name, state)
+        layout = info.layout_of(state)
         tp_size = self.manifest.topology.tp_size
         pieces: list[Piece] = []
         for index, pp in enumerate(sorted(info.pp_stages)):
@@ -76,12 +86,12 @@ class DeepSpeedSource:
                 copy = index * tp_size + tp
                 rank = ShardRank(tp, tp_size)
                 for file, key, offset, start, stop in self._holders(name, state, pp, tp):
-                    if info.layout.is_averaged or index:
-                        pieces.append(Piece(file, key, self._runs(info.layout, rank, None, start, stop), offset, copy))
+                    if layout.is_averaged or index:
+                        pieces.append(Piece(file, key, self._runs(layout, rank, None, start, stop), offset, copy))
                         continue
-                    pieces.append(Piece(file, key, self._runs(info.layout, rank, True, start, stop), offset))
+                    pieces.append(Piece(file, key, self._runs(layout, rank, True, start, stop), offset))
                     if tp:  # tp rank 0 owns all it holds
-                        replica = self._runs(info.layout, rank, False, start, stop)
+                        replica = self._runs(layout, rank, False, start, stop)
                         pieces.append(Piece(file, key, replica, offset, copy))
         return [piece for piece in pieces if len(piece.runs)]
 
@@ -94,7 +104,7 @@ class DeepSpeedSource:
         if not info.is_trainable:
             return None
         if not self.manifest.is_partitioned:
-            state = self._cache.load(self.model_files[mp_rank])["optimizer"]["state"]
+            state = self._cache.load(self.files.model(mp_rank))["optimizer"]["state"]
             return state.get(self.manifest.zero0_order[mp_rank].index(name), {}).get("step")
         fragments = self._index().get((name, mp_rank))
         if not fragments:
@@ -105,19 +115,23 @@ class DeepSpeedSource:
 
     def side_files(self) -> dict[str, Any]:
         files = {}
-        for mp_rank, path in self.model_files.items():
+        for (zero_rank, mp_rank), path in self.files.models.items():
+            if zero_rank:
+                continue
             content = dict(self._cache.load(path))
             # Weights and optimizer state are in zero/; DeepSpeed's universal loader asks only for the rest.
             content["module"], content["optimizer"] = {}, None
+            if FROZEN in content:
+                content[FROZEN] = None
             files[f"mp_rank_{mp_rank:02d}_model_states.pt"] = content
         if self.manifest.is_partitioned:
-            optimizer = dict(self._cache.load(self.zero_files[0, 0])["optimizer_state_dict"])
+            optimizer = dict(self._cache.load(self.files.zeros[0, 0])["optimizer_state_dict"])
             base = optimizer.pop("optimizer_state_dict" if self.manifest.zero_stage == 3 else "base_optimizer_state")
             for key in ("param_slice_mappings", "single_partition_of_fp32_groups", "fp32_flat_groups"):
                 optimizer.pop(key, None)
             groups = base.get("param_groups", []) if isinstance(base, dict) else []
         else:
-            content = self._cache.load(self.model_files[0])
+            content = self._cache.load(self.files.model(0))
             groups = content["optimizer"]["param_groups"]
             optimizer = {"zero_stage": 0, "ds_version": content.get("ds_version")}
         files["zero/optimizer_state.pt"] = {**optimizer, "param_groups": groups}
@@ -136,6 +150,12 @@ class DeepSpeedSource:
         topology = self.manifest.topology
         mp_rank = topology.mp_rank(pp=pp, tp=tp)
         info = self.manifest.parameters[name]
+        if not info.is_trainable and self.manifest.zero_stage == 3:
+            numel = math.prod(info.layout.shard_shape(ShardRank(tp, topology.tp_size)))
+            for zero_rank in range(topology.zero_size):
+                start, stop = stage3_interval(numel, zero_rank, topology.zero_size)
+                yield self.files.models[zero_rank, mp_rank], (FROZEN, name), 0, start, stop
+            return
         if not self.manifest.is_partitioned or not info.is_trainable:
             # A tied weight is in the layer file of its first stage only.
             if state != "fp32" or not self.manifest.is_pipelined or pp == min(info.pp_stages):
@@ -154,49 +174,57 @@ class DeepSpeedSource:
                 layer = max(owners, key=lambda i: (len(layers[i]), -i))
                 file = self.folder / f"layer_{layer:02d}-model_{tp:02d}-model_states.pt"
                 return file, (name[len(layers[layer]) + 1 :],)
-            return self.model_files[mp_rank], ("module", name)
+            file = self.files.model(mp_rank)
+            # ZeRO-2 lists frozen parameters by themselves too, whatever form the program gave to "module".
+            return file, (FROZEN if name in (self._cache.load(file).get(FROZEN) or {}) else "module", name)
         order = self.manifest.zero0_order[mp_rank]
-        return self.model_files[mp_rank], ("optimizer", "state", order.index(name), state)
+        return self.files.model(mp_rank), ("optimizer", "state", order.index(name), state)
 
-    def _index(self) -> dict[tuple[str, int], list[_Fragment]]:
-        """(name, mp_rank) -> fragments in rank order, from every file's own table."""
-        if self._fragments is None and self.manifest.zero_stage == 3:
-            self._fragments = self._stage3_fragments()
-            _check_names(self.manifest, self._fragments)
+    def _index(self) -> Fragments:
         if self._fragments is None:
-            fragments: dict[tuple[str, int], list[_Fragment]] = {}
-            for (_, mp_rank), file in sorted(self.zero_files.items()):
-                try:
-                    groups = self._cache.load(file)["optimizer_state_dict"]["param_slice_mappings"]
-                    for group, mapping in enumerate(groups):
-                        for name, address in mapping.items():
-                            before = fragments.setdefault((name, mp_rank), [])
-                            start = before[-1].stop if before else 0
-                            stop = start + address.numel
-                            before.append(_Fragment(file, group, address.start, start, stop))
-                except (KeyError, TypeError, AttributeError) as error:
-                    raise CorruptFileError("no parameter table (param_slice_mappings)", where=file) from error
+            fragments = self._stage3_fragments() if self.manifest.zero_stage == 3 else self._own_tables()
+            fragments |= self._corrections
             _check_names(self.manifest, fragments)
             self._fragments = fragments
         return self._fragments
 
-    def _stage3_fragments(self) -> dict[tuple[str, int], list[_Fragment]]:
-        """From the order in the manifest: ZeRO-3 cuts every parameter by itself into equal pieces, the last padded."""
+    def _own_tables(self) -> Fragments:
+        """From every file's own table."""
+        fragments: Fragments = {}
+        for (_, mp_rank), file in sorted(self.files.zeros.items()):
+            try:
+                groups = self._cache.load(file)["optimizer_state_dict"]["param_slice_mappings"]
+                for group, mapping in enumerate(groups):
+                    for name, address in mapping.items():
+                        before = fragments.setdefault((name, mp_rank), [])
+                        start = before[-1].stop if before else 0
+                        stop = start + address.numel
+                        before.append(Fragment(file, group, address.start, start, stop))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise CorruptFileError("no parameter table (param_slice_mappings)", where=file) from error
+        return fragments
+
+    def _stage3_fragments(self) -> Fragments:
+        """From the order in the manifest."""
         topology = self.manifest.topology
-        fragments: dict[tuple[str, int], list[_Fragment]] = {}
-        for (zero_rank, mp_rank), file in sorted(self.zero_files.items()):
+        fragments: Fragments = {}
+        for (zero_rank, mp_rank), file in sorted(self.files.zeros.items()):
             rank = ShardRank(mp_rank % topology.tp_size, topology.tp_size)
             for group, names in enumerate(self.manifest.zero3_order[mp_rank]):
                 offset = 0
                 for name in names:
                     numel = math.prod(_find(self.manifest, name, "fp32").layout.shard_shape(rank))
-                    length = -(-numel // topology.zero_size)
-                    start = min(zero_rank * length, numel)
-                    stop = min(start + length, numel)
+                    start, stop = stage3_interval(numel, zero_rank, topology.zero_size)
                     if stop > start:
-                        fragments.setdefault((name, mp_rank), []).append(_Fragment(file, group, offset, start, stop))
-                    offset += length
+                        fragments.setdefault((name, mp_rank), []).append(Fragment(file, group, offset, start, stop))
+                    offset += -(-numel // topology.zero_size)
         return fragments
+
+
+def stage3_interval(numel: int, zero_rank: int, zero_size: int) -> tuple[int, int]:
+    """ZeRO-3 cuts every parameter by itself into equal pieces; the last ones are padded, and may be nothing else."""
+    length = -(-numel // zero_size)
+    return min(zero_rank * length, numel), min((zero_rank + 1) * length, numel)
 
 
 def _find(manifest: Manifest, name: str, state: str):
@@ -224,47 +252,7 @@ def _key(content: Any, group: int, state: str, file: Path) -> tuple[str | int, .
     return ("optimizer_state_dict", "base_optimizer_state", "state", group, state)
 
 
-def _find_files(folder: Path, manifest: Manifest) -> tuple[dict[tuple[int, int], Path], dict[int, Path]]:
-    """Files by (zero rank, mp rank) and by mp rank, numbers compared as numbers. Raises naming all that are missing."""
-    topology = manifest.topology
-    num_mp = topology.pp_size * topology.tp_size
-    zero, model, layer = {}, {}, set()
-    for path in folder.iterdir():
-        if match := ZERO_FILE.match(path.name):
-            zero[int(match[1]), int(match[2])] = path
-        elif match := (STAGE3_MODEL_FILE if manifest.zero_stage == 3 else MODEL_FILE).match(path.name):
-            model[int(match[1])] = path
-        elif match := LAYER_FILE.match(path.name):
-            layer.add((int(match[1]), int(match[2])))
-    missing = [f"mp_rank_{mp:02d}_model_states.pt" for mp in range(num_mp) if mp not in model]
-    if manifest.is_partitioned:
-        wanted = {(z, mp) for z in range(topology.zero_size) for mp in range(num_mp)}
-        missing += [f"*zero_pp_rank_{z}_mp_rank_{mp:02d}_optim_states.pt" for z, mp in wanted - set(zero)]
-        foreign = [zero[key].name for key in set(zero) - wanted]
-    else:
-        foreign = [path.name for path in zero.values()]
-        if manifest.is_pipelined:
-            wanted = {(i, tp) for i, p in enumerate(manifest.pipeline_layers) if p for tp in range(topology.tp_size)}
-            missing += [f"layer_{i:02d}-model_{tp:02d}-model_states.pt" for i, tp in wanted - layer]
-    if missing:
-        raise MissingFileError(
-            f"{len(missing)} file(s) of the checkpoint are missing",
-            found=f"missing: {listed(missing)}",
-            expected=f"one file per rank of {topology}, ZeRO-{manifest.zero_stage}",
-            where=folder,
-            do="bring the files of every node into this folder",
-        )
-    if foreign:
-        raise SourceError(
-            "files of another topology lie in the folder",
-            found=foreign,
-            expected=f"{topology}, ZeRO-{manifest.zero_stage}",
-            where=folder,
-        )
-    return zero, model
-
-
-def _check_names(manifest: Manifest, fragments: dict[tuple[str, int], list[_Fragment]]) -> None:
+def _check_names(manifest: Manifest, fragments: Fragments) -> None:
     """Every parameter, on every shard that should hold it, with exactly the shard's number of elements."""
     topology, faults = manifest.topology, []
     expected = set()
@@ -275,10 +263,15 @@ def _check_names(manifest: Manifest, fragments: dict[tuple[str, int], list[_Frag
             for tp in range(topology.tp_size):
                 key = name, topology.mp_rank(pp=pp, tp=tp)
                 expected.add(key)
-                found = fragments[key][-1].stop if key in fragments else 0
+                held = fragments.get(key, [])
+                found = held[-1].stop if held else 0
                 numel = math.prod(info.layout.shard_shape(ShardRank(tp, topology.tp_size)))
                 if found != numel:
-                    faults.append(f"{name} on mp_rank {key[1]}: {found} elements, expected {numel}")
-    faults += [f"{name} on mp_rank {mp}: not in the manifest" for name, mp in set(fragments) - expected]
+                    files = listed({fragment.file.name for fragment in held}, 4) or "no file"
+                    faults.append(f"{name} on mp_rank {key[1]}: {found} elements, expected {numel}; in {files}")
+    faults += [
+        f"{name} on mp_rank {mp}: not in the manifest; in {fragments[name, mp][0].file.name}"
+        for name, mp in set(fragments) - expected
+    ]
     if faults:
         raise SourceError("the files and the manifest disagree", found=faults)

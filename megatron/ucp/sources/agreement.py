@@ -1,0 +1,104 @@
+"""Do the files of one folder tell the same story? For folders without the checksums of a ucp.json.
+
+The one idea: files of one save give equal answers to questions such as "how many ranks?" and "which step?". Where they
+do not, most of them are taken to be right and the others are named; with no majority all are, by answer.
+
+    disagreements({"a.pt": {"global_steps": 5}, "b.pt": {"global_steps": 5}, "c.pt": {"global_steps": 7}})
+    # ["c.pt: global_steps is 7, in 2 other files 5"]
+
+What it cannot see: a file of another run that had the same shapes, configuration and step.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.ucp.errors import listed
+
+_CONFIGURED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
+"""Of DeepSpeed's configuration. Not all of it: paths may well differ between machines."""
+
+
+def disagreements(answers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """`answers`: file -> question -> answer. One line per file, or per question without a majority."""
+    lines = []
+    for question in dict.fromkeys(question for said in answers.values() for question in said):
+        files: dict[str, list[str]] = {}
+        for file, said in answers.items():
+            if question in said:
+                files.setdefault(str(said[question]), []).append(file)
+        if len(files) < 2:
+            continue
+        usual = max(files, key=lambda answer: len(files[answer]))
+        num_usual = len(files[usual])
+        if 2 * num_usual > sum(map(len, files.values())):
+            lines += [
+                f"{file}: {question} is {answer}, in {num_usual} other files {usual}"
+                for answer, odd in files.items()
+                if answer != usual
+                for file in odd
+            ]
+        else:
+            lines.append(f"{question}: " + "; ".join(f"{answer} in {listed(odd)}" for answer, odd in files.items()))
+    return lines
+
+
+def model_answers(content: Mapping[str, Any], mp_rank: int, tp_size: int) -> dict[str, Any]:
+    """What a file of model states says of its save."""
+    counters = ("global_steps", "global_samples", "skipped_steps", "iteration", "dp_world_size", "mp_world_size")
+    tables = content.get("param_shapes") or []
+    shapes = [[(name, tuple(shape)) for name, shape in table.items()] for table in tables]
+    names = [[name for name, _ in table] for table in shapes]
+    return {
+        **_common_answers(content),
+        **{key: content[key] for key in counters if isinstance(content.get(key), int)},
+        f"the list of parameters of pipeline stage {mp_rank // tp_size}": _short(names),
+        f"the table of shapes of mp_rank {mp_rank}": _short(shapes),
+    }
+
+
+def optimizer_answers(content: Mapping[str, Any], mp_rank: int) -> dict[str, Any]:
+    """What a file of optimizer states says of its save."""
+    optimizer = content["optimizer_state_dict"]
+    base = optimizer["base_optimizer_state"] if "base_optimizer_state" in optimizer else optimizer[_BASE_STAGE3]
+    states = base if isinstance(base, list) else list(base["state"].values())
+    groups = [] if isinstance(base, list) else base["param_groups"]
+    steps = [float(state["step"]) for state in states if state.get("step") is not None]
+    values = [{key: str(value) for key, value in group.items() if key != "params"} for group in groups]
+    counts = optimizer.get("partition_count")
+    return {
+        **_common_answers({**optimizer, **content}),
+        "zero_stage": int(optimizer.get("zero_stage", 1)),
+        "partition_count": sorted(set(counts)) if isinstance(counts, (list, tuple)) else [counts],
+        "the optimizer's step": max(steps, default=None),
+        f"the number of flat groups of mp_rank {mp_rank}": len(states),
+        f"the hyper-parameters of mp_rank {mp_rank}": _short(values),
+    }
+
+
+_BASE_STAGE3 = "optimizer_state_dict"
+
+
+def _common_answers(content: Mapping[str, Any]) -> dict[str, Any]:
+    config = content.get("ds_config")
+    config = config if isinstance(config, Mapping) else {}
+    return {
+        **({"ds_version": content["ds_version"]} if content.get("ds_version") else {}),
+        **{f"ds_config.{key}": json.dumps(config[key], default=str) for key in _CONFIGURED if key in config},
+    }
+
+
+def _short(value: list[Any]) -> str:
+    """Long answers as their number and checksum."""
+    crc = zlib.crc32(json.dumps(value, default=str).encode())
+    return f"{sum(map(len, value))} entries with checksum {crc:08x}"

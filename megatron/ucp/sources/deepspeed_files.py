@@ -1,0 +1,99 @@
+"""Which files DeepSpeed writes for a topology, by their names.
+
+The one idea: numbers in names are compared as numbers, never as text, and whatever is missing or too many is named
+at once.
+
+    files = find_files(folder, manifest)
+    files.zeros[zero_rank, mp_rank], files.model(mp_rank)
+
+Source of the names: deepspeed/runtime/engine.py (_get_rank_zero_ckpt_name, _get_ckpt_name), runtime/pipe/module.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.ucp.errors import MissingFileError, SourceError, listed
+from megatron.ucp.manifest import Manifest
+
+ZERO_FILE = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
+STAGE3_MODEL_FILE = re.compile(r"^zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt$")
+MODEL_FILE = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
+LAYER_FILE = re.compile(r"^layer_(\d+)-model_(\d+)-model_states\.pt$")
+
+
+@dataclass(frozen=True)
+class Files:
+    zeros: dict[tuple[int, int], Path]
+    """Optimizer states by (zero rank, mp_rank), in that order; likewise the others."""
+    models: dict[tuple[int, int], Path]
+    """Model states; zero rank 0 only, except under ZeRO-3."""
+    layers: dict[tuple[int, int], Path]
+    """By (layer, tp rank)."""
+
+    def model(self, mp_rank: int) -> Path:
+        return self.models[0, mp_rank]
+
+
+def find_files(folder: Path, manifest: Manifest) -> Files:
+    """Those of the manifest's topology. Raises naming all that are missing, or all that belong to another topology."""
+    topology = manifest.topology
+    num_mp = topology.pp_size * topology.tp_size
+    found = list_files(folder)
+    is_stage3 = manifest.zero_stage == 3
+    every_rank = {(z, mp) for z in range(topology.zero_size) for mp in range(num_mp)}
+    zeros = every_rank if manifest.is_partitioned else set()
+    models = every_rank if is_stage3 else {(0, mp) for mp in range(num_mp)}
+    prefix = "zero_pp_rank_{}_mp_rank_{:02d}" if is_stage3 else "mp_rank_{1:02d}"
+    missing = [f"{prefix.format(z, mp)}_model_states.pt" for z, mp in models - set(found.models)]
+    missing += [f"*zero_pp_rank_{z}_mp_rank_{mp:02d}_optim_states.pt" for z, mp in zeros - set(found.zeros)]
+    has_frozen = any(not info.is_trainable for info in manifest.parameters.values())
+    if manifest.is_pipelined and (has_frozen or not manifest.is_partitioned):
+        layers = {(i, tp) for i, p in enumerate(manifest.pipeline_layers) if p for tp in range(topology.tp_size)}
+        missing += [f"layer_{i:02d}-model_{tp:02d}-model_states.pt" for i, tp in layers - set(found.layers)]
+    if missing:
+        raise MissingFileError(
+            f"{len(missing)} file(s) of the checkpoint are missing",
+            found=f"missing: {listed(missing)}",
+            expected=f"one file per rank of {topology}, ZeRO-{manifest.zero_stage}",
+            where=folder,
+            do="bring the files of every node into this folder",
+        )
+    foreign = [found.zeros[key].name for key in set(found.zeros) - zeros]
+    foreign += [found.models[key].name for key in set(found.models) - models]
+    if foreign:
+        raise SourceError(
+            "files of another topology lie in the folder",
+            found=foreign,
+            expected=f"{topology}, ZeRO-{manifest.zero_stage}",
+            where=folder,
+        )
+    return found
+
+
+def list_files(folder: Path) -> Files:
+    """DeepSpeed's files in the folder. Raises SourceError where two are of the same rank."""
+    zeros, models, stage3, layers = {}, {}, {}, {}
+    doubled: list[str] = []
+    for path in folder.iterdir():
+        for pattern, table in (
+            (ZERO_FILE, zeros),
+            (MODEL_FILE, models),
+            (STAGE3_MODEL_FILE, stage3),
+            (LAYER_FILE, layers),
+        ):
+            if match := pattern.match(path.name):
+                key = tuple(int(number) for number in (match.groups() if len(match.groups()) > 1 else (0, match[1])))
+                if key in table:
+                    doubled += [table[key].name, path.name]
+                table[key] = path
+    if doubled:
+        raise SourceError(
+            "several files are of the same rank",
+            found=doubled,
+            where=folder,
+            do="a folder holds one save: move the files of the others away",
+        )
+    return Files(*(dict(sorted(table.items())) for table in (zeros, stage3 or models, layers)))

@@ -1,0 +1,356 @@
+"""Source: DeepSpeed's files without a ucp.json, understood from what they say about themselves. ZeRO-1 to 3.
+
+The one idea: the model states list every parameter in the order in which it lies in the flat tensors (`param_shapes`),
+so that names, shapes, groups and places follow; how tensor-parallel shards fit together is said by DeepSpeed's
+patterns. What the files leave open is refused with the reason, never guessed.
+
+    source = open_foreign("megatron_deepspeed/global_step100", column_parallel=(r".*h_to_4h.*",))
+
+Sources of these conventions: deepspeed/runtime/engine.py (_get_zero_param_shapes, _get_zero_frozen_param_attributes),
+runtime/zero/stage3.py (_create_fp16_partitions_with_defragmentation, _rigid_state_dict), stage_1_and_2.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.ucp.deepspeed_compat import layout_from_patterns
+from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError, UnsupportedCheckpointError, listed
+from megatron.ucp.layout import Layout, ShardRank
+from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
+from megatron.ucp.sources.agreement import disagreements, model_answers, optimizer_answers
+from megatron.ucp.sources.deepspeed import DeepSpeedSource, Fragments
+from megatron.ucp.sources.deepspeed_files import Files, find_files, list_files
+from megatron.ucp.sources.flat_order import flat_fragments, sub_groups
+from megatron.ucp.sources.source import FileCache
+from megatron.ucp.sources.universal import common_from_model_states, group_values
+from megatron.ucp.topology import Topology
+
+Shapes = dict[str, dict[int, list[tuple[int, ...]]]]
+"""name -> pp stage -> shard shape by tp rank."""
+
+
+def open_foreign(folder: str | Path, column_parallel: tuple[str, ...] = ()) -> DeepSpeedSource:
+    """Opens every file. Raises, before any tensor is read, MissingFileError, CorruptFileError, SourceError (the files
+    contradict each other) or UnsupportedCheckpointError."""
+    return _Reader(Path(folder), column_parallel).source()
+
+
+class _Reader:
+    """One folder, all of its files opened; each method answers one question about it."""
+
+    def __init__(self, folder: Path, column_parallel: tuple[str, ...]):
+        self.folder, self.column_parallel, self.cache = folder, column_parallel, FileCache()
+        found = list_files(folder)
+        _check_kind(folder, found)
+        self._open_all(found)
+        first = self.cache.load(found.zeros[min(found.zeros)])["optimizer_state_dict"]
+        self.stage = int(first.get("zero_stage", 1))
+        self.topology = self._topology(found, first)
+        self._check_agreement(found)
+        self.files = find_files(folder, Manifest("native", self.topology, {}, zero_stage=self.stage))
+        self.models = {mp: self.cache.load(self.files.model(mp)) for mp in range(self.num_mp)}
+        self.is_pipelined = bool(self.files.layers)
+
+    @property
+    def num_mp(self) -> int:
+        return self.topology.pp_size * self.topology.tp_size
+
+    def source(self) -> DeepSpeedSource:
+        trainable = self._by_stage({mp: _trainable_shapes(content) for mp, content in self.models.items()})
+        frozen = self._by_stage({mp: self._frozen_shapes(mp) for mp in self.models}) | self._frozen_in_layers(trainable)
+        layouts = self._layouts({**trainable, **frozen})
+        order = {mp: self._flat_order(mp) for mp in self.models}
+        parameters = self._parameters(layouts, trainable, order)
+        for name, stages in frozen.items():
+            parameters[name] = ParameterInfo(layouts[name], pp_stages=tuple(sorted(stages)), is_trainable=False)
+        groups = [group for mp in self.models for group in self._groups(mp).items()]
+        layer_numbers = range(max((layer for layer, _ in self.files.layers), default=-1) + 1)
+        manifest = Manifest(
+            kind="native",
+            topology=self.topology,
+            parameters=parameters,
+            zero_stage=self.stage,
+            is_pipelined=self.is_pipelined,
+            optimizer=OptimizerInfo(kind="", groups=dict(groups)),
+            common=common_from_model_states([self.files.model(0)]),
+            zero3_order=[order[mp] for mp in self.models] if self.stage == 3 else [],
+            pipeline_layers=[str(i) if (i, 0) in self.files.layers else None for i in layer_numbers],
+            saved_by={"deepspeed": str(self.models[0].get("ds_version", ""))},
+        )
+        source = DeepSpeedSource(self.folder, manifest, {} if self.stage == 3 else self._corrections(), self.cache)
+        source.check()
+        return source
+
+    # -- are these the files of one save? -----------------------------------------------------------------------
+
+    def _open_all(self, found: Files) -> None:
+        unreadable = {}
+        for path in (*found.zeros.values(), *found.models.values(), *found.layers.values()):
+            try:
+                self.cache.load(path)
+            except CorruptFileError as error:
+                unreadable[path.name] = error
+        if unreadable:
+            raise CorruptFileError(
+                f"{len(unreadable)} file(s) cannot be read ({min(unreadable.items())[1].what})",
+                found=list(unreadable),
+                where=self.folder,
+                do="copy them again from where they were saved",
+            )
+
+    def _topology(self, found: Files, first: Mapping[str, Any]) -> Topology:
+        content = self.cache.load(found.models[min(found.models)])
+        sizes = content.get("checkpoint_parallel_dimensions") or {}
+        num_mp = max(mp for _, mp in (*found.models, *found.zeros)) + 1
+        tp_size = int(sizes.get("tp_degree") or content.get("mp_world_size") or num_mp)
+        count = first.get("partition_count") or max(z for z, _ in found.zeros) + 1
+        return Topology(
+            tp_size=tp_size,
+            pp_size=int(sizes.get("pp_degree") or -(-num_mp // tp_size)),
+            dp_size=max(count) if isinstance(count, (list, tuple)) else int(count),
+        )
+
+    def _check_agreement(self, found: Files) -> None:
+        answers = {
+            path.name: model_answers(self.cache.load(path), mp, self.topology.tp_size)
+            for (_, mp), path in found.models.items()
+        }
+        try:
+            for (_, mp), path in found.zeros.items():
+                answers[path.name] = optimizer_answers(self.cache.load(path), mp)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CorruptFileError("not a file of ZeRO's optimizer states", found=repr(error), where=path) from error
+        if odd := disagreements(answers):
+            raise SourceError(
+                "the files are not of one save",
+                found=odd,
+                where=self.folder,
+                do="bring together the files of one save of one run",
+            )
+
+    # -- parameters ---------------------------------------------------------------------------------------------
+
+    def _by_stage(self, shapes: Mapping[int, Mapping[str, tuple[int, ...]]]) -> Shapes:
+        by_stage: Shapes = {}
+        for mp, table in shapes.items():
+            for name, shape in table.items():
+                by_stage.setdefault(name, {}).setdefault(mp // self.topology.tp_size, []).append(shape)
+        return by_stage
+
+    def _frozen_shapes(self, mp: int) -> dict[str, tuple[int, ...]]:
+        content, first = self.models[mp], self.models[0]
+        if content.get("frozen_param_shapes") is not None:
+            return {name: tuple(shape) for name, shape in content["frozen_param_shapes"].items()}
+        module = content.get("module")
+        if self.stage != 1 or not isinstance(module, Mapping) or "shared_params" not in first:
+            return {}
+        # ZeRO-1 has no list of them: they are what is in "module" and neither trained, a buffer nor another's alias.
+        known = {*_trainable_shapes(content), *content["buffer_names"], *first["shared_params"]}
+        return {name: tuple(value.shape) for name, value in module.items() if name not in known and _is_weight(value)}
+
+    def _frozen_in_layers(self, trainable: Shapes) -> Shapes:
+        """Of a pipeline whose parameters have PipelineModule's own names, `<layer>.<name>`."""
+        has_own_names = any(name.split(".")[0].isdigit() for name in trainable)
+        if not has_own_names or any("buffer_names" not in content for content in self.models.values()):
+            return {}
+        buffers = {name for content in self.models.values() for name in content["buffer_names"]}
+        tied = {name.split(".", 2)[2] for name in trainable if name.startswith("tied_modules.")}
+        stages = {int(name.split(".")[0]): min(by) for name, by in trainable.items() if name.split(".")[0].isdigit()}
+        frozen: Shapes = {}
+        for (layer, _), path in self.files.layers.items():
+            stage = max((stage for number, stage in stages.items() if number <= layer), default=0)
+            for key, value in self.cache.load(path).items():
+                name = f"{layer}.{key}"
+                if _is_weight(value) and name not in trainable and name not in buffers and key not in tied:
+                    frozen.setdefault(name, {}).setdefault(stage, []).append(tuple(value.shape))
+        return frozen
+
+    def _layouts(self, shapes: Shapes) -> dict[str, Layout]:
+        info = self.models[0].get("universal_checkpoint_info") or {}
+        layouts = {
+            name: layout_from_patterns(name, stages[min(stages)], info, self.column_parallel)
+            for name, stages in shapes.items()
+        }
+        if unnamed := [name for name, layout in layouts.items() if layout is None]:
+            raise UnsupportedCheckpointError(
+                f"{len(unnamed)} tensor-parallel parameter(s) match no pattern in universal_checkpoint_info",
+                found=unnamed,
+                where=self.folder,
+                do="say which are cut along dimension 0: --column_parallel REGEX (repeatable; '.*' is DeepSpeed's "
+                "default)",
+            )
+        wrong = []
+        for name, stages in shapes.items():
+            for shards in stages.values():
+                for tp, found in enumerate(shards):
+                    expected = layouts[name].shard_shape(ShardRank(tp, len(shards)))
+                    if found != expected:
+                        wrong.append(f"{name}: tp rank {tp} holds {found}, the patterns say {expected}")
+        if wrong:
+            raise UnsupportedCheckpointError("shards do not have the shapes that their patterns call for", found=wrong)
+        return layouts
+
+    def _parameters(
+        self, layouts: Mapping[str, Layout], trainable: Shapes, order: Mapping[int, list[list[str]]]
+    ) -> dict[str, ParameterInfo]:
+        parameters: dict[str, ParameterInfo] = {}
+        for mp, tables in order.items():
+            base = self._base_state(self.files.zeros[0, mp])
+            group_of = _flat_to_group(base, len(tables))
+            names_of_groups = list(self._groups(mp)) or [str(index) for index in range(len(tables))]
+            for flat, names in enumerate(tables):
+                state = base[flat] if isinstance(base, list) else base["state"].get(flat, {})
+                tensors = tuple(k for k, v in state.items() if torch.is_tensor(v) and v.dim() > 0)
+                for name in names:
+                    parameters.setdefault(
+                        name,
+                        ParameterInfo(
+                            layout=layouts[name],
+                            group=names_of_groups[group_of[flat]],
+                            states=("fp32", *tensors),
+                            step=None if state.get("step") is None else float(state["step"]),
+                            pp_stages=tuple(sorted(trainable[name])),
+                        ),
+                    )
+        return {name: parameters[name] for name in trainable}
+
+    def _groups(self, mp: int) -> dict[str, dict[str, Any]]:
+        """Hyper-parameters by the groups' names, or by their numbers where they have none or the same."""
+        base = self._base_state(self.files.zeros[0, mp])
+        groups = [] if isinstance(base, list) else base["param_groups"]
+        names = [str(group.get("name", index)) for index, group in enumerate(groups)]
+        if len(set(names)) < len(names):
+            names = [str(index) for index in range(len(groups))]
+        return {name: group_values(group) for name, group in zip(names, groups, strict=True)}
+
+    def _base_state(self, file: Path) -> Any:
+        optimizer = self.cache.load(file)["optimizer_state_dict"]
+        return optimizer["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
+
+    # -- places in the flat tensors -----------------------------------------------------------------------------
+
+    def _flat_order(self, mp: int) -> list[list[str]]:
+        """The parameters of each flat tensor, in order."""
+        return self._sub_groups(mp) if self.stage == 3 else [list(t) for t in self.models[mp]["param_shapes"]]
+
+    def _optimizers(self, mp: int) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+        for (_, number), file in self.files.zeros.items():
+            if number == mp:
+                yield file, self.cache.load(file)["optimizer_state_dict"]
+
+    def _sub_groups(self, mp: int) -> list[list[str]]:
+        """ZeRO-3 closes a flat tensor once it has `sub_group_size` elements, and at the end of a parameter group."""
+        zero_size = self.topology.zero_size
+        lengths = {n: -(-math.prod(shape) // zero_size) for n, shape in _trainable_shapes(self.models[mp]).items()}
+        order, faults = None, []
+        for file, optimizer in self._optimizers(mp):
+            sizes = [flat.numel() for flat in optimizer["fp32_flat_groups"]]
+            order = sub_groups(lengths, sizes)
+            if order is None or optimizer.get("ds_zero_partition_groups"):
+                faults.append(f"{file.name}: flat tensors of {sizes} elements")
+                continue
+            states = optimizer["optimizer_state_dict"]["state"]
+            odd = [
+                i for i, n in enumerate(sizes)
+                if any(v.numel() != n for v in states.get(i, {}).values() if torch.is_tensor(v) and v.dim() > 0)
+                or set(states.get(i, {})) != set(states.get(0, {}))
+            ]  # fmt: skip
+            if odd:
+                faults.append(
+                    f"{file.name}: the optimizer's states of flat tensors {odd} are missing or of another size"
+                )
+        if faults:
+            raise UnsupportedCheckpointError(
+                "the listed parameters do not fill ZeRO-3's flat tensors",
+                found=faults,
+                expected=f"{len(lengths)} parameters, {sum(lengths.values())} elements on each of {zero_size} ranks",
+                where=self.folder,
+                do="states kept on NVMe or in a second optimizer (partial offload) and ranks that share a partition "
+                "(MiCS, AutoEP) are not in these files: save again without them",
+            )
+        return order
+
+    def _corrections(self) -> Fragments:
+        """What to believe instead of the files' own tables, which are wrong where the order of the parameters in them
+        is not that of the flat tensors."""
+        corrections: Fragments = {}
+        faults = []
+        for mp, content in self.models.items():
+            files, optimizers = zip(*self._optimizers(mp), strict=True)
+            for group, shapes in enumerate(content["param_shapes"]):
+                lengths = {name: math.prod(shape) for name, shape in shapes.items()}
+                tables = [optimizer["param_slice_mappings"][group] for optimizer in optimizers]
+                order = dict.fromkeys(n for t in tables for n in sorted(t, key=lambda name, t=t: t[name].start))
+                if list(order) == list(lengths):
+                    continue
+                faults += [
+                    f"{file.name} holds {listed(set(table) - set(lengths))}"
+                    for file, table in zip(files, tables, strict=True)
+                    if not set(table) <= set(lengths)
+                ]
+                if missing := set(lengths) - set(order):
+                    faults.append(f"no file of mp_rank {mp} holds {listed(missing)}")
+                if not _may_be_reordered(content) and not faults:
+                    faults.append(f"mp_rank {mp}, group {group}: the parameters are in another order than listed")
+                if faults:
+                    continue
+                paddings = optimizers[0].get("param_alignment_paddings", {group: [0] * len(lengths)})[group]
+                flat = optimizers[0]["single_partition_of_fp32_groups"][group]
+                partition = flat.numel() + int(optimizers[0]["group_paddings"][group])
+                found = flat_fragments(lengths, paddings, partition, files, group)
+                corrections.update({(name, mp): fragments for name, fragments in found.items()})
+        if faults:
+            raise SourceError(
+                "the optimizer states do not hold the parameters that the model states list",
+                found=faults,
+                where=self.folder,
+                do="bring together the files of one save of one run",
+            )
+        return corrections
+
+
+def _check_kind(folder: Path, found: Files) -> None:
+    if not found.models:
+        raise MissingFileError("no model states (*mp_rank_*_model_states.pt)", where=folder)
+    if not found.zeros:
+        raise UnsupportedCheckpointError(
+            "ZeRO-0 keeps the optimizer's state by index, and without ucp.json nothing names the indices",
+            where=folder,
+            do="resume it with the program that saved it, under ZeRO-1, and save again",
+        )
+    experts = [p.name for p in folder.iterdir() if p.name.startswith("expp_rank_") or "_expert_" in p.name]
+    if experts:
+        raise UnsupportedCheckpointError(
+            "experts are read only with a ucp.json: DeepSpeed names them by their place on each rank",
+            found=experts,
+            where=folder,
+        )
+
+
+def _trainable_shapes(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """In the order of the flat tensors."""
+    return {name: tuple(shape) for table in content["param_shapes"] for name, shape in table.items()}
+
+
+def _is_weight(value: Any) -> bool:
+    return torch.is_tensor(value) and value.is_floating_point()
+
+
+def _flat_to_group(base: Any, num_flats: int) -> list[int]:
+    """The parameter group of each flat tensor: ZeRO-3 has several to a group, ZeRO-1 and 2 one."""
+    groups = [] if isinstance(base, list) else base["param_groups"]
+    owner = {flat: index for index, group in enumerate(groups) for flat in group["params"]}
+    return [owner.get(flat, flat) for flat in range(num_flats)]
+
+
+def _may_be_reordered(content: Mapping[str, Any]) -> bool:
+    """DeepSpeed's configuration, where the file has it, says whether gradients went round robin."""
+    config = content.get("ds_config")
+    zero = config.get("zero_optimization", {}) if isinstance(config, Mapping) else {"round_robin_gradients": True}
+    return bool(zero.get("round_robin_gradients"))
