@@ -54,8 +54,12 @@ REFUSED = {
     ("progressive_layer_drop", "enabled"): "the model does not follow it",
     ("zero_optimization", "zero_quantized_weights"): "a state under ZeRO++ cannot be resumed",
     ("zero_optimization", "zero_quantized_gradients"): "a state under ZeRO++ cannot be resumed",
+    ("zero_optimization", "zero_quantized_nontrainable_weights"): "frozen weights would be saved as 8-bit codes",
+    ("zero_optimization", "zero_hpz_partition_size"): "a second copy of the weights would keep other values",
+    ("zero_optimization", "mics_shard_size"): "a state under MiCS cannot be resumed",
     ("zero_optimization", "round_robin_gradients"): "DeepSpeed then saves a wrong table of where parameters lie",
     ("zero_optimization", "zenflow"): "a state under ZenFlow cannot be resumed",
+    ("checkpoint", "use_node_local_storage"): "the files of all ranks must be in one folder that all nodes share",
     ("compile", "deepcompile"): "a state under DeepCompile cannot be resumed",
     ("bf16", "bf16_master_weights_and_grads"): "there would be no fp32 master weights to save",
     ("fp16", "fp16_master_weights_and_grads"): "there would be no fp32 master weights to save",
@@ -74,6 +78,10 @@ REFUSED_OPTIMIZERS = {
     "zerooneadam": _COMPRESSED,
 }
 """By type in lower case. Others are tried on small tensors before training (optimizer_probe.py)."""
+
+
+OFF = {("zero_optimization", "zero_hpz_partition_size"): 1, ("zero_optimization", "mics_shard_size"): -1}
+"""The values, not false, that leave a feature off."""
 
 
 def deepspeed_config(config: Config, topology: Topology, user_json: Json | None = None) -> tuple[Json, list[str]]:
@@ -184,7 +192,7 @@ def _refused(user: Json) -> Iterator[Problem]:
             flags=("--deepspeed_config", "--optimizer"),
         )
     for path, reason in REFUSED.items():
-        if _get(user, path) not in (None, False, "auto"):
+        if _get(user, path) not in (None, False, "auto", OFF.get(path)):
             yield Problem(
                 f"{'.'.join(path)} in the DeepSpeed JSON is refused: {reason}",
                 found=str(_get(user, path)),
@@ -196,7 +204,7 @@ def _refused(user: Json) -> Iterator[Problem]:
         if not isinstance(offload, Mapping):
             continue
         is_partial = block == "offload_optimizer" and offload.get("ratio", 1.0) != 1.0
-        if offload.get("device") == "nvme" or is_partial:
+        if offload.get("device") == "nvme" or is_partial or offload.get("super_offload"):
             yield Problem(
                 f"zero_optimization.{block} in the DeepSpeed JSON is refused: such a state cannot be resumed",
                 found=str(offload),

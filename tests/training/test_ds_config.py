@@ -84,6 +84,10 @@ def test_artifact_json_beside_a_fixed_loss_scale() -> None:
         ({"elasticity": {"enabled": True}}, ["elasticity.enabled", "refused"]),
         ({"curriculum_learning": {"enabled": True}}, ["curriculum_learning.enabled", "refused"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, ["offload_optimizer", "refused"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, ["offload_optimizer", "whole"]),
+        ({"zero_optimization": {"zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size", "refused"]),
+        ({"zero_optimization": {"mics_shard_size": 2}}, ["mics_shard_size", "refused"]),
+        ({"checkpoint": {"use_node_local_storage": True}}, ["use_node_local_storage", "one folder"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, ["cannot be resumed"]),
         ({"zero_optimization": True}, ["zero_optimization in the DeepSpeed JSON is not an object"]),
     ],
@@ -187,3 +191,8 @@ def test_config_and_ds_config_do_not_import_deepspeed() -> None:
         "assert 'deepspeed' not in sys.modules, 'deepspeed'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_features_that_are_off_are_not_refused() -> None:
+    block = {"zero_hpz_partition_size": 1, "mics_shard_size": -1, "zero_quantized_weights": False}
+    assert deepspeed_config(config(), Topology(), {"zero_optimization": block})[0]["zero_optimization"]["stage"] == 1
