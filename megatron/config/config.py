@@ -41,6 +41,7 @@ class Config:
             *model_checks.parallel_problems(self.model, self.parallel, world_size),
             *model_checks.batch_problems(self.run, self.parallel, world_size),
             *run_checks.optimizer_problems(self.optimizer, self.run),
+            *run_checks.optimizer_topology_problems(self.optimizer, self.parallel, self.model),
             *run_checks.run_problems(self.run),
             *run_checks.checkpoint_problems(self.checkpoint),
             *run_checks.data_problems(self.data, self.model),

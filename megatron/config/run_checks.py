@@ -17,6 +17,7 @@ from megatron.config.data import TOKENIZER_FILES, DataConfig
 from megatron.config.errors import Problem
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
+from megatron.config.parallel import ParallelConfig
 from megatron.config.run import RunConfig
 
 
@@ -35,7 +36,9 @@ def optimizer_problems(optimizer: OptimizerConfig, run: RunConfig) -> Iterator[P
                 expected="0 <= value <= --lr",
                 flags=(flag_of(name), "--lr"),
             )
-    yield from within(0.0, 1.0, optimizer, "adam_beta1", "adam_beta2", is_open_above=True)
+    yield from _decoupled_problems(optimizer)
+    rates = ("adam_beta1", "adam_beta2", "lion_beta1", "lion_beta2", "muon_momentum", "sgd_momentum")
+    yield from within(0.0, 1.0, optimizer, *rates, is_open_above=True)
     for name in ("weight_decay", "clip_grad", "adam_eps", "loss_scale"):
         value = getattr(optimizer, name)
         if value is not None and value < 0:
@@ -72,6 +75,47 @@ def optimizer_problems(optimizer: OptimizerConfig, run: RunConfig) -> Iterator[P
             "the schedule cannot come from the flags and from the checkpoint",
             flags=("--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"),
             fix="drop one of the two",
+        )
+
+
+def _decoupled_problems(optimizer: OptimizerConfig) -> Iterator[Problem]:
+    lr, least = optimizer.decoupled_lr, optimizer.decoupled_min_lr
+    flags = ("--decoupled-lr", "--decoupled-min-lr")
+    if lr is None:
+        if least is not None:
+            yield Problem("--decoupled-min-lr without --decoupled-lr", flags=flags, fix="give --decoupled-lr too")
+        return
+    least = optimizer.min_lr if least is None else least
+    if lr <= 0 or not 0 <= least <= lr:
+        yield Problem(
+            "the learning rate of the word embedding and the output layer does not fall from its peak",
+            found=f"from --decoupled-lr {lr:g} to {least:g}",
+            expected="0 <= --decoupled-min-lr (default: --min-lr) <= --decoupled-lr",
+            flags=flags,
+        )
+
+
+def optimizer_topology_problems(
+    optimizer: OptimizerConfig, parallel: ParallelConfig, model: ModelConfig
+) -> Iterator[Problem]:
+    """Optimizers whose arithmetic is not elementwise, where ranks have parts of matrices."""
+    if optimizer.optimizer == "adafactor":
+        tp_size, stage = parallel.tensor_model_parallel_size, parallel.zero_stage
+        if tp_size > 1 or stage > 0 or optimizer.precision != "fp32":
+            yield Problem(
+                "Adafactor needs whole matrices: of a part of one its factored moment is another, so it would train "
+                "differently under every topology",
+                found=f"--tensor-model-parallel-size {tp_size} --zero-stage {stage} in {optimizer.precision}",
+                expected="tp 1 and ZeRO-0, in fp32 since bf16 and fp16 are run under ZeRO-1; any dp and pp",
+                flags=("--optimizer", "--zero-stage", "--tensor-model-parallel-size", "--bf16", "--fp16"),
+                fix="--zero-stage 0 with --tensor-model-parallel-size 1, or --optimizer adam",
+            )
+    if optimizer.optimizer in ("adafactor", "muon") and max(model.num_experts) > 1:
+        yield Problem(
+            f"--optimizer {optimizer.optimizer} does not know experts: they stand in one tensor, not in matrices",
+            found=f"--num-experts {' '.join(map(str, model.num_experts))}",
+            flags=("--optimizer", "--num-experts"),
+            fix="--optimizer adam",
         )
 
 

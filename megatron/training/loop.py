@@ -99,7 +99,7 @@ def fit(run: Run) -> Progress:
 
 def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
     engine, progress = run.live.engine, run.progress
-    learning_rate = run.live.schedule.get_last_lr()[0]
+    learning_rate = run.live.schedule.learning_rate
     scaler = run.live.state.loss_scaler if run.config.optimizer.precision == "fp16" else None
     loss_scale = None if scaler is None else float(scaler.cur_scale)
     skipped_before = engine.skipped_steps

@@ -16,7 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.config.optimizer import DECAY_STYLES, WSD_DECAY_STYLES, OptimizerConfig
+from megatron.config.optimizer import (
+    DECAY_STYLES,
+    DECOUPLED,
+    NO_DECAY,
+    WSD_DECAY_STYLES,
+    OptimizerConfig,
+    base_group,
+)
 
 
 class ScheduleError(ValueError):
@@ -42,6 +49,9 @@ class LearningRateCurve:
     end_weight_decay: float = 0.0
     weight_decay_length: float = 1
     weight_decay_style: str = "constant"
+    decoupled_max_lr: float | None = None
+    """Of the parameter group "decoupled" (--decoupled-lr); the curve's shape is the same."""
+    decoupled_min_lr: float | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -49,8 +59,10 @@ class LearningRateCurve:
             problems.append(f"style {self.style!r}, expected one of {', '.join(DECAY_STYLES)}")
         if self.wsd_style not in WSD_DECAY_STYLES:
             problems.append(f"wsd_style {self.wsd_style!r}, expected one of {', '.join(WSD_DECAY_STYLES)}")
-        if not 0 <= self.min_lr <= self.max_lr:
-            problems.append(f"min_lr {self.min_lr:g}, expected 0 to max_lr {self.max_lr:g}")
+        for prefix in ("", "decoupled_"):
+            least, most = getattr(self, f"{prefix}min_lr"), getattr(self, f"{prefix}max_lr")
+            if most is not None and not 0 <= least <= most:
+                problems.append(f"{prefix}min_lr {least:g}, expected 0 to {prefix}max_lr {most:g}")
         if not 0 <= self.warmup < self.decay:
             problems.append(f"a warm-up of {self.warmup:g} samples, expected less than the decay's {self.decay:g}")
         if self.style == "WSD" and not 0 < self.wsd_decay <= self.decay:
@@ -78,6 +90,7 @@ class LearningRateCurve:
         if config.lr_warmup_fraction is not None:
             warmup = config.lr_warmup_fraction * decay
         is_constant = config.weight_decay_incr_style == "constant"
+        decoupled_min_lr = config.min_lr if config.decoupled_min_lr is None else config.decoupled_min_lr
         return cls(
             max_lr=config.lr,
             min_lr=config.min_lr,
@@ -91,20 +104,25 @@ class LearningRateCurve:
             end_weight_decay=config.weight_decay if is_constant else config.end_weight_decay,
             weight_decay_length=length,
             weight_decay_style=config.weight_decay_incr_style,
+            decoupled_max_lr=config.decoupled_lr,
+            decoupled_min_lr=None if config.decoupled_lr is None else decoupled_min_lr,
         )
 
-    def learning_rate(self, consumed_samples: float) -> float:
-        """For the step after `consumed_samples` have been seen."""
+    def learning_rate(self, consumed_samples: float, is_decoupled: bool = False) -> float:
+        """For the step after `consumed_samples` have been seen; with `is_decoupled` of the group "decoupled"."""
+        max_lr, min_lr = self.max_lr, self.min_lr
+        if is_decoupled and self.decoupled_max_lr is not None:
+            max_lr, min_lr = self.decoupled_max_lr, self.decoupled_min_lr
         if self.warmup > 0 and consumed_samples <= self.warmup:
-            return self.init_lr + (self.max_lr - self.init_lr) * consumed_samples / self.warmup
+            return self.init_lr + (max_lr - self.init_lr) * consumed_samples / self.warmup
         if self.style == "constant":
-            return self.max_lr
+            return max_lr
         if consumed_samples > self.decay:
-            return self.min_lr
+            return min_lr
         if self.style == "inverse-square-root":
-            lr = self.max_lr * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(consumed_samples, 1))
-            return max(self.min_lr, lr)
-        return self.min_lr + self._height(consumed_samples) * (self.max_lr - self.min_lr)
+            lr = max_lr * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(consumed_samples, 1))
+            return max(min_lr, lr)
+        return min_lr + self._height(consumed_samples) * (max_lr - min_lr)
 
     def weight_decay(self, consumed_samples: float) -> float:
         """The same for weight decay."""
@@ -144,7 +162,7 @@ def _relevant(curve: LearningRateCurve) -> dict[str, Any]:
     if curve.warmup == 0:
         irrelevant |= {"init_lr"}
     if curve.style == "constant":
-        irrelevant |= {"min_lr", "decay"}
+        irrelevant |= {"min_lr", "decoupled_min_lr", "decay"}
     if curve.style != "WSD":
         irrelevant |= {"wsd_decay", "wsd_style"}
     if curve.weight_decay_style == "constant":
@@ -186,8 +204,15 @@ class LearningRateSchedule:
     def get_lr(self) -> list[float]:
         """The learning rate of each group, for the next step."""
         groups = self._optimizer.param_groups if self._optimizer is not None else [{}]
-        lr = self.curve.learning_rate(self.num_samples)
-        return [lr * group.get("lr_mult", 1.0) for group in groups]
+        return [self._learning_rate(group) * group.get("lr_mult", 1.0) for group in groups]
+
+    def _learning_rate(self, group: Mapping[str, Any]) -> float:
+        return self.curve.learning_rate(self.num_samples, base_group(group.get("name", "")) == DECOUPLED)
+
+    @property
+    def learning_rate(self) -> float:
+        """For the next step, of all groups but "decoupled"."""
+        return self.curve.learning_rate(self.num_samples)
 
     def get_last_lr(self) -> list[float]:
         return self.get_lr()
@@ -235,5 +260,5 @@ def _decay_multiplier(group: Mapping[str, Any]) -> float:
     if "wd_mult" in group:
         return group["wd_mult"]
     if "name" in group:
-        return 0.0 if group["name"] == "no_decay" else 1.0
+        return 0.0 if base_group(group["name"]) == NO_DECAY else 1.0
     return 1.0 if group.get("weight_decay") else 0.0
