@@ -2,7 +2,7 @@
 # shellcheck disable=SC2153  # the degrees come from exN/topology.sh
 # What the example scripts share: knobs, the training command, conversion, verdict. Sourced, not run.
 #
-# A script sets EXAMPLE and the SOURCE_*/TARGET_* degrees (exN/topology.sh), then sources this file. Every
+# A script sets HERE, EXAMPLE and the SOURCE_*/TARGET_* degrees (exN/topology.sh), then sources this file. Every
 # knob below is an environment variable: SIZE=125M DRY_RUN=1 bash examples/ex1/run.sh
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -29,8 +29,11 @@ PYTHON="$(command -v "$PYTHON")" || die "no Python: run 'make install', or set P
 bin="$(dirname "$PYTHON")"
 [[ -n "$LAUNCHER" ]] || { [[ -x "$bin/deepspeed" ]] && LAUNCHER=deepspeed || LAUNCHER=torchrun; }
 
-source_world=$((SOURCE_TP * SOURCE_PP * SOURCE_DP))
-target_world=$((TARGET_TP * TARGET_PP * TARGET_DP))
+: "${SOURCE_SP:=1}" "${TARGET_SP:=1}" # Ulysses sequence parallelism
+: "${ZERO_STAGE:=1}"
+: "${SOURCE_ZERO:=$ZERO_STAGE}" "${TARGET_ZERO:=$ZERO_STAGE}"
+source_world=$((SOURCE_TP * SOURCE_PP * SOURCE_DP * SOURCE_SP))
+target_world=$((TARGET_TP * TARGET_PP * TARGET_DP * TARGET_SP))
 num_ranks=$((source_world > target_world ? source_world : target_world))
 
 if [[ -z "$DEVICE" ]]; then
@@ -59,7 +62,6 @@ case "$SIZE" in
         ;;
     *) die "SIZE=$SIZE is neither tiny nor 125M" ;;
 esac
-: "${ZERO_STAGE:=1}"
 : "${GLOBAL_BATCH:=4}"
 : "${MICRO_BATCH:=2}"         # of Source and Target
 : "${CONTROL_MICRO_BATCH:=1}" # of the control run: the same samples, summed in another order
@@ -74,9 +76,13 @@ esac
 : "${VOCAB_FILE:=$ROOT/training_datasets/gpt2-vocab.json}"
 : "${MERGE_FILE:=$ROOT/training_datasets/gpt2-merges.txt}"
 
-SOURCE_DIR="$RUN_DIR/checkpoints/source"       # native saves of the Source
-UNIVERSAL_DIR="$RUN_DIR/checkpoints/universal" # its universal checkpoint; latest_universal lies here
-TARGET_DIR="$RUN_DIR/checkpoints/target"       # native saves of the Target
+set_run_dir() { # the folder of one Source and what is resumed from it
+    RUN_DIR="$1"
+    SOURCE_DIR="$RUN_DIR/checkpoints/source"       # native saves of the Source
+    UNIVERSAL_DIR="$RUN_DIR/checkpoints/universal" # its universal checkpoint; latest_universal lies here
+    TARGET_DIR="$RUN_DIR/checkpoints/target"       # native saves of the Target
+}
+set_run_dir "$RUN_DIR"
 TAG="global_step$SAVE_ITER"
 
 # shellcheck disable=SC2054  # a split has commas
@@ -91,7 +97,7 @@ shared_flags=(
     --data-path "$DATA_PREFIX" --split 949,50,1
     --tokenizer-type GPT2BPETokenizer --vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE"
     --seed "$SEED" --log-interval 10 --eval-iters 0
-    --num-workers "$NUM_WORKERS" --zero-stage "$ZERO_STAGE" --deepspeed
+    --num-workers "$NUM_WORKERS" --deepspeed
 )
 # gloo is what nccl would become without CUDA; said outright, training has nothing to note.
 [[ "$DEVICE" == cuda ]] || shared_flags+=(--distributed-backend gloo)
@@ -126,8 +132,18 @@ clear_old() {
     done
 }
 
-topology_name() { # TP PP DP
-    echo "tp$1_pp$2_dp$3"
+topology_name() { # TP PP DP SP ZERO
+    local sequence=""
+    (($4 == 1)) || sequence="_sp$4"
+    echo "tp$1_pp$2_dp$3${sequence}_z$5"
+}
+
+source_name() {
+    topology_name "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP" "$SOURCE_SP" "$SOURCE_ZERO"
+}
+
+target_name() {
+    topology_name "$TARGET_TP" "$TARGET_PP" "$TARGET_DP" "$TARGET_SP" "$TARGET_ZERO"
 }
 
 free_port() {
@@ -159,16 +175,24 @@ set_launch() {
     esac
 }
 
-# train ROLE TP PP DP MICRO_BATCH [FLAG...]: curves to $RUN_DIR/tensorboard/ROLE_<topology>, output to logs/.
+train_as_source() { # NAME MICRO_BATCH [FLAG...]
+    train "$1" "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP" "$SOURCE_SP" "$SOURCE_ZERO" --micro-batch-size "${@:2}"
+}
+
+train_as_target() { # NAME MICRO_BATCH [FLAG...]
+    train "$1" "$TARGET_TP" "$TARGET_PP" "$TARGET_DP" "$TARGET_SP" "$TARGET_ZERO" --micro-batch-size "${@:2}"
+}
+
+# train NAME TP PP DP SP ZERO [FLAG...]: curves to $RUN_DIR/tensorboard/NAME, output to $RUN_DIR/logs/NAME.log.
 train() {
-    local role="$1" tp="$2" pp="$3" dp="$4" micro_batch="$5"
-    local name launch command
-    shift 5
-    name="${role}_$(topology_name "$tp" "$pp" "$dp")"
-    set_launch $((tp * pp * dp))
+    local name="$1" tp="$2" pp="$3" dp="$4" sp="$5" zero="$6"
+    local launch command sequence=()
+    shift 6
+    ((sp == 1)) || sequence=(--ds-sequence-parallel-size "$sp")
+    set_launch $((tp * pp * dp * sp))
     command=(
         "${launch[@]}" "$ROOT/pretrain_gpt.py"
-        --tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp" --micro-batch-size "$micro_batch"
+        --tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp" "${sequence[@]}" --zero-stage "$zero"
         "${shared_flags[@]}"
         --data-cache-path "$RUN_DIR/index_cache" --tensorboard-dir "$RUN_DIR/tensorboard/$name" "$@"
     )
@@ -184,14 +208,14 @@ train() {
 
 # What makes two Sources interchangeable: their topology and every flag that is not a path of this run.
 settings() {
-    printf '%s\n' "$(topology_name "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP")" "$MICRO_BATCH" "$SAVE_ITER" "${shared_flags[@]}"
+    printf '%s\n' "$(source_name)" "$MICRO_BATCH" "$SAVE_ITER" "${shared_flags[@]}"
 }
 
 train_source() {
-    say "Source: tp$SOURCE_TP pp$SOURCE_PP dp$SOURCE_DP, iterations 1-$TRAIN_ITERS, saved every $SAVE_ITER"
+    say "Source: $(source_name), iterations 1-$TRAIN_ITERS, saved every $SAVE_ITER"
     # With a new Source everything that was made from the old one is stale.
     clear_old "$RUN_DIR"/{settings.txt,checkpoints,tensorboard,csv,verdict.txt,verdict.json,ucp_training_loss.png}
-    train source "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP" "$MICRO_BATCH" \
+    train_as_source "source_$(source_name)" "$MICRO_BATCH" \
         --save "$SOURCE_DIR" --save-interval "$SAVE_ITER"
     # Written last: a Source without it was not finished.
     [[ "$DRY_RUN" == 1 ]] || settings >"$RUN_DIR/settings.txt"
@@ -208,9 +232,9 @@ convert_source() {
 }
 
 train_target() {
-    say "Target: tp$TARGET_TP pp$TARGET_PP dp$TARGET_DP, iterations $((SAVE_ITER + 1))-$TRAIN_ITERS"
+    say "Target: $(target_name), iterations $((SAVE_ITER + 1))-$TRAIN_ITERS"
     clear_old "$TARGET_DIR"
-    train target "$TARGET_TP" "$TARGET_PP" "$TARGET_DP" "$MICRO_BATCH" \
+    train_as_target "target_$(target_name)" "$MICRO_BATCH" \
         --load "$UNIVERSAL_DIR" --universal-checkpoint --save "$TARGET_DIR" --save-interval "$SAVE_ITER"
 }
 
@@ -220,8 +244,16 @@ train_control() {
     local source_dir="${1:-$SOURCE_DIR}"
     [[ "$CONTROL" == 1 ]] || return 0
     say "Control: the Source's topology, micro batch $CONTROL_MICRO_BATCH instead of $MICRO_BATCH"
-    train control "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP" "$CONTROL_MICRO_BATCH" \
-        --load "$source_dir" --load-tag "$TAG"
+    train_as_source "control_$(source_name)" "$CONTROL_MICRO_BATCH" --load "$source_dir" --load-tag "$TAG"
+}
+
+# All of an example whose three steps lie in $HERE. Exit code: that of the verdict.
+run_example() {
+    bash "$HERE/init_train_source.sh"
+    bash "$HERE/convert.sh"
+    bash "$HERE/resume_train_target.sh"
+    train_control
+    judge
 }
 
 # Exit code: that of the verdict (0 PASS, 1 FAIL).

@@ -18,8 +18,4 @@ source "$HERE/topology.sh"
 # shellcheck source=examples/common.sh
 source "$HERE/../common.sh"
 
-bash "$HERE/init_train_source.sh"
-bash "$HERE/convert.sh"
-bash "$HERE/resume_train_target.sh"
-train_control
-judge
+run_example

@@ -97,7 +97,7 @@ def test_run_is_five_commands_that_fit_together(example, size, launcher, tmp_pat
     for role, command in zip(topologies, (source, target, control)):
         tp, pp, dp = topologies[role]
         check_training(command, tp, pp, dp, launcher, size)
-        assert command.value("--tensorboard-dir") == f"{run_dir}/tensorboard/{role}_tp{tp}_pp{pp}_dp{dp}"
+        assert command.value("--tensorboard-dir") == f"{run_dir}/tensorboard/{role}_tp{tp}_pp{pp}_dp{dp}_z1"
 
     tag = "global_step100"
     assert source.value("--save-interval") == target.value("--save-interval") == "100"
