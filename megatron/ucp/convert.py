@@ -26,6 +26,7 @@ from megatron.ucp.errors import UcpError
 from megatron.ucp.manifest import Manifest, write_manifest
 from megatron.ucp.sources import find_checkpoint, open_source
 from megatron.ucp.targets.universal import tensor_bytes, write_universal
+from megatron.ucp.topology import Topology
 
 POINTER = "latest_universal"
 _SPARE_BYTES = 4 << 20
@@ -121,7 +122,7 @@ def main(arguments: argparse.Namespace | list[str] | None = None) -> int:
     source = result.manifest.source
     size = result.num_bytes / 2**20
     print(
-        f"{result.source} (ZeRO-{source['zero_stage']}, {_topology(result)}) -> {result.output}\n"
+        f"{result.source} (ZeRO-{source['zero_stage']}, {Topology.from_json(source['topology'])}) -> {result.output}\n"
         f"{len(result.manifest.parameters)} parameters, {size:.1f} MiB in {result.seconds:.2f} s "
         f"({size / max(result.seconds, 1e-9):.0f} MiB/s); state digest {result.digest}"
     )
@@ -161,8 +162,3 @@ def _counter(progress: Callable[[int, int], None] | None, total_bytes: int) -> C
             progress(done, total_bytes)
 
     return add
-
-
-def _topology(result: Conversion) -> str:
-    sizes = result.manifest.source["topology"]
-    return " ".join(f"{axis}{sizes[f'{axis}_size']}" for axis in ("tp", "pp", "dp"))

@@ -68,10 +68,15 @@ def _stages(names: list[str], pp_size: int) -> list[list[str]]:
 def _owned(
     source: Source, names: list[str], rank: ShardRank, zero: tuple[int, int], zero_stage: int
 ) -> Iterator[tuple[str, Layout, int, int]]:
-    """Intervals of each parameter's shard that the rank keeps in its optimizer."""
+    """Intervals of each parameter's shard that the rank reads: those in its optimizer, and all that is frozen."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(source.manifest.parameters[name].group, []).append(name)
+        info = source.manifest.parameters[name]
+        if info.is_trainable:
+            groups.setdefault(info.group, []).append(name)
+        else:  # no optimizer has it, so nobody shares it out
+            layout = info.layout.without_padding()
+            yield name, layout, 0, math.prod(layout.shard_shape(rank))
     for members in groups.values():
         layouts = {name: source.manifest.parameters[name].layout.without_padding() for name in members}
         sizes = {name: math.prod(layout.shard_shape(rank)) for name, layout in layouts.items()}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ucp.synthetic import make_state, model, write_native
+from ucp.synthetic import FROZEN, Parameter, make_state, model, write_native
 
 from megatron.ucp import digest, execute
 from megatron.ucp.commit import checksum_file
@@ -16,7 +16,7 @@ from megatron.ucp.errors import CorruptFileError
 from megatron.ucp.execute import copy_runs, read_into
 from megatron.ucp.fragment import shard_runs
 from megatron.ucp.layout import Layout, Part, ShardRank
-from megatron.ucp.manifest import ParameterInfo, read_manifest, write_manifest
+from megatron.ucp.manifest import read_manifest, write_manifest
 from megatron.ucp.plan import plan
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import open_source
@@ -45,6 +45,9 @@ CASES = {
     "tp2pp2dp11-zero1": (Topology(tp_size=2, pp_size=2, dp_size=11), 1, {}),
     "dp130-zero2": (Topology(dp_size=130), 2, {}),
     "sp2dp2-zero1": (Topology(dp_size=2, sp_size=2), 1, {}),
+    "dp3-zero3": (Topology(dp_size=3), 3, {}),
+    "tp2dp2-zero3-bf16": (Topology(tp_size=2, dp_size=2), 3, {"prefix": "bf16_"}),
+    "sp2dp2-zero3": (Topology(dp_size=2, sp_size=2), 3, {}),
 }
 
 
@@ -74,7 +77,7 @@ def test_converts_bit_equal(tmp_path, case):
 
 
 def test_there_are_enough_cases():
-    assert len(CASES) >= 18
+    assert len(CASES) >= 21
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
@@ -164,21 +167,34 @@ def test_without_the_compiled_kernel_the_result_is_the_same(tmp_path, monkeypatc
     assert first.digest == second.digest and first.manifest.files == second.manifest.files
 
 
-def test_frozen_parameters_are_carried(tmp_path):
+FROZEN_CASES = {
+    "dp2-zero0": (Topology(dp_size=2), 0),
+    "tp2dp2-zero1": (Topology(tp_size=2, dp_size=2), 1),
+    "tp2dp2-zero2": (Topology(tp_size=2, dp_size=2), 2),
+    "dp3-zero3": (Topology(dp_size=3), 3),
+    "tp2sp2dp2-zero3": (Topology(tp_size=2, dp_size=2, sp_size=2), 3),
+    "pp2-zero0": (Topology(pp_size=2), 0),
+    "tp2pp2dp2-zero1": (Topology(tp_size=2, pp_size=2, dp_size=2), 1),
+}
 
-    manifest = write_native(tmp_path / "n", STATE, Topology(tp_size=2, dp_size=2), 1, with_manifest=False)
-    frozen = torch.arange(10.0).reshape(5, 2)
-    layout = Layout.shard_v((5, 2))
-    for tp in range(2):
-        path = tmp_path / f"n/mp_rank_{tp:02d}_model_states.pt"
-        content = torch.load(path)
-        content["module"]["frozen"] = layout.split(frozen, ShardRank(tp, 2))
-        torch.save(content, path)
-    info = ParameterInfo(layout, states=("fp32",), is_trainable=False)
-    write_manifest(tmp_path / "n", replace(manifest, parameters={**manifest.parameters, "frozen": info}, files={}))
-    convert(tmp_path / "n", tmp_path / "u")
-    assert torch.equal(load(tmp_path / "u/zero/frozen/fp32.pt")["param"], frozen)
-    assert sorted(p.name for p in (tmp_path / "u/zero/frozen").iterdir()) == ["fp32.pt"]
+
+@pytest.mark.parametrize("case", FROZEN_CASES)
+def test_frozen_parameters_are_carried(tmp_path, case):
+    """As bfloat16 in the files, which becomes float32 without loss."""
+    topology, zero_stage = FROZEN_CASES[case]
+    parameters = [
+        *model(),
+        Parameter("layers.0.mlp.frozen_column.weight", (9, 5), "column", FROZEN, 1),
+        Parameter("layers.1.frozen_norm.weight", (3,), "whole", FROZEN, 2),
+    ]
+    state = make_state(parameters, seed=7)
+    write_native(tmp_path / "n", state, topology, zero_stage, parameters=parameters)
+    result = convert(tmp_path / "n", tmp_path / "u")
+    assert_universal_equals(tmp_path / "u", state)
+    assert [p.name for p in (tmp_path / "u/zero/layers.1.frozen_norm.weight").iterdir()] == ["fp32.pt"]
+    for folder in ("n", "u"):
+        assert verify(tmp_path / folder).digest == result.digest
+        assert not read_manifest(tmp_path / folder).parameters["layers.1.frozen_norm.weight"].is_trainable
 
 
 def test_files_beyond_the_zip_limit_stay_aligned_and_readable(tmp_path, monkeypatch):
