@@ -22,9 +22,10 @@ from pathlib import Path
 
 from megatron.ucp.commit import commit, point_to, require_space, stage
 from megatron.ucp.digest import total
-from megatron.ucp.errors import UcpError
+from megatron.ucp.errors import CorruptFileError, DigestMismatchError, SourceError, UcpError, listed
+from megatron.ucp.file_table import changed_files
 from megatron.ucp.manifest import Manifest, write_manifest
-from megatron.ucp.sources import find_checkpoint, open_source
+from megatron.ucp.sources import Source, find_checkpoint, open_source
 from megatron.ucp.targets.universal import tensor_bytes, write_universal
 from megatron.ucp.topology import Topology
 
@@ -68,8 +69,10 @@ def convert(
         )
         write_manifest(staging, manifest)
         commit(staging, output)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, (DigestMismatchError, SourceError, CorruptFileError)):
+            raise _naming_files(error, source) from error
         raise
     point_to(output.parent, POINTER, output.name)
     seconds = time.perf_counter() - started
@@ -148,6 +151,20 @@ class ProgressLine:
         text = f"{done / 2**20:.0f} / {total_bytes / 2**20:.0f} MiB, {rate / 2**20:.0f} MiB/s, {left:.0f} s left"
         start, end = ("\r", "\n" if is_last else "") if self._is_terminal else ("", "\n")
         print(f"{start}{text:<60}", end=end, file=self._stream, flush=True)
+
+
+def _naming_files(error: UcpError, source: Source) -> UcpError:
+    """What was found names parameters; whoever has to mend the folder needs files."""
+    changed = changed_files(source.folder, source.manifest)
+    if not changed:
+        return error
+    return type(error)(
+        f"{error.what}; {len(changed)} file(s) changed since they were written: {listed(changed)}",
+        found=error.found,
+        expected=error.expected,
+        where=error.where,
+        do="copy these files again from where they were saved",
+    )
 
 
 def _counter(progress: Callable[[int, int], None] | None, total_bytes: int) -> Callable[[int], None] | None:

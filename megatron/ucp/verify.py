@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from megatron.ucp.commit import checksum_file, data_files
+from megatron.ucp.commit import data_files
 from megatron.ucp.digest import Digest, digest_runs, total
-from megatron.ucp.errors import MissingFileError, SourceError, UcpError
+from megatron.ucp.errors import NotACheckpointError, UcpError
 from megatron.ucp.execute import check_replicas, gather
+from megatron.ucp.file_table import file_faults
 from megatron.ucp.fragment import tiling_faults, whole_runs
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.ucp.sources import Source, find_checkpoint, open_source
@@ -51,7 +52,9 @@ def verify(folder: str | Path, *, num_workers: int = 2, column_parallel: tuple[s
         findings += _check_files(folder, manifest, num_workers)
     try:
         source = open_source(folder, column_parallel=column_parallel)
-    except (MissingFileError, SourceError) as error:
+    except NotACheckpointError:
+        raise
+    except UcpError as error:
         return Report(folder, (*findings, str(error)), len(manifest.files) if manifest else 0, 0, None, False)
     jobs = [(name, state) for name, info in source.manifest.parameters.items() for state in info.states]
     digests: dict[str, dict[str, str]] = {name: {} for name in source.manifest.parameters}
@@ -82,21 +85,8 @@ def verify(folder: str | Path, *, num_workers: int = 2, column_parallel: tuple[s
 def _check_files(folder: Path, manifest: Manifest, num_workers: int) -> list[str]:
     if not manifest.files:
         return []
-    present = set(data_files(folder))
-    findings = [f"{path}: missing" for path in sorted(set(manifest.files) - present)]
-    findings += [f"{path}: not in the table of files" for path in sorted(present - set(manifest.files))]
-
-    def check(path: str) -> str | None:
-        known = manifest.files[path]
-        size = (folder / path).stat().st_size
-        if size != known.bytes:
-            return f"{path}: {size} bytes, {known.bytes} were written"
-        found = checksum_file(folder / path)
-        return None if found == known else f"{path}: checksum {found.crc32}, {known.crc32} was written"
-
-    with ThreadPoolExecutor(num_workers) as pool:
-        findings += [line for line in pool.map(check, sorted(present & set(manifest.files))) if line]
-    return findings
+    extra = [f"{path}: not in the table of files" for path in sorted(set(data_files(folder)) - set(manifest.files))]
+    return [*file_faults(folder, manifest, num_workers).values(), *extra]
 
 
 def _check_state(source: Source, name: str, state: str) -> tuple[Digest | None, str | None]:

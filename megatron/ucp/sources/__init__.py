@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron.ucp.commit import STAGING_SUFFIX
 from megatron.ucp.errors import NotACheckpointError, listed
+from megatron.ucp.file_table import require_sizes
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import MODEL_FILE, ZERO_FILE
@@ -61,7 +62,13 @@ def open_source(folder: str | Path, tag: str | None = None, column_parallel: tup
     kind = _kind(folder)
     if kind == "manifest":
         manifest = read_manifest(folder)
-        return (UniversalSource if manifest.kind == "universal" else DeepSpeedSource)(folder, manifest)
+        require_sizes(folder, manifest)
+        if manifest.kind == "universal":
+            return UniversalSource(folder, manifest)
+        source = DeepSpeedSource(folder, manifest)
+        if not manifest.files:
+            source.require_agreement()
+        return source
     if kind == "universal":
         return UniversalSource(folder, infer_manifest(folder))
     return open_foreign(folder, column_parallel)

@@ -3,8 +3,8 @@
 The one idea: files of one save give equal answers to questions such as "how many ranks?" and "which step?". Where they
 do not, most of them are taken to be right and the others are named; with no majority all are, by answer.
 
-    disagreements({"a.pt": {"global_steps": 5}, "b.pt": {"global_steps": 5}, "c.pt": {"global_steps": 7}})
-    # ["c.pt: global_steps is 7, in 2 other files 5"]
+    require_agreement(folder, cache, list_files(folder), tp_size=2)
+    # SourceError: c.pt: global_steps is 7, in 2 other files 5
 
 What it cannot see: a file of another run that had the same shapes, configuration and step.
 """
@@ -14,9 +14,12 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from megatron.ucp.errors import listed
+from megatron.ucp.errors import CorruptFileError, SourceError, listed
+from megatron.ucp.sources.deepspeed_files import Files
+from megatron.ucp.sources.source import FileCache
 
 _CONFIGURED = (
     "train_batch_size",
@@ -27,6 +30,26 @@ _CONFIGURED = (
     "scheduler",
 )
 """Of DeepSpeed's configuration. Not all of it: paths may well differ between machines."""
+
+
+def require_agreement(folder: Path, cache: FileCache, files: Files, tp_size: int) -> None:
+    """Raises SourceError with every file that tells another story, CorruptFileError for one that tells none."""
+    answers: dict[str, dict[str, Any]] = {}
+    models = set(files.models.values())
+    for (_, mp_rank), path in (*files.models.items(), *files.zeros.items()):
+        content, is_model = cache.load(path), path in models
+        try:
+            said = model_answers(content, mp_rank, tp_size) if is_model else optimizer_answers(content, mp_rank)
+            answers[path.name] = said
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CorruptFileError("not a file of DeepSpeed's", found=repr(error), where=path) from error
+    if odd := disagreements(answers):
+        raise SourceError(
+            "the files are not of one save",
+            found=odd,
+            where=folder,
+            do="bring together the files of one save of one run",
+        )
 
 
 def disagreements(answers: Mapping[str, Mapping[str, Any]]) -> list[str]:

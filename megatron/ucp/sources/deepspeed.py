@@ -27,6 +27,7 @@ from megatron.ucp.errors import CorruptFileError, ManifestError, SourceError, li
 from megatron.ucp.fragment import Runs, clip_local, shard_runs
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest
+from megatron.ucp.sources.agreement import require_agreement
 from megatron.ucp.sources.deepspeed_files import find_files
 from megatron.ucp.sources.source import FileCache, Piece
 
@@ -69,9 +70,18 @@ class DeepSpeedSource:
             raise ManifestError("ZeRO-3 without zero3_order", where=folder, do="use another checkpoint")
         self.files = find_files(self.folder, manifest)
 
-    def check(self) -> None:
-        """Finds out now where every parameter lies, which otherwise the first question does. Raises SourceError."""
-        self._index()
+    def require_agreement(self) -> None:
+        """For want of a table of files: are they of one save, by what they say? Opens every file."""
+        require_agreement(self.folder, self._cache, self.files, self.manifest.topology.tp_size)
+
+    def fragments(self) -> Fragments:
+        """Of every trainable parameter. Raises SourceError where they and the manifest disagree."""
+        if self._fragments is None:
+            fragments = self._stage3_fragments() if self.manifest.zero_stage == 3 else self._own_tables()
+            fragments |= self._corrections
+            _check_names(self.manifest, fragments)
+            self._fragments = fragments
+        return self._fragments
 
     def step(self, name: str) -> float | None:
         return _find(self.manifest, name, "fp32").step
@@ -106,7 +116,7 @@ class DeepSpeedSource:
         if not self.manifest.is_partitioned:
             state = self._cache.load(self.files.model(mp_rank))["optimizer"]["state"]
             return state.get(self.manifest.zero0_order[mp_rank].index(name), {}).get("step")
-        fragments = self._index().get((name, mp_rank))
+        fragments = self.fragments().get((name, mp_rank))
         if not fragments:
             return None
         optimizer = self._cache.load(fragments[0].file)["optimizer_state_dict"]
@@ -161,7 +171,7 @@ class DeepSpeedSource:
             if state != "fp32" or not self.manifest.is_pipelined or pp == min(info.pp_stages):
                 yield (*self._whole(name, state, mp_rank, tp), 0, 0, None)
             return
-        for f in self._index().get((name, mp_rank), []):
+        for f in self.fragments().get((name, mp_rank), []):
             yield f.file, _key(self._cache.load(f.file), f.group, state, f.file), f.offset, f.start, f.stop
 
     def _whole(self, name: str, state: str, mp_rank: int, tp: int) -> tuple[Path, tuple[str | int, ...]]:
@@ -179,14 +189,6 @@ class DeepSpeedSource:
             return file, (FROZEN if name in (self._cache.load(file).get(FROZEN) or {}) else "module", name)
         order = self.manifest.zero0_order[mp_rank]
         return self.files.model(mp_rank), ("optimizer", "state", order.index(name), state)
-
-    def _index(self) -> Fragments:
-        if self._fragments is None:
-            fragments = self._stage3_fragments() if self.manifest.zero_stage == 3 else self._own_tables()
-            fragments |= self._corrections
-            _check_names(self.manifest, fragments)
-            self._fragments = fragments
-        return self._fragments
 
     def _own_tables(self) -> Fragments:
         """From every file's own table."""

@@ -23,7 +23,7 @@ from megatron.ucp.deepspeed_compat import layout_from_patterns
 from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError, UnsupportedCheckpointError, listed
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
-from megatron.ucp.sources.agreement import disagreements, model_answers, optimizer_answers
+from megatron.ucp.sources.agreement import require_agreement
 from megatron.ucp.sources.deepspeed import DeepSpeedSource, Fragments
 from megatron.ucp.sources.deepspeed_files import Files, find_files, list_files
 from megatron.ucp.sources.flat_order import flat_fragments, sub_groups
@@ -33,6 +33,8 @@ from megatron.ucp.topology import Topology
 
 Shapes = dict[str, dict[int, list[tuple[int, ...]]]]
 """name -> pp stage -> shard shape by tp rank."""
+
+_NUM_COMPARED = 16
 
 
 def open_foreign(folder: str | Path, column_parallel: tuple[str, ...] = ()) -> DeepSpeedSource:
@@ -52,7 +54,7 @@ class _Reader:
         first = self.cache.load(found.zeros[min(found.zeros)])["optimizer_state_dict"]
         self.stage = int(first.get("zero_stage", 1))
         self.topology = self._topology(found, first)
-        self._check_agreement(found)
+        require_agreement(folder, self.cache, found, self.topology.tp_size)
         self.files = find_files(folder, Manifest("native", self.topology, {}, zero_stage=self.stage))
         self.models = {mp: self.cache.load(self.files.model(mp)) for mp in range(self.num_mp)}
         self.is_pipelined = bool(self.files.layers)
@@ -84,7 +86,7 @@ class _Reader:
             saved_by={"deepspeed": str(self.models[0].get("ds_version", ""))},
         )
         source = DeepSpeedSource(self.folder, manifest, {} if self.stage == 3 else self._corrections(), self.cache)
-        source.check()
+        self._check_weights(source.fragments())
         return source
 
     # -- are these the files of one save? -----------------------------------------------------------------------
@@ -116,20 +118,29 @@ class _Reader:
             dp_size=max(count) if isinstance(count, (list, tuple)) else int(count),
         )
 
-    def _check_agreement(self, found: Files) -> None:
-        answers = {
-            path.name: model_answers(self.cache.load(path), mp, self.topology.tp_size)
-            for (_, mp), path in found.models.items()
-        }
-        try:
-            for (_, mp), path in found.zeros.items():
-                answers[path.name] = optimizer_answers(self.cache.load(path), mp)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CorruptFileError("not a file of ZeRO's optimizer states", found=repr(error), where=path) from error
-        if odd := disagreements(answers):
+    def _check_weights(self, fragments: Fragments) -> None:
+        """ZeRO-1 and 2 save the weights beside the masters they were rounded from: that shows a file of another step or
+        run that agrees with the rest in all it says. The smallest parameters will do."""
+        faults = set()
+        for mp, content in self.models.items():
+            module = content.get("module")
+            if self.stage == 3 or not isinstance(module, Mapping):
+                continue
+            names = sorted(_trainable_shapes(content).items(), key=lambda item: math.prod(item[1]))[:_NUM_COMPARED]
+            for name, shape in names:
+                weight = module.get(name)
+                if not _is_weight(weight) or tuple(weight.shape) != shape:
+                    continue
+                for part in fragments[name, mp]:
+                    flats = self.cache.load(part.file)["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+                    master = flats[part.group].flatten()[part.offset : part.offset + part.stop - part.start]
+                    held = weight.flatten()[part.start : part.stop]
+                    if not torch.equal(master.to(held.dtype).nan_to_num(), held.nan_to_num()):
+                        faults.add(f"{self.files.model(mp).name} and {part.file.name}")
+        if faults:
             raise SourceError(
-                "the files are not of one save",
-                found=odd,
+                "the weights in one file are not those of the optimizer's states in another",
+                found=faults,
                 where=self.folder,
                 do="bring together the files of one save of one run",
             )
@@ -295,7 +306,7 @@ class _Reader:
                     if not set(table) <= set(lengths)
                 ]
                 if missing := set(lengths) - set(order):
-                    faults.append(f"no file of mp_rank {mp} holds {listed(missing)}")
+                    faults.append(f"no file of mp_rank {mp} holds {listed(missing)} of {self.files.model(mp).name}")
                 if not _may_be_reordered(content) and not faults:
                     faults.append(f"mp_rank {mp}, group {group}: the parameters are in another order than listed")
                 if faults:
