@@ -21,8 +21,16 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from megatron.training.agreement import CheckpointError, SourceMismatchError, all_ranks_or_none, gathered
+from megatron.config.optimizer import base_group
+from megatron.training.agreement import (
+    CheckpointError,
+    SourceMismatchError,
+    all_ranks_or_none,
+    gathered,
+    on_rank_0,
+)
 from megatron.training.engine_state import MASTER
+from megatron.training.frozen_weights import FrozenParts, frozen_faults, place_frozen
 from megatron.training.live_run import LiveRun
 from megatron.training.progress import Progress
 from megatron.training.reporting import told_by_rank_0
@@ -32,6 +40,7 @@ from megatron.training.schedule import ScheduleError
 from megatron.training.state_digest import state_digests
 from megatron.ucp.digest import total
 from megatron.ucp.execute import gather
+from megatron.ucp.file_table import changed_files
 from megatron.ucp.manifest import MANIFEST_NAME
 from megatron.ucp.sources import Source, open_source
 
@@ -63,17 +72,18 @@ def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) ->
         _check_source(live, source, options)
     with all_ranks_or_none("loading", folder):
         num_elements = _place(live, source, options)
+        num_frozen, frozen = place_frozen(live.state, source)
     live.state.refresh_weights()
     with all_ranks_or_none("refreshing the weights from", folder):
         if stale := live.state.stale_weights():
             raise CheckpointError(f"live weights are not the masters that were placed: {_some(stale)}")
     with told_by_rank_0(dist.get_rank()):
-        _check_digests(live, source, options, plan)
+        _check_digests(live, source, options, plan, frozen)
     progress = _restore_common(live, source, options, is_same_topology=plan.kind == "native")
     seconds = time.perf_counter() - started
     log.info(
         "loaded %s in %.2f s: rank 0 read %.1f MiB; iteration %d, consumed samples %d",
-        folder, seconds, num_elements * 4 / 2**20, progress.iteration, progress.consumed_train_samples,
+        folder, seconds, (num_elements + num_frozen) * 4 / 2**20, progress.iteration, progress.consumed_train_samples,
     )  # fmt: skip
     return progress
 
@@ -105,7 +115,8 @@ def _check_source(live: LiveRun, source: Source, options: LoadOptions) -> None:
     if options.with_optimizer:
         live.state.make_states()
         problems += _state_problems(live, source)
-        lacking = {g["name"] for g in live.state.base.param_groups} - set(source.manifest.optimizer.groups)
+        lacking = {group["name"] for group, is_new in _groups(live, source) if not is_new}
+        lacking -= set(source.manifest.optimizer.groups)
         if lacking and not live.schedule.takes_flags:
             problems.append(
                 f"parameter groups the Source lacks: {sorted(lacking)} (it has "
@@ -123,12 +134,25 @@ def _check_source(live: LiveRun, source: Source, options: LoadOptions) -> None:
         )
 
 
+def _groups(live: LiveRun, source: Source) -> list[tuple[dict[str, Any], bool]]:
+    """This rank's parameter groups, and whether the Source had all of a group's parameters frozen."""
+    trained: dict[int, bool] = {}
+    for (index, _), names in zip(live.state.flats, live.state.members, strict=True):
+        trained[index] = trained.get(index, False) or any(_is_trained_in(source, name) for name in names)
+    return [(group, not trained.get(index, True)) for index, group in enumerate(live.state.base.param_groups)]
+
+
+def _is_trained_in(source: Source, name: str) -> bool:
+    info = source.manifest.parameters.get(name)
+    return info is None or info.is_trainable
+
+
 def _state_problems(live: LiveRun, source: Source) -> list[str]:
     """One line for all parameters that differ in the same way."""
     alike: dict[str, list[str]] = {}
     for interval in live.state.intervals:
         info = source.manifest.parameters.get(interval.name)
-        if info is None:
+        if info is None or not info.is_trainable:
             continue
         ours = {part.state: part.layout.shape for part in live.state.parts(interval)}
         theirs = {state: info.layout_of(state).shape for state in info.states}
@@ -151,15 +175,21 @@ def _place(live: LiveRun, source: Source, options: LoadOptions) -> int:
     """Read this rank's intervals into the optimizer's tensors; returns the number of elements. Local."""
     num_elements = 0
     for interval in live.state.intervals:
+        has_states = options.with_optimizer and _is_trained_in(source, interval.name)
         for part in live.state.parts(interval):
-            if part.state == MASTER or options.with_optimizer:
+            if part.state == MASTER or has_states:
                 pieces = source.pieces(interval.name, part.state)
                 gather(source, interval.name, part.state, pieces, part.runs, part.values)
                 num_elements += part.values.numel()
+            elif options.with_optimizer:
+                part.values.zero_()
     if options.with_optimizer:
         # All that a flat tensor has of any rank: this one may own only padding.
         for (_, flat), names in zip(live.state.flats, live.state.members, strict=True):
-            _set_numbers(live, source, flat, names)
+            if any(_is_trained_in(source, name) for name in names):
+                _set_numbers(live, source, flat, names)
+            else:
+                live.state.forget(flat)
         _set_hyper_parameters(live, source.manifest.optimizer.groups)
     return num_elements
 
@@ -182,7 +212,8 @@ def _set_numbers(live: LiveRun, source: Source, flat: torch.Tensor, names: list[
 
 def _set_hyper_parameters(live: LiveRun, saved: Mapping[str, Mapping[str, Any]]) -> None:
     """The Source's, by group name, but for those that the schedule sets. Where the flags ask for others that is told,
-    since they have no effect."""
+    since they have no effect. A group that the Source had frozen takes those of the group that it would have joined."""
+    saved = {group: saved.get(group) or saved.get(base_group(group)) or {} for group in live.state.hyper_parameters()}
     ours = {"lr", "initial_lr"} | ({"weight_decay"} if live.schedule.takes_flags else set())
     for group, values in live.state.hyper_parameters().items():
         for key, value in values.items():
@@ -193,28 +224,47 @@ def _set_hyper_parameters(live: LiveRun, saved: Mapping[str, Mapping[str, Any]])
     )
 
 
-def _check_digests(live: LiveRun, source: Source, options: LoadOptions, plan: ResumePlan) -> None:
+def _check_digests(live: LiveRun, source: Source, options: LoadOptions, plan: ResumePlan, frozen: FrozenParts) -> None:
     placed = state_digests(live.state)
     saved = source.manifest.digests
     if not saved:
         log.warning("%s carries no state digest: the load could not be proven", source.folder)
         return
-    wrong = [
+    wrong = frozen_faults(live.state, frozen, saved, placed)
+    wrong += [
         f"{name} ({state})"
         for name, digests in placed.items()
-        for state in (digests if options.with_optimizer else (MASTER,))
+        if name not in live.atlas.frozen
+        for state in (digests if options.with_optimizer and _is_trained_in(source, name) else (MASTER,))
         if saved.get(name, {}).get(state) != digests.get(state)
     ]
     if wrong:
+        changed = on_rank_0(lambda: changed_files(source.folder, source.manifest))
         raise CheckpointError(
             f"what was placed in the engine is not what was saved in {source.folder}; "
-            f"{len(wrong)} digests differ: {_some(wrong)}. The files were changed since the save, or this is a "
-            "defect: run `python -m megatron.ucp verify` on the folder."
+            f"{len(wrong)} digests differ: {_some(wrong)}. "
+            + (
+                f"Files changed since they were written: {_some(changed)}: copy them again from where they were saved."
+                if changed
+                else "No file is known to have changed, so this is a defect: run `python -m megatron.ucp verify` on it."
+            )
         )
-    if options.with_optimizer:
+    if not options.with_optimizer:
+        log.info("weight digests equal those at save; optimizer states were not loaded")
+    elif placed == saved:
         log.info("state digest %s equals the one at save (%s resume)", total(placed), plan.kind)
     else:
-        log.info("weight digests equal those at save; optimizer states were not loaded")
+        log.info("state digests equal those at save, of all that both runs train (%s resume)", plan.kind)
+    _tell_what_changed(live, source, options)
+
+
+def _tell_what_changed(live: LiveRun, source: Source, options: LoadOptions) -> None:
+    """Frozen there and trained here, or the reverse: one line each."""
+    before = {name for name, info in source.manifest.parameters.items() if not info.is_trainable}
+    if (begun := sorted(before - live.atlas.frozen)) and options.with_optimizer:
+        log.info("trained from here on, with fresh optimizer states (frozen in the Source): %s", _some(begun))
+    if ended := sorted(live.atlas.frozen - before):
+        log.info("frozen from here on, without the Source's optimizer states: %s", _some(ended))
 
 
 def _restore_common(live: LiveRun, source: Source, options: LoadOptions, is_same_topology: bool) -> Progress:

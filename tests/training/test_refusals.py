@@ -112,7 +112,8 @@ def test_flipped_bits_are_named(data, copy):
     content = torch.load(path, weights_only=False)
     content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].data[7] += 1e-3
     torch.save(content, path)
-    _refused(command_line(data, iters=4, load=copy), "CheckpointError", "1 digests differ", "(fp32)", "ucp verify")
+    told = "1 digests differ", "(fp32)", f"Files changed since they were written: {path.name}: copy"
+    _refused(command_line(data, zero=1, iters=4, load=copy), "CheckpointError", *told, world_size=2)
 
 
 def test_uncommitted_checkpoint(data, copy):
