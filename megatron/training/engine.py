@@ -21,11 +21,15 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.utils import combine_grad_norm_groups
 
+from megatron.config.errors import ConfigError, Problem
 from megatron.config.optimizer import OptimizerConfig
 from megatron.model.build import parameter_groups
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.mpu import Mpu
+from megatron.training.agreement import gathered
+from megatron.training.agreement import gathered
 from megatron.training.optimizers import build_optimizer
 
 
@@ -104,6 +108,8 @@ def build_engine(
         has_decoupled=optimizer.decoupled_lr is not None,
         late=late,
     )
+    if context.pp_size > 1:
+        groups = as_many_groups(groups, max(gathered(len(groups))))
     client_optimizer = build_optimizer(optimizer, groups, block)
     if client_optimizer is not None:
         ds_config = {key: value for key, value in ds_config.items() if key != "optimizer"}
@@ -121,7 +127,58 @@ def build_engine(
     )
     # Its own mpu will not do: a pipeline's "model parallel rank" counts stages too.
     engine.context = context
+    if is_pipelined:
+        _align_group_norms(engine.optimizer)
     return engine
+
+
+def _align_group_norms(optimizer: Any) -> None:
+    """DeepSpeed's ZeRO-1 reduces one norm per parameter group over the stages (stage_1_and_2.py, scaled_global_norm),
+    and waits forever for a stage that has fewer: without biases to train, or without the vocabulary. Such a stage
+    takes part with empty groups. Collective over the world."""
+    if not hasattr(optimizer, "bit16_groups"):
+        return
+    num_groups = len(optimizer.bit16_groups)
+    num_missing = max(gathered(num_groups)) - num_groups
+    if num_missing == 0:
+        return
+    norm_of_own = optimizer.scaled_global_norm
+
+    def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
+        norms = [norm_of_own(norm_type)]
+        for _ in range(num_missing):
+            if optimizer.cpu_offload:
+                norms.append(optimizer.complete_grad_norm_calculation_for_cpu_offload([]))
+            else:
+                norms.append(optimizer.get_grad_norm_direct([], []))
+        return combine_grad_norm_groups(norms, norm_type=norm_type)
+
+    optimizer.scaled_global_norm = scaled_global_norm
+
+
+def as_many_groups(groups: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The same parameters in `count` groups: the largest are halved, under their own names.
+
+    A stage may lack a group (only the outer ones have the vocabulary), but DeepSpeed sums each group's gradient norm
+    over the stages by itself (zero/stage_1_and_2.py, scaled_global_norm): with fewer groups on one of them, they wait
+    for each other for ever.
+    """
+    groups = list(groups)
+    while len(groups) < count:
+        index = max(range(len(groups)), key=lambda i: len(groups[i]["params"]))
+        params, half = groups[index]["params"], len(groups[index]["params"]) // 2
+        if not half:
+            raise ConfigError(
+                Problem(
+                    "a pipeline stage has fewer trained parameters than others have parameter groups",
+                    found=f"{len(groups)} parameters", expected=f"at least {count}",
+                    flags=("--pipeline-model-parallel-size", "--freeze-parameters"),
+                    fix="use fewer pipeline stages, or freeze less",
+                )
+            )  # fmt: skip
+        halves = [{**groups[index], "params": part} for part in (params[:half], params[half:])]
+        groups[index : index + 1] = halves
+    return groups
 
 
 def train_step(engine: PlainEngine | PipeEngine, micro_batches: Iterator[Mapping[str, torch.Tensor]]) -> float:

@@ -154,6 +154,11 @@ class EngineState(OptimizerStates):
         return tuple(intervals)
 
     @property
+    def weight_dtype(self) -> str:
+        """Of the live weights."""
+        return str(next(iter(self.engine.param_names)).dtype).removeprefix("torch.")
+
+    @property
     def has_whole_frozen(self) -> bool:
         """Every data-parallel rank holds all of the frozen parameters: under all stages but ZeRO-3."""
         return self.wrapper != _STAGE3

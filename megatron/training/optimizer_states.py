@@ -163,6 +163,11 @@ class OptimizerStates(ABC):
             owner = self.base.param_groups[group] if home == "group" else self.base.state[flat]
             _set_number(owner, STEP, step)
 
+    def forget(self, flat: torch.Tensor) -> None:
+        """As before the optimizer's first step: it makes its states itself then."""
+        self.set_step(flat, 0)
+        self.base.state[flat].clear()
+
     @cached_property
     def _group_of(self) -> dict[torch.Tensor, int]:
         return {flat: group for group, flat in self.flats}

@@ -140,10 +140,11 @@ def _manifest(
     parameters = {
         name: ParameterInfo(
             layout=layout,
-            group=groups[name],
-            is_trainable=True,
+            group=groups.get(name, ""),
+            is_trainable=name not in live.atlas.frozen,
             pp_stages=live.atlas.pp_stages[name],
             states=tuple(digests[name]),
+            dtype=live.state.weight_dtype,
             **numbers.get(name, {}),
         )
         for name, layout in live.atlas.layouts.items()

@@ -75,8 +75,8 @@ def _digest(values: torch.Tensor, runs: Runs, name: str, state: str, shape: tupl
     return digest_runs(values, runs, name=name, state=state, shape=shape)
 
 
-def summed_digests(state: EngineState, own: Mapping[str, Digest]) -> dict[str, str]:
-    """Of the frozen parameters, from what each rank counts. Collective over the world."""
+def frozen_digests(state: EngineState, own: Mapping[str, Digest]) -> dict[str, str]:
+    """Of every frozen parameter, summed from what each rank counts. Collective over the world."""
     names = sorted(state.frozen)
     table = torch.zeros(len(names), 2, dtype=torch.int64)
     for i, name in enumerate(names):

@@ -72,6 +72,8 @@ def fill_with_noise(run) -> None:
         for part in state.parts(interval):
             part.values.fill_(NOISE)
         state.set_step(interval.flat, NOISE)
+    for interval in state.frozen_intervals:
+        interval.weights.fill_(NOISE)
     state.refresh_weights()
     with GatheredParameters(list(run.live.engine.module.parameters())):  # whole under ZeRO-3 too
         assert all(bool((p == NOISE).all()) and p.numel() for p in run.live.engine.module.parameters())
