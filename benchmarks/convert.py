@@ -115,6 +115,7 @@ def _measure(candidates: dict[str, Callable[[Path], None]], scratch: Path, repea
 def _check(scratch: Path, native: Path) -> None:
     import torch
 
+    from megatron.ucp.safe_load import load
     from megatron.ucp.verify import verify
 
     ours, stock = (scratch / f"out{index}" / "global_step1_universal" for index in (0, 3))
@@ -122,10 +123,7 @@ def _check(scratch: Path, native: Path) -> None:
         raise RuntimeError(f"our output is not sound: {verify(ours)}")
     for name in json.loads((ours / "ucp.json").read_text())["parameters"]:
         for state in ("fp32", "exp_avg", "exp_avg_sq"):
-            first, second = (
-                torch.load(folder / "zero" / name / f"{state}.pt", weights_only=False)["param"]
-                for folder in (ours, stock)
-            )
+            first, second = (load(folder / "zero" / name / f"{state}.pt")["param"] for folder in (ours, stock))
             if not torch.equal(first, second):
                 raise RuntimeError(f"{name} {state}: ours and DeepSpeed's differ")
 
