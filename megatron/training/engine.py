@@ -23,12 +23,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.utils import combine_grad_norm_groups
 
-from megatron.config.errors import ConfigError, Problem
 from megatron.config.optimizer import OptimizerConfig
 from megatron.model.build import parameter_groups
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.mpu import Mpu
-from megatron.training.agreement import gathered
 from megatron.training.agreement import gathered
 from megatron.training.optimizers import build_optimizer
 
@@ -108,8 +106,6 @@ def build_engine(
         has_decoupled=optimizer.decoupled_lr is not None,
         late=late,
     )
-    if context.pp_size > 1:
-        groups = as_many_groups(groups, max(gathered(len(groups))))
     client_optimizer = build_optimizer(optimizer, groups, block)
     if client_optimizer is not None:
         ds_config = {key: value for key, value in ds_config.items() if key != "optimizer"}
@@ -154,31 +150,6 @@ def _align_group_norms(optimizer: Any) -> None:
         return combine_grad_norm_groups(norms, norm_type=norm_type)
 
     optimizer.scaled_global_norm = scaled_global_norm
-
-
-def as_many_groups(groups: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The same parameters in `count` groups: the largest are halved, under their own names.
-
-    A stage may lack a group (only the outer ones have the vocabulary), but DeepSpeed sums each group's gradient norm
-    over the stages by itself (zero/stage_1_and_2.py, scaled_global_norm): with fewer groups on one of them, they wait
-    for each other for ever.
-    """
-    groups = list(groups)
-    while len(groups) < count:
-        index = max(range(len(groups)), key=lambda i: len(groups[i]["params"]))
-        params, half = groups[index]["params"], len(groups[index]["params"]) // 2
-        if not half:
-            raise ConfigError(
-                Problem(
-                    "a pipeline stage has fewer trained parameters than others have parameter groups",
-                    found=f"{len(groups)} parameters", expected=f"at least {count}",
-                    flags=("--pipeline-model-parallel-size", "--freeze-parameters"),
-                    fix="use fewer pipeline stages, or freeze less",
-                )
-            )  # fmt: skip
-        halves = [{**groups[index], "params": part} for part in (params[:half], params[half:])]
-        groups[index : index + 1] = halves
-    return groups
 
 
 def train_step(engine: PlainEngine | PipeEngine, micro_batches: Iterator[Mapping[str, torch.Tensor]]) -> float:

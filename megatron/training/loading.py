@@ -41,6 +41,7 @@ from megatron.training.state_digest import state_digests
 from megatron.ucp.digest import total
 from megatron.ucp.execute import gather
 from megatron.ucp.file_table import changed_files
+from megatron.ucp.fragment import numel
 from megatron.ucp.manifest import MANIFEST_NAME
 from megatron.ucp.sources import Source, open_source
 
@@ -179,6 +180,8 @@ def _place(live: LiveRun, source: Source, options: LoadOptions) -> int:
         for part in live.state.parts(interval):
             if part.state == MASTER or has_states:
                 pieces = source.pieces(interval.name, part.state)
+                if numel(part.runs) < part.values.numel():
+                    part.values.zero_()  # the vocabulary's padding, which no Source has
                 gather(source, interval.name, part.state, pieces, part.runs, part.values)
                 num_elements += part.values.numel()
             elif options.with_optimizer:

@@ -68,14 +68,15 @@ class OptimizerStates(ABC):
         """
         for (group, flat), names in zip(self.flats, self.members, strict=True):
             if not self.base.state[flat]:
-                kept = kept_states(self.base, self.base.param_groups[group], self._template(flat))
+                template = self._template(flat)
+                kept = kept_states(self.base, self.base.param_groups[group], template)
                 if is_saved and kept.unknown_when_fresh:
                     raise UnsupportedOptimizerError(
                         f"{self.kind} has not stepped {names[0]} yet, and the first value of its "
                         f"{', '.join(kept.unknown_when_fresh)} is not known. Save after the first step."
                     )
-                self._check_carried(names, kept.states, self._template(flat).shape)
-                made = {key: _zero_like(value, flat) for key, value in kept.states.items()}
+                self._check_carried(names, kept.states, template.shape)
+                made = {key: _zero_like(value, flat, template.shape) for key, value in kept.states.items()}
                 self.base.state[flat].update(made)
             else:
                 self._check_carried(names, self.base.state[flat], flat.shape)
@@ -128,7 +129,7 @@ class OptimizerStates(ABC):
             found = f"{value.dtype} of shape {tuple(value.shape)}" if torch.is_tensor(value) else repr(type(value))
             raise UnsupportedOptimizerError(
                 f"the state {key!r} that {self.kind} keeps of {names[0]} cannot be cut for another topology. Found: "
-                f"{found} under {self._topology}. Expected: bf16, fp16 or fp32 of shape {tuple(shape)}, or a number. "
+                f"{found} under {self._topology}. Expected: bf16, fp16 or fp32 of the parameter's shape, or a number. "
                 "What to do: use another --optimizer; states of other shapes are carried whole only under "
                 "--zero-stage 0 with --tensor-model-parallel-size 1."
             )
@@ -192,9 +193,9 @@ class OptimizerStates(ABC):
                 group[key] = tuple(value) if isinstance(value, list) else value
 
 
-def _zero_like(value: Any, flat: torch.Tensor) -> Any:
-    """A fresh state for `flat`, of the kind the optimizer left on its dummy."""
-    if torch.is_tensor(value) and value.dim() == flat.dim() == 1:
+def _zero_like(value: Any, flat: torch.Tensor, shape: torch.Size) -> Any:
+    """A fresh state for `flat`, of the kind the optimizer left on its dummy of that shape."""
+    if torch.is_tensor(value) and value.shape == shape:
         return torch.zeros_like(flat, dtype=value.dtype, requires_grad=False)
     if torch.is_tensor(value):
         return torch.zeros_like(value)

@@ -72,6 +72,8 @@ def fill_with_noise(run) -> None:
         for part in state.parts(interval):
             part.values.fill_(NOISE)
         state.set_step(interval.flat, NOISE)
+        for key in state.scalars_of(interval.flat):
+            state.set_scalar(interval.flat, key, NOISE)
     for interval in state.frozen_intervals:
         interval.weights.fill_(NOISE)
     state.refresh_weights()
