@@ -18,6 +18,7 @@ from megatron.ucp.errors import SourceError, UnsupportedCheckpointError
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import foreign, open_source
 from megatron.ucp.sources.flat_order import flat_fragments, sub_groups
+from megatron.ucp.sources.layer_files import frozen_in_layers
 from megatron.ucp.topology import Topology
 from megatron.ucp.torch_file import save
 
@@ -429,3 +430,81 @@ def test_flat_fragments_by_hand(tmp_path):
     found = flat_fragments({"a": 5, "b": 2, "c": 1}, [1, 0, 0], 4, files, 0)
     places = {n: [(f.file.name, f.offset, f.start, f.stop) for f in parts] for n, parts in found.items()}
     assert places == {"a": [("0", 0, 0, 4), ("1", 0, 4, 5)], "b": [("1", 2, 0, 2)], "c": [("2", 0, 0, 1)]}
+
+
+# -- pipelines: stock PipelineModule names parameters by the number of their layer ----------------------------------
+
+
+def pipeline_layers() -> list[nn.Module]:
+    """The first and the last layer are one; the second is frozen, the third in part."""
+    torch.manual_seed(2)
+    layers = [nn.Linear(7, 7, bias=False), nn.Linear(7, 7), nn.LayerNorm(7), nn.Linear(7, 7)]
+    layers[1].requires_grad_(False)
+    layers[2].bias.requires_grad_(False)
+    return layers
+
+
+class _Copy(nn.Linear):
+    def __init__(self, origin: nn.Linear):
+        super().__init__(7, 7, bias=False)  # DeepSpeed ties "weight" and nothing else
+        self.load_state_dict(origin.state_dict())
+
+
+def _train_pipeline(rank: int, world_size: int, folder: str):
+    import deepspeed
+    from deepspeed.pipe import PipelineModule, TiedLayerSpec
+
+    first, *others = pipeline_layers()
+    specs = [TiedLayerSpec("ends", _Copy, first), *others, TiedLayerSpec("ends", _Copy, first)]
+    net = PipelineModule(specs, num_stages=2, loss_fn=lambda y, _: y.square().mean(), partition_method="uniform")
+    config = {
+        "train_batch_size": 4,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
+    for x in batches(0):
+        engine.train_batch(iter([(x, x)]))
+    engine.save_checkpoint(folder, tag="global_step3")
+
+
+def plain_pipeline() -> dict[str, dict[str, torch.Tensor]]:
+    layers = pipeline_layers()
+    net = nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    for x in batches(0):
+        optimizer.zero_grad()
+        layers[0](net(x)).square().mean().backward()
+        optimizer.step()
+    return {
+        name.replace("0.", "tied_modules.ends."): {
+            "fp32": p.detach(),
+            **{key: optimizer.state[p][key] for key in STATES[1:] if p.requires_grad},
+        }
+        for name, p in net.named_parameters()
+    }
+
+
+def test_stock_pipeline_with_tied_and_frozen_layers(tmp_path):
+    run_ranks(2, _train_pipeline, str(tmp_path))
+    found = converted(tmp_path / "global_step3", tmp_path / "u")
+    assert largest_difference(found, plain_pipeline()) < 1e-6
+    parameters = open_source(tmp_path / "global_step3").manifest.parameters
+    assert {name for name, info in parameters.items() if not info.is_trainable} == {"1.weight", "1.bias", "2.bias"}
+
+
+def test_a_frozen_layer_that_looks_like_a_tied_one_is_refused():
+    tied, frozen = {"weight": torch.ones(2, 2)}, {"weight": torch.zeros(2, 2)}
+    trainable = {"tied_modules.ends.weight": {0: [(2, 2)]}, "1.weight": {0: [(3,)]}}
+    layers = {(0, 0): tied, (1, 0): {"weight": torch.ones(3)}, (3, 0): tied}
+    assert frozen_in_layers(layers, trainable, set()) == {}
+    with pytest.raises(UnsupportedCheckpointError, match="layer 0, layer 2, layer 3"):
+        frozen_in_layers({**layers, (2, 0): frozen}, trainable, set())
+    other = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2), "mean": torch.zeros(2)}
+    assert frozen_in_layers({**layers, (2, 0): other}, trainable, {"2.mean"}) == {
+        "2.weight": {0: [(2, 2)]},
+        "2.bias": {0: [(2,)]},
+    }

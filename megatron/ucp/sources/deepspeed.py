@@ -182,8 +182,7 @@ class DeepSpeedSource:
                 if not owners:
                     raise SourceError("pipeline_layers of ucp.json names no layer with this parameter", found=name)
                 layer = max(owners, key=lambda i: (len(layers[i]), -i))
-                file = self.folder / f"layer_{layer:02d}-model_{tp:02d}-model_states.pt"
-                return file, (name[len(layers[layer]) + 1 :],)
+                return self.files.layers[layer, tp], (name[len(layers[layer]) + 1 :],)
             file = self.files.model(mp_rank)
             # ZeRO-2 lists frozen parameters by themselves too, whatever form the program gave to "module".
             return file, (FROZEN if name in (self._cache.load(file).get(FROZEN) or {}) else "module", name)

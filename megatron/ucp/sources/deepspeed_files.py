@@ -21,7 +21,8 @@ from megatron.ucp.manifest import Manifest
 ZERO_FILE = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 STAGE3_MODEL_FILE = re.compile(r"^zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt$")
 MODEL_FILE = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
-LAYER_FILE = re.compile(r"^layer_(\d+)-model_(\d+)-model_states\.pt$")
+LAYER_FILE = re.compile(r"^layer_(\d+)(?:-model_(\d+))?-model_states\.pt$")
+"""Without a topology that names tensor parallelism DeepSpeed leaves the second number out."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def list_files(folder: Path) -> Files:
             (LAYER_FILE, layers),
         ):
             if match := pattern.match(path.name):
-                key = tuple(int(number) for number in (match.groups() if len(match.groups()) > 1 else (0, match[1])))
+                numbers = [int(number or 0) for number in match.groups()]
+                key = tuple(numbers if len(numbers) > 1 else [0, *numbers])
                 if key in table:
                     doubled += [table[key].name, path.name]
                 table[key] = path

@@ -27,12 +27,10 @@ from megatron.ucp.sources.agreement import require_agreement
 from megatron.ucp.sources.deepspeed import DeepSpeedSource, Fragments
 from megatron.ucp.sources.deepspeed_files import Files, find_files, list_files
 from megatron.ucp.sources.flat_order import flat_fragments, sub_groups
+from megatron.ucp.sources.layer_files import Shapes, frozen_in_layers, is_weight
 from megatron.ucp.sources.source import FileCache
 from megatron.ucp.sources.universal import common_from_model_states, group_values
 from megatron.ucp.topology import Topology
-
-Shapes = dict[str, dict[int, list[tuple[int, ...]]]]
-"""name -> pp stage -> shard shape by tp rank."""
 
 _NUM_COMPARED = 16
 
@@ -129,7 +127,7 @@ class _Reader:
             names = sorted(_trainable_shapes(content).items(), key=lambda item: math.prod(item[1]))[:_NUM_COMPARED]
             for name, shape in names:
                 weight = module.get(name)
-                if not _is_weight(weight) or tuple(weight.shape) != shape:
+                if not is_weight(weight) or tuple(weight.shape) != shape:
                     continue
                 for part in fragments[name, mp]:
                     flats = self.cache.load(part.file)["optimizer_state_dict"]["single_partition_of_fp32_groups"]
@@ -163,24 +161,14 @@ class _Reader:
             return {}
         # ZeRO-1 has no list of them: they are what is in "module" and neither trained, a buffer nor another's alias.
         known = {*_trainable_shapes(content), *content["buffer_names"], *first["shared_params"]}
-        return {name: tuple(value.shape) for name, value in module.items() if name not in known and _is_weight(value)}
+        return {name: tuple(value.shape) for name, value in module.items() if name not in known and is_weight(value)}
 
     def _frozen_in_layers(self, trainable: Shapes) -> Shapes:
-        """Of a pipeline whose parameters have PipelineModule's own names, `<layer>.<name>`."""
-        has_own_names = any(name.split(".")[0].isdigit() for name in trainable)
-        if not has_own_names or any("buffer_names" not in content for content in self.models.values()):
+        if any("buffer_names" not in content for content in self.models.values()):
             return {}
         buffers = {name for content in self.models.values() for name in content["buffer_names"]}
-        tied = {name.split(".", 2)[2] for name in trainable if name.startswith("tied_modules.")}
-        stages = {int(name.split(".")[0]): min(by) for name, by in trainable.items() if name.split(".")[0].isdigit()}
-        frozen: Shapes = {}
-        for (layer, _), path in self.files.layers.items():
-            stage = max((stage for number, stage in stages.items() if number <= layer), default=0)
-            for key, value in self.cache.load(path).items():
-                name = f"{layer}.{key}"
-                if _is_weight(value) and name not in trainable and name not in buffers and key not in tied:
-                    frozen.setdefault(name, {}).setdefault(stage, []).append(tuple(value.shape))
-        return frozen
+        layers = {key: self.cache.load(path) for key, path in self.files.layers.items()}
+        return frozen_in_layers(layers, trainable, buffers)
 
     def _layouts(self, shapes: Shapes) -> dict[str, Layout]:
         info = self.models[0].get("universal_checkpoint_info") or {}
@@ -347,10 +335,6 @@ def _check_kind(folder: Path, found: Files) -> None:
 def _trainable_shapes(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """In the order of the flat tensors."""
     return {name: tuple(shape) for table in content["param_shapes"] for name, shape in table.items()}
-
-
-def _is_weight(value: Any) -> bool:
-    return torch.is_tensor(value) and value.is_floating_point()
 
 
 def _flat_to_group(base: Any, num_flats: int) -> list[int]:
