@@ -9,6 +9,7 @@ import argparse
 
 from tb_analysis.verdict import FIRST_TOLERANCE, TOLERANCE
 
+GRAD_NORM_KEY = "grad-norm/grad-norm"
 ANALYZERS = ("universal_checkpointing",)
 
 EXIT_CODES = "exit codes: 0 every Target PASS, 1 a Target FAIL, 2 wrong usage or nothing to compare"
@@ -21,7 +22,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=EXIT_CODES,
     )
     upstream = parser.add_argument_group("what to read and write (as upstream)")
-    upstream.add_argument("--tb_dir", default=".", help="folder searched for event files, at any depth (.)")
+    upstream.add_argument(
+        "--tb_dir",
+        default=["."],
+        nargs="+",
+        help="folder searched for event files, at any depth (.); several: each holds a Source and its Targets",
+    )
     upstream.add_argument("--tb_event_key", default="lm-loss-training/lm loss", help="scalar (%(default)s)")
     upstream.add_argument("--analyzer", default=ANALYZERS[0], choices=ANALYZERS)
     upstream.add_argument("--plot_name", default="uni_ckpt_char.png", help="picture (%(default)s)")
@@ -51,6 +57,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     verdict.add_argument("--precision", choices=tuple(TOLERANCE), help="default: by run.json, else fp32")
     verdict.add_argument("--source", help="folder name of the Source, if several runs could be it")
     verdict.add_argument("--last_step", type=int, help="judge up to this step; default: the Source's last")
+    verdict.add_argument(
+        "--grad_norm_tolerance",
+        type=_positive,
+        help=f"judge {GRAD_NORM_KEY!r} as well: bound of its relative distance",
+    )
+    verdict.add_argument(
+        "--log_dir",
+        help="judge state digests as well: folder of the runs' logs <run>.log, seen from each --tb_dir (../logs)",
+    )
+    verdict.add_argument("--markdown", help="write the verdict as a Markdown page to this file")
     verdict.add_argument("--verdict_json", help="write the numbers of the verdict to this file")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""Draw a verdict: losses on one axis, and below them |delta| on a log axis beside its bound.
+"""Draw a verdict of a few Targets: losses on one axis, and below them |delta| on a log axis beside its bound.
 
 The idea: the Source is a broad pale line and a Target a thin dark one on top of it, so both stay visible
 where they coincide. Colours are Okabe and Ito's, which the colour-blind can tell apart; each run has its own
@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from tb_analysis.runs import Run
+from tb_analysis.runs import Run, resumed_at
 from tb_analysis.verdict import Comparison, Verdict
 
 DPI = 150
@@ -29,6 +29,9 @@ TARGET_COLOURS = ("#0B3C5D", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 CONTROL_COLOUR = "#7A7A7A"
 BOUND_COLOUR = "#B22222"
 PASS_COLOUR = "#1B6E3C"
+
+MAX_TARGETS = len(TARGET_COLOURS)
+"""More are drawn by ``lanes``."""
 
 _LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (8, 2)))
 _MAX_NAMES_IN_TITLE = 3
@@ -174,7 +177,7 @@ def _draw_delta(axis: Axes, comparison: Comparison, bottom: float, colour: str, 
 
 
 def _mark_resume(axis: Axes, verdict: Verdict, with_text: bool) -> None:
-    resumed = sorted({_resumed_at(run) for run in verdict.group.targets})
+    resumed = sorted({resumed_at(run) for run in verdict.group.targets})
     for step in resumed:
         axis.axvline(step + 0.5, color="#555555", linewidth=0.9, linestyle=":")
     if with_text and resumed:
@@ -188,10 +191,6 @@ def _mark_resume(axis: Axes, verdict: Verdict, with_text: bool) -> None:
             fontsize=9,
             color="#444444",
         )
-
-
-def _resumed_at(run: Run) -> int:
-    return run.resumed_iteration if run.resumed_iteration is not None else run.curve.first_step - 1
 
 
 def _title(verdict: Verdict) -> str:

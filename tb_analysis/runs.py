@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tb_analysis.curves import Curve
 from tb_analysis.errors import RolesError, RunFileError
+from tb_analysis.logs import StateDigests
 
 ROLES = ("source", "target", "control")
 RUN_FILE = "run.json"
@@ -44,16 +45,23 @@ class Run:
     """fp32, bf16 or fp16; None if nothing tells."""
     resumed_iteration: int | None = None
     """The iteration of the checkpoint the run was resumed from."""
+    route: str | None = None
+    """How it was resumed: native (same topology), direct (another, nothing converted) or universal."""
+    grad_norm: Curve | None = None
+    """Only where it is judged as well."""
+    digests: StateDigests | None = None
+    """Only where the run's log is read as well."""
 
     @property
     def label(self) -> str:
+        """For instance ``tp2 pp1 dp1 ZeRO-1``."""
         zero = f" ZeRO-{self.zero_stage}" if self.zero_stage is not None else ""
         return f"{self.topology or self.name}{zero}"
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one comparison."""
+    """The runs of one comparison: one Source and all that is held against it."""
 
     source: Run
     targets: tuple[Run, ...]
@@ -79,6 +87,7 @@ def describe(name: str, curve: Curve, folder: Path | None = None) -> Run:
         zero_stage=facts.get("zero_stage", _zero_stage_in(name)),
         precision=facts.get("precision") or _precision_in(name),
         resumed_iteration=resumed_from.get("iteration") if resumed_from else None,
+        route=resumed_from.get("kind") if resumed_from else None,
     )
 
 
@@ -118,6 +127,11 @@ def group(runs: list[Run], source_name: str | None = None) -> Group:
         tuple(run for run in others if run.role == "target"),
         tuple(run for run in others if run.role == "control"),
     )
+
+
+def resumed_at(run: Run) -> int:
+    """The last iteration before the run's own: of the checkpoint, or as its curve tells."""
+    return run.resumed_iteration if run.resumed_iteration is not None else run.curve.first_step - 1
 
 
 def topology_in(name: str) -> str:

@@ -2,6 +2,8 @@
 
 The idea: two numbers per Target, |delta| at its first common step and the largest |delta| over all common
 steps, each against a bound whose origin is printed; and a name for every other way a resume goes wrong.
+Where asked, two more: the largest relative distance of the grad norms, and whether the digest of the state that
+was loaded equals the one at save.
 
 The bound of the first step is ``--first_tolerance``, else by precision: it can be tight, since the state was
 just loaded and only one forward pass lies between. The bound of the largest is, first found wins:
@@ -18,12 +20,12 @@ just loaded and only one forward pass lies between. The bound of the largest is,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from tb_analysis.curves import Curve
-from tb_analysis.runs import Group, Run
+from tb_analysis.runs import Group, Run, resumed_at
 
 FIRST_TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 2e-2}
 TOLERANCE = {"fp32": 5e-4, "fp16": 5e-2, "bf16": 1e-1}
@@ -43,6 +45,10 @@ class Limits:
     """Overrides what the runs say of themselves."""
     last_step: int | None = None
     """Judge up to this step; None = the Source's last."""
+    grad_norm_tolerance: float | None = None
+    """Bound of the relative distance of the grad norms; None = they are not judged."""
+    with_digests: bool = False
+    """Whether the digest at save and that after the load must be known and equal."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,11 @@ class Comparison:
     first_bound: float
     bound_rule: str
     failures: tuple[Failure, ...] = field(default=())
+    grad_norm_delta: float | None = None
+    """Largest relative distance of the grad norms on the common steps; None = not judged."""
+    digest_saved: str | None = None
+    """Of the Source's state at the iteration that was resumed from; None = not known."""
+    digest_loaded: str | None = None
 
     @property
     def is_pass(self) -> bool:
@@ -123,13 +134,33 @@ def _judge_target(group: Group, run: Run, source: Curve, last_step: int, limits:
         failures += _control_failures(group, source, steps, limits)
         failures += _size_failures(steps, deltas, first_bound, bound, rule)
         failures += _shift_failures(source, curve, _float32_floor(source))
-    return Comparison(run, steps, deltas, bound, first_bound, rule, tuple(failures))
+    comparison = _with_state(group, Comparison(run, steps, deltas, bound, first_bound, rule), last_step)
+    failures += _state_failures(comparison, limits)
+    return replace(comparison, failures=tuple(failures))
 
 
 def _judge_control(group: Group, run: Run, source: Curve, last_step: int, limits: Limits) -> Comparison:
     """A control sets the bound, it is not judged by it; what makes it useless fails the Targets."""
     steps, deltas = source.delta(run.curve.up_to(last_step))
-    return Comparison(run, steps, deltas, float("nan"), _first_bound(group, run, limits), "control")
+    comparison = Comparison(run, steps, deltas, float("nan"), _first_bound(group, run, limits), "control")
+    return _with_state(group, comparison, last_step)
+
+
+def _with_state(group: Group, comparison: Comparison, last_step: int) -> Comparison:
+    """What speaks for a resume beside its losses, as far as the runs tell it."""
+    run, source = comparison.run, group.source
+    grad_norm_delta = None
+    if run.grad_norm is not None and source.grad_norm is not None:
+        norms = source.grad_norm.up_to(last_step)
+        steps, deltas = norms.delta(run.grad_norm)
+        relative = np.abs(deltas) / norms.values[np.isin(norms.steps, steps)]
+        grad_norm_delta = float(np.max(relative)) if len(relative) else float("nan")
+    return replace(
+        comparison,
+        grad_norm_delta=grad_norm_delta,
+        digest_saved=source.digests.saved.get(resumed_at(run)) if source.digests else None,
+        digest_loaded=run.digests.loaded if run.digests else None,
+    )
 
 
 def _precision(group: Group, run: Run, limits: Limits) -> str:
@@ -236,6 +267,28 @@ def _size_failures(steps: np.ndarray, deltas: np.ndarray, first_bound: float, bo
         where = steps[np.argmax(np.abs(deltas))]
         text = f"max |delta| {largest:.3g} at step {where}, bound {bound:.3g} ({rule})"
         failures.append(Failure("too-far", text))
+    return failures
+
+
+def _state_failures(comparison: Comparison, limits: Limits) -> list[Failure]:
+    failures = []
+    bound = limits.grad_norm_tolerance
+    if bound is not None:
+        distance = comparison.grad_norm_delta
+        if distance is None:
+            failures.append(Failure("no-grad-norm", "no grad norms to compare"))
+        elif not distance <= bound:  # a NaN fails
+            failures.append(
+                Failure("grad-norm", f"grad norms differ by {distance:.3g} of their size, bound {bound:.3g}")
+            )
+    if limits.with_digests:
+        saved, loaded = comparison.digest_saved, comparison.digest_loaded
+        if saved is None or loaded is None:
+            at = resumed_at(comparison.run)
+            text = f"at save of iteration {at}: {saved or 'none found'}; after the load: {loaded or 'none found'}"
+            failures.append(Failure("no-digest", text))
+        elif saved != loaded:
+            failures.append(Failure("digest", f"{saved} at save, {loaded} after the load: another state was resumed"))
     return failures
 
 

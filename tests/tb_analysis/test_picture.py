@@ -1,13 +1,15 @@
-"""The picture, looked at as a figure object: what is drawn, and that no two texts cover each other."""
+"""The pictures, looked at as figure objects: what is drawn, and that no two texts cover each other."""
 
 from itertools import combinations
 
+import matplotlib.colors
 import numpy as np
 import pytest
 from matplotlib.text import Text
 
 from tb_analysis.curves import Curve
-from tb_analysis.picture import Labels, draw, save
+from tb_analysis.lanes import draw_lanes
+from tb_analysis.picture import BOUND_COLOUR, Labels, draw, save
 from tb_analysis.runs import Run, group
 from tb_analysis.verdict import Limits, judge
 
@@ -87,6 +89,62 @@ def test_the_overlap_check_sees_a_covered_and_a_cut_off_text():
     assert any("too long" in fault and "leaves" in fault for fault in faults)
 
 
+def panels(figure):
+    """Losses, cells and largest distances of a picture with lanes."""
+    above, below = figure.subfigs
+    return above.axes[0], below.axes[0], below.axes[1]
+
+
+@pytest.mark.parametrize(("num_targets", "extra"), [(1, 0.0), (11, 2e-7), (11, 1e-3)])
+def test_lanes_overlap_nowhere(num_targets, extra):
+    figure = draw_lanes([verdict(num_targets, extra)], Labels(title="Figure 7a"))
+    assert faults_of_texts(figure) == []
+
+
+def test_each_target_has_marks_on_the_shared_line_and_a_lane():
+    made = verdict(11, 2e-7)
+    losses, cells, largest = panels(draw_lanes([made], Labels()))
+    marked = {label: data for label, data in lines(losses).items() if label.startswith("tp")}
+    assert len(marked) == 11
+    # Together the marks are on every step once: none hides another's.
+    assert sorted(step for steps, _ in marked.values() for step in steps) == STEPS[100:].tolist()
+    shares = np.abs([c.deltas / c.bound for c in made.comparisons])
+    assert np.allclose(cells.collections[0].get_array().reshape(11, -1), shares)
+    assert [tick.get_text() for tick in cells.get_yticklabels()] == list(marked)
+    results = [text.get_text() for text in largest.texts]
+    assert results == [f"{c.max_delta:.1e}  {'PASS' if c.is_pass else 'FAIL'}" for c in made.comparisons]
+
+
+def test_a_lane_beyond_its_bound_is_red_and_a_nan_is_crossed_out():
+    made = verdict(6, 1e-3)
+    made.comparisons[2].deltas[7] = np.nan
+    _, cells, largest = panels(draw_lanes([made], Labels()))
+    mesh = cells.collections[0]
+    rgb = mesh.cmap(mesh.norm(np.array([0.5, 1.0, 1.01])))
+    assert matplotlib.colors.to_hex(rgb[2]) == BOUND_COLOUR.lower() != matplotlib.colors.to_hex(rgb[1])
+    assert mesh.get_array().reshape(6, -1)[0, -1] > 1
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in cells.get_lines()] == [([108], [2])]
+    assert all(text.get_text().endswith("FAIL") for text in largest.texts)
+
+
+def test_lanes_of_several_sources_are_named_by_the_source():
+    verdicts = []
+    for name in ("tp1 pp1 dp1", "tp1 pp2 dp1"):
+        runs = [
+            Run(f"source {name}", Curve(STEPS, LOSSES), "source", name, 1),
+            Run(f"target {name}", Curve(STEPS[100:], LOSSES[100:]), "target", "tp2 pp2 dp2", 1),
+        ]
+        verdicts.append(judge(group(runs), Limits()))
+    figure = draw_lanes(verdicts, Labels())
+    losses, cells, _ = panels(figure)
+    names = ["from tp1 pp1 dp1 ZeRO-1", "from tp1 pp2 dp1 ZeRO-1"]
+    assert [tick.get_text() for tick in cells.get_yticklabels()] == names
+    assert set(names) | {"each Source, uninterrupted"} == {text.get_text() for text in losses.get_legend().get_texts()}
+    # Before the save the Sources share the line as the Targets do after it.
+    assert {min(line.get_xdata()) for line in losses.get_lines()[2:]} >= {1, 101}
+    assert faults_of_texts(figure) == []
+
+
 def faults_of_texts(figure) -> list[str]:
     figure.canvas.draw()
     drawn = [(text.get_text(), text.get_window_extent()) for text in shown_texts(figure)]
@@ -104,11 +162,15 @@ def faults_of_texts(figure) -> list[str]:
 def shown_texts(figure) -> list[Text]:
     """Every text that is drawn. (Tick labels beyond the view exist too, with a place, but are not drawn.)"""
     texts = list(figure.texts)
+    for part in figure.subfigs:
+        texts += part.texts
     for axes in figure.axes:
         legend = axes.get_legend()
-        texts += [axes.xaxis.label, axes.yaxis.label, *axes.texts, legend.get_title(), *legend.get_texts()]
+        texts += [axes.xaxis.label, axes.yaxis.label, axes.title, *axes.texts]
+        texts += [legend.get_title(), *legend.get_texts()] if legend is not None else []
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
             places = axis.get_majorticklocs()
-            texts += [text for at, text in zip(places, axis.get_majorticklabels()) if low <= at <= high]
+            labels = [tick.label1 for tick in axis.get_major_ticks()]
+            texts += [text for at, text in zip(places, labels) if low <= at <= high]
     return [text for text in texts if text.get_visible() and text.get_text().strip()]
