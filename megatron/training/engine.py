@@ -80,7 +80,8 @@ def partitioned_construction(ds_config: dict[str, Any], mpu: Mpu) -> AbstractCon
     when the layer is made, so that no rank ever holds the whole model.
 
     Precision and offload come from the configuration: a `dtype` of its own zero.Init takes for bf16 where the device
-    has no fp16 (zero/partition_parameters.py, _set_dtype).
+    has no fp16 (zero/partition_parameters.py, _set_dtype). Inside, torch.empty and its kind make floats of the run's
+    precision, in layers' tables too: those must be computed in forward.
     """
     if ds_config["zero_optimization"]["stage"] != 3:
         return nullcontext()

@@ -60,7 +60,7 @@ def _argv(data: Path, cell: Cell, **flags) -> list[str]:
     return command_line(data, **cell.flags, **(values | flags))
 
 
-CELLS = (Cell(dp=2, zero=1), Cell(dp=2, zero=2), Cell(tp=2, zero=1), Cell(pp=2, zero=1))
+CELLS = (Cell(dp=2, zero=1), Cell(dp=2, zero=2), Cell(dp=2, zero=3), Cell(tp=2, zero=1), Cell(pp=2, zero=1))
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)

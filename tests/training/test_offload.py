@@ -98,7 +98,7 @@ def test_trains_as_without_offload(name: str, sources, references):
     assert _near(curves.losses, whole.losses, case.is_bf16)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["zero1-bf16", "zero2-tp2", "zero3-parameters-too"])
 def test_resumes_natively_to_the_bit(name: str, sources, line):
     """Its own save, with DeepSpeed's buffers beside the masters, goes on as if nothing had been."""
     case = CASES[name]
