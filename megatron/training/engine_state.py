@@ -189,6 +189,15 @@ class EngineState(OptimizerStates):
             ]
         return [(index, flat) for index, group in enumerate(self.base.param_groups) for flat in group["params"]]
 
+    @property
+    def flat_table(self) -> list[tuple[str, int, int, int]]:
+        """(name, group, first element in the flat tensor, elements) of what this rank's file of ZeRO-1 or 2 holds;
+        empty under other stages."""
+        if self.wrapper not in _FLAT_GROUPS:
+            return []
+        names = self.engine.param_names
+        return [(names[part.param], group, part.flat_start, part.numel) for group, part in self._fragments()]
+
     def _fragments(self) -> Iterator[tuple[int, _Fragment]]:
         if self.is_replicated:
             yield from ((group, _Fragment(param, param, 0, 0, param.numel())) for group, param in self.flats)

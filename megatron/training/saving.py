@@ -130,7 +130,9 @@ def _manifest(
         numbers[interval.name] = _numbers(live.state, interval)
         groups[interval.name] = interval.group
         order.append(interval.name)
-    everywhere = gathered((numbers, groups, live.state.hyper_parameters(), order, live.state.stage3_order))
+    everywhere = gathered(
+        (numbers, groups, live.state.hyper_parameters(), order, live.state.stage3_order, live.state.flat_table)
+    )
     for other_numbers, other_groups, *_ in everywhere:
         for name, there in other_numbers.items():
             if numbers.setdefault(name, there) != there:
@@ -172,6 +174,7 @@ def _manifest(
         files=dict(files),
         zero0_order=_by_mp_rank(topology, [part[3] for part in everywhere]) if live.state.is_replicated else [],
         zero3_order=_by_mp_rank(topology, [part[4] for part in everywhere]) if live.state.stage3_order else [],
+        fragments=_fragments(topology, [part[5] for part in everywhere]),
         pipeline_layers=list(live.engine.module.entry_paths) if is_pipelined else [],
     )
 
@@ -185,6 +188,17 @@ def _numbers(state: EngineState, interval: OwnedInterval) -> dict[str, Any]:
         "scalars": state.scalars_of(interval.flat),
         "shapes": own_shapes,
     }
+
+
+def _fragments(topology: Topology, tables: list[list[tuple[str, int, int, int]]]) -> dict[str, list[list[int]]]:
+    """The manifest's, from every rank's table."""
+    fragments: dict[str, list[list[int]]] = {}
+    for rank, table in enumerate(tables):
+        at = topology.coords(rank)
+        for name, *place in table:
+            part = [topology.mp_rank(pp=at.pp, tp=at.tp), topology.zero_rank(at), *place]
+            fragments.setdefault(name, []).append(part)
+    return {name: sorted(parts) for name, parts in fragments.items()}
 
 
 def _by_mp_rank(topology: Topology, by_rank: list[Any]) -> list[Any]:

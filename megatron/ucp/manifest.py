@@ -90,6 +90,10 @@ class Manifest:
     zero3_order: list[list[list[str]]] = field(default_factory=list)
     """Native ZeRO-3 only: for each mp_rank, for each sub-group of the optimizer, the names of its parameters in order.
     Each takes ceil(shard elements / zero ranks) elements of every rank's flat tensor, the last ranks' padded."""
+    fragments: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Native ZeRO-1 and 2 only, and optional: by parameter, [mp_rank, zero rank, group, first element in the flat
+    tensor, elements] of each file that holds a part of it, by ascending ranks. It saves a reader from opening every
+    file to find out which ones it needs."""
     pipeline_layers: list[str | None] = field(default_factory=list)
     """Native pipelines only: for each index XX of the files layer_XX-model_YY-model_states.pt the prefix that makes
     their names canonical ("embedding", "layers.0", ...); None where a layer has no file. The ZeRO-0 weights are read
@@ -123,6 +127,7 @@ class Manifest:
             "digests",
             "zero0_order",
             "zero3_order",
+            "fragments",
             "pipeline_layers",
             "saved_by",
             "source",

@@ -15,6 +15,7 @@ import torch
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell
 from matrix.recording import VOCAB_SIZE, build, command_line, train, write_dataset
+from megatron.ucp.sources import DeepSpeedSource, open_source
 
 HIDDEN, LAYERS, SEQUENCE = 32, 4, 16
 NUM_PARAMETERS = (
@@ -221,3 +222,18 @@ def test_sgd_goes_on_under_another_topology(data, tmp_path):
     # The momentum matters: without it the same resume goes elsewhere.
     fresh = run_ranks(1, train, [*command_line(data, **flags, load=tmp_path), "--no-load-optim"])[0]
     assert abs(fresh.losses[8] - whole.losses[8]) > 1e-4
+
+
+# -- the table of fragments -----------------------------------------------------------------------------------------
+
+
+TABLED = [Cell(tp=2, dp=2, zero=1), Cell(pp=2, zero=1), Cell(dp=2, sp=2, zero=2)]
+
+
+@pytest.mark.parametrize("cell", TABLED, ids=lambda cell: cell.name)
+def test_the_saved_table_of_fragments_is_the_one_in_deepspeeds_files(cell: Cell, data, tmp_path):
+    run_ranks(cell.world_size, train, command_line(data, **cell.flags, iters=1, save=tmp_path, save_interval=1))
+    source = open_source(tmp_path)
+    assert source.manifest.fragments
+    from_files = DeepSpeedSource(source.folder, replace(source.manifest, fragments={})).fragments()
+    assert source.fragments() == from_files

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 
 from harness.ranks import run_ranks
 from matrix.recording import build, command_line, train, write_dataset
+from megatron.ucp.commit import checksum_file
+from megatron.ucp.manifest import read_manifest, write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 2
@@ -129,6 +132,9 @@ def test_malicious_checkpoint_runs_nothing(data, copy):
     path = copy / f"global_step{NUM_STEPS}" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     content = torch.load(path, weights_only=False)
     torch.save({**content, "extra": Bomb()}, path)
+    # Whoever means harm writes the table of files too.
+    manifest = read_manifest(path.parent)
+    write_manifest(path.parent, replace(manifest, files={**manifest.files, path.name: checksum_file(path)}))
     _refused(command_line(data, iters=4, load=copy), "CheckpointError", "UnsafePickleError")
     assert not (copy / "exploded").exists()
 

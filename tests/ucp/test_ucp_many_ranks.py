@@ -3,6 +3,8 @@
 Whoever compares numbers in file names as text reads rank 10 before rank 2; the last test plants that reader.
 """
 
+import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,10 +15,14 @@ from ucp.test_ucp_convert import assert_universal_equals
 from megatron.ucp.convert import convert
 from megatron.ucp.deepspeed_compat import universal_checkpoint_info
 from megatron.ucp.diff import diff
-from megatron.ucp.errors import UcpError
+from megatron.ucp.errors import DigestMismatchError, ManifestError, SourceError, UcpError
+from megatron.ucp.execute import read_into
+from megatron.ucp.fragment import whole_runs
+from megatron.ucp.manifest import read_manifest, write_manifest
 from megatron.ucp.plan import plan
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import deepspeed, foreign, open_source
+from megatron.ucp.sources import source as source_module
 from megatron.ucp.topology import Topology
 from megatron.ucp.verify import verify
 
@@ -84,6 +90,61 @@ def test_sequence_parallel_saves_verify_diff_and_lose_nothing(tmp_path, zero_sta
     # Frozen parameters are read by all four ranks, as bfloat16 from the save.
     assert sum(rank.num_bytes for rank in reads) == sum(numel.values())
     assert sorted(p.name for p in (tmp_path / "u").glob("mp_rank*")) == ["mp_rank_00_model_states.pt"]
+
+
+def with_table_of_fragments(folder):
+    """The manifest with the table that our saves carry, read from the files by plain code."""
+    fragments = {}
+    for path in folder.glob("*optim_states.pt"):
+        zero_rank, mp_rank = (int(number) for number in re.findall(r"rank_(\d+)", path.name))
+        for group, mapping in enumerate(load(path)["optimizer_state_dict"]["param_slice_mappings"]):
+            for name, address in mapping.items():
+                part = [mp_rank, zero_rank, group, address.start, address.numel]
+                fragments.setdefault(name, []).append(part)
+    manifest = replace(read_manifest(folder), fragments={name: sorted(parts) for name, parts in fragments.items()})
+    write_manifest(folder, manifest)
+    return manifest
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_the_table_of_fragments_stands_for_the_files_own(tmp_path, name):
+    write(tmp_path / "n", TOPOLOGIES[name], 1)
+    own = open_source(tmp_path / "n").fragments()
+    with_table_of_fragments(tmp_path / "n")
+    source = open_source(tmp_path / "n")
+    assert source.fragments() == own
+    convert(tmp_path / "n", tmp_path / "u")
+    assert_universal_equals(tmp_path / "u", STATE)
+    assert read_manifest(tmp_path / "u").fragments == {}
+
+
+def test_with_the_table_a_rank_opens_only_what_it_reads(tmp_path, monkeypatch):
+    write(tmp_path / "n", TOPOLOGIES["dp128"], 1)
+    opened = []
+    monkeypatch.setattr(source_module, "load", lambda path: opened.append(path.name) or load(path))
+
+    def read_one():
+        opened.clear()
+        source = open_source(tmp_path / "n")
+        out = torch.empty(1)
+        read_into(source, "layers.0.scale", "exp_avg", whole_runs(1), out)
+        assert torch.equal(out, STATE["layers.0.scale"]["exp_avg"])
+        return len(opened)
+
+    assert read_one() == 128
+    with_table_of_fragments(tmp_path / "n")
+    assert read_one() <= 2
+
+
+def test_a_wrong_table_of_fragments_is_refused(tmp_path):
+    write(tmp_path / "n", TOPOLOGIES["dp12"], 1)
+    manifest = with_table_of_fragments(tmp_path / "n")
+    for column, change, error in ((3, -1, DigestMismatchError), (4, 1, SourceError), (1, 1000, ManifestError)):
+        fragments = copy.deepcopy(manifest.fragments)
+        fragments["layers.0.tiny.weight"][0][column] += change
+        write_manifest(tmp_path / "n", replace(manifest, fragments=fragments))
+        with pytest.raises(error):
+            convert(tmp_path / "n", tmp_path / "u")
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,10 @@ class DeepSpeedSource:
     def fragments(self) -> Fragments:
         """Of every trainable parameter. Raises SourceError where they and the manifest disagree."""
         if self._fragments is None:
-            fragments = self._stage3_fragments() if self.manifest.zero_stage == 3 else self._own_tables()
+            if self.manifest.zero_stage == 3:
+                fragments = self._stage3_fragments()
+            else:
+                fragments = self._listed_fragments() if self.manifest.fragments else self._own_tables()
             fragments |= self._corrections
             _check_names(self.manifest, fragments)
             self._fragments = fragments
@@ -172,7 +176,22 @@ class DeepSpeedSource:
                 yield (*self._whole(name, state, mp_rank, tp), 0, 0, None)
             return
         for f in self.fragments().get((name, mp_rank), []):
-            yield f.file, _key(self._cache.load(f.file), f.group, state, f.file), f.offset, f.start, f.stop
+            yield f.file, self._key(f.group, state), f.offset, f.start, f.stop
+
+    def _key(self, group: int, state: str) -> tuple[str | int, ...]:
+        if self.manifest.zero_stage == 3:
+            flats, base = "fp32_flat_groups", ("optimizer_state_dict", "state")
+        else:
+            # elastic_checkpoint: a list of per-group dicts; otherwise torch's own {"state": {index: ...}}.
+            flats = "single_partition_of_fp32_groups"
+            base = ("base_optimizer_state",) if self._is_elastic else ("base_optimizer_state", "state")
+        path = (flats, group) if state == "fp32" else (*base, group, state)
+        return ("optimizer_state_dict", *path)
+
+    @cached_property
+    def _is_elastic(self) -> bool:
+        optimizer = self._cache.load(self.files.zeros[0, 0]).get("optimizer_state_dict", {})
+        return isinstance(optimizer.get("base_optimizer_state"), list)
 
     def _whole(self, name: str, state: str, mp_rank: int, tp: int) -> tuple[Path, tuple[str | int, ...]]:
         if state == "fp32":
@@ -188,6 +207,20 @@ class DeepSpeedSource:
             return file, (FROZEN if name in (self._cache.load(file).get(FROZEN) or {}) else "module", name)
         order = self.manifest.zero0_order[mp_rank]
         return self.files.model(mp_rank), ("optimizer", "state", order.index(name), state)
+
+    def _listed_fragments(self) -> Fragments:
+        """From the manifest, without opening a file."""
+        fragments: Fragments = {}
+        try:
+            for name, parts in self.manifest.fragments.items():
+                for mp_rank, zero_rank, group, offset, numel in parts:
+                    before = fragments.setdefault((name, mp_rank), [])
+                    start = before[-1].stop if before else 0
+                    file = self.files.zeros[zero_rank, mp_rank]
+                    before.append(Fragment(file, group, offset, start, start + numel))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError("malformed table of fragments", found=repr(error), where=self.folder) from error
+        return fragments
 
     def _own_tables(self) -> Fragments:
         """From every file's own table."""
@@ -236,21 +269,6 @@ def _find(manifest: Manifest, name: str, state: str):
             expected=manifest.parameters if info is None else info.states,
         )
     return info
-
-
-def _key(content: Any, group: int, state: str, file: Path) -> tuple[str | int, ...]:
-    optimizer = content["optimizer_state_dict"]
-    if "fp32_flat_groups" in optimizer:  # ZeRO-3
-        if state == "fp32":
-            return ("optimizer_state_dict", "fp32_flat_groups", group)
-        return ("optimizer_state_dict", "optimizer_state_dict", "state", group, state)
-    if state == "fp32":
-        return ("optimizer_state_dict", "single_partition_of_fp32_groups", group)
-    base = optimizer["base_optimizer_state"]
-    # elastic_checkpoint: a list of per-group dicts; otherwise torch's own {"state": {index: ...}}.
-    if isinstance(base, list):
-        return ("optimizer_state_dict", "base_optimizer_state", group, state)
-    return ("optimizer_state_dict", "base_optimizer_state", "state", group, state)
 
 
 def _check_names(manifest: Manifest, fragments: Fragments) -> None:

@@ -108,6 +108,7 @@ def write_universal(
         files=dict(sorted(files.items())),
         zero0_order=[],
         zero3_order=[],
+        fragments={},
         pipeline_layers=[],
         source={
             "folder": source.folder.name,
