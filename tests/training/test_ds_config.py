@@ -90,6 +90,13 @@ def test_artifact_json_beside_a_fixed_loss_scale() -> None:
         ({"checkpoint": {"use_node_local_storage": True}}, ["use_node_local_storage", "one folder"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, ["cannot be resumed"]),
         ({"zero_optimization": True}, ["zero_optimization in the DeepSpeed JSON is not an object"]),
+        (
+            {"optimizer": {"type": "Lamb"}},
+            ["optimizer in the DeepSpeed JSON is refused", "Lamb", "change the training"],
+        ),
+        ({"optimizer": {"type": "Muon"}}, ["--optimizer muon trains the same under all"]),
+        ({"optimizer": {"type": "OneBitAdam"}}, ["cannot be resumed elsewhere"]),
+        ({"optimizer": {"params": {}}}, ["it has no type"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -565,9 +565,19 @@ def _first_group_for_all(rank: int, world_size: int, argv: list[str], plans):
 
 
 def test_planted_fault_the_first_groups_values_for_all(data, tmp_path):
-    flags = {"weight_decay": 2.0}
-    plans, digests, losses = _source(tmp_path, data, Cell(dp=2, zero=3), **flags)
-    argv = command_line(data, zero=3, **{"iters": NUM_STEPS, **flags})
-    _resume(Cell(dp=2, zero=3), argv, plans, digests, losses)
-    wrong = run_ranks(2, _first_group_for_all, argv, plans[1:])[0]
-    assert abs(wrong[NUM_STEPS] - losses[NUM_STEPS]) > 1e-5
+    argv = command_line(data, zero=3, iters=NUM_STEPS, weight_decay=2.0)
+    right = run_ranks(2, train, argv)[0].losses
+    run_ranks(2, train, [*argv, *_saving(tmp_path)])
+    plan = [("direct", str(tmp_path / f"global_step{HALF}"))]
+    wrong = run_ranks(2, _first_group_for_all, argv, plan)[0]
+    assert abs(wrong[NUM_STEPS] - right[NUM_STEPS]) > 1e-5
+
+
+def test_a_group_that_the_source_lacks_is_named(data, tmp_path):
+    flags = {"iters": NUM_STEPS}
+    run_ranks(1, train, [*command_line(data, **flags), *_saving(tmp_path)])
+    argv = command_line(data, **flags, **FLAGS["decoupled"], load=tmp_path)
+    with pytest.raises(RankFailure, match=r"groups the Source lacks: \['decoupled'\] \(it has \['decay', 'no_decay'\]"):
+        run_ranks(1, train, argv)
+    curves = run_ranks(1, train, [*argv, "--override-opt_param-scheduler"])[0]
+    assert sorted(curves.losses) == [4, 5, 6]

@@ -117,6 +117,30 @@ def test_step_sets_every_group() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
+def test_decoupled_learning_rate_is_megatrons() -> None:
+    """The group's own peak and end on the same curve (megatron/core/optimizer_param_scheduler.py, get_lr)."""
+    optimizer = fake_optimizer({"name": "decay"}, {"name": "decoupled"}, {"name": "decoupled_since_3"})
+    own = config(lr_warmup_init=MIN, decoupled_lr=10 * MAX, decoupled_min_lr=2 * MIN)
+    schedule = LearningRateSchedule(own, 40, 8).attach(optimizer)
+    schedule.step(16)  # two of five iterations of warm-up
+    warm = MIN + 0.4 * (10 * MAX - MIN)
+    assert schedule.get_lr() == pytest.approx([MIN + 0.4 * (MAX - MIN), warm, warm])
+    schedule.step(24 + 35 * 4)  # half of the 35 iterations that follow
+    half = (10 * MAX + 2 * MIN) / 2
+    assert schedule.get_lr() == pytest.approx([(MAX + MIN) / 2, half, half])
+    assert schedule.learning_rate == schedule.get_lr()[0]
+    schedule.step(8 * 100)
+    assert schedule.get_lr() == pytest.approx([MIN, 2 * MIN, 2 * MIN])
+    saved = LearningRateSchedule(own, 40, 8).state_dict()
+    with pytest.raises(ScheduleError, match="decoupled_max_lr: saved"):
+        LearningRateSchedule(config(lr_warmup_init=MIN), 40, 8).load_state_dict(saved)
+
+
+def test_decoupled_minimum_is_the_others_by_default() -> None:
+    curve = LearningRateCurve.from_config(config(decoupled_lr=10 * MAX), 50, 8)
+    assert (curve.decoupled_max_lr, curve.decoupled_min_lr) == (10 * MAX, MIN)
+
+
 def test_rising_weight_decay_spares_what_is_not_decayed() -> None:
     rising = config(weight_decay_incr_style="linear", start_weight_decay=0.0, end_weight_decay=0.4)
     optimizer = fake_optimizer(
