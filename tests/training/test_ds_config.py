@@ -117,8 +117,11 @@ def test_all_contradictions_at_once() -> None:
 
 
 def test_auto_is_filled_from_the_flags() -> None:
+    expected, _ = deepspeed_config(config(clip_grad=0.5), Topology(dp_size=2))
     auto: dict[str, Any] = {}
     for first, *rest in MUST_AGREE:
+        if first not in expected:  # only of some flags
+            continue
         auto.setdefault(first, {})
         if rest:
             auto[first][rest[0]] = "auto"
@@ -127,7 +130,6 @@ def test_auto_is_filled_from_the_flags() -> None:
     auto["zero_optimization"]["reduce_bucket_size"] = "auto"
     auto["gradient_clipping"] = "auto"
     values, notes = deepspeed_config(config(clip_grad=0.5), Topology(dp_size=2), auto)
-    expected, _ = deepspeed_config(config(clip_grad=0.5), Topology(dp_size=2))
     assert values == expected
     (note,) = notes
     assert "zero_optimization.reduce_bucket_size" in note
