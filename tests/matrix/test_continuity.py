@@ -7,18 +7,21 @@ Another topology: fp32 losses within twice what reordering float sums does to th
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from harness.ranks import run_ranks
-from matrix.cells import Cell
+from matrix.cells import MODEL, PAPER, Cell, cell
 from matrix.recording import Curves, command_line, train, write_dataset
 
-HALF = 20
+HALF = 40
+SAME_HALF = 8
+"""Bitwise, a few steps tell as much as many."""
 
 SAME = (
     Cell(), Cell(dp=2, zero=1), Cell(dp=2, zero=2), Cell(dp=2, zero=3), Cell(tp=2, zero=1), Cell(pp=2, zero=1),
-    Cell(tp=2, pp=2),
+    Cell(tp=2, pp=2), Cell(tp=2, sp=2, cut=True, zero=1),
 )  # fmt: skip
 
 
@@ -34,14 +37,14 @@ def _train(cell: Cell, data: Path, **flags) -> Curves:
 @pytest.mark.parametrize("cell", SAME, ids=lambda cell: cell.name)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_same_topology_is_bitwise_with_dropout(cell: Cell, precision: str, data, tmp_path):
-    flags = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "micro_batch": 2, "eval_iters": 1, "eval_interval": 8}
+    flags = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "micro_batch": 2, "eval_iters": 1, "eval_interval": 4}
     if precision == "bf16":
         flags["bf16"] = True
-    whole = _train(cell, data, iters=2 * HALF, **flags)
+    whole = _train(cell, data, iters=2 * SAME_HALF, **flags)
     # The first half runs under the same --train-iters and is stopped, as a machine's death would.
-    first = _train(cell, data, iters=2 * HALF, exit_interval=HALF, save=tmp_path, **flags)
-    second = _train(cell, data, iters=2 * HALF, load=tmp_path, **flags)
-    assert sorted(second.losses) == list(range(HALF + 1, 2 * HALF + 1))
+    first = _train(cell, data, iters=2 * SAME_HALF, exit_interval=SAME_HALF, save=tmp_path, **flags)
+    second = _train(cell, data, iters=2 * SAME_HALF, load=tmp_path, **flags)
+    assert sorted(second.losses) == list(range(SAME_HALF + 1, 2 * SAME_HALF + 1))
     for curve in ("losses", "grad_norms", "learning_rates"):
         assert {**getattr(first, curve), **getattr(second, curve)} == getattr(whole, curve)
     assert first.validations + second.validations == whole.validations
@@ -58,15 +61,33 @@ def test_dropout_is_really_on(data):
     assert off.losses[1] != on.losses[1] != attention.losses[1] != off.losses[1]
 
 
-JOURNEYS = (
-    (Cell(pp=2, zero=1), Cell()),
-    (Cell(tp=2, zero=1), Cell(pp=2, zero=1)),
-    (Cell(dp=2, zero=2), Cell(tp=2, pp=2, zero=1)),
-    (Cell(tp=2, dp=2, zero=1), Cell(dp=2, zero=0)),
-    (Cell(tp=2, pp=2, zero=0), Cell(tp=2, dp=2, zero=2)),
-    (Cell(pp=2, zero=1), Cell(tp=2, dp=2, zero=3)),
-    (Cell(dp=2, zero=3), Cell(tp=2, zero=0)),
-)
+SOURCES = {
+    "tp2pp2dp2-z1": ("tp1pp1dp1-z1", "tp1pp1dp2sp2-z1", "tp1pp1dp4-z3", "tp2pp1dp2-z2"),
+    "tp1pp1dp2-z3": ("tp2pp1dp1-plain-z0", "tp1pp4dp1-z1", "tp1pp1dp1sp2-z2", "tp2pp1dp1-cut-z1"),
+    "tp2pp1dp1-cut-z2": ("tp1pp1dp3-z2", "tp1pp2dp1-z0"),
+    "tp1pp2dp1sp2-z1": ("tp3pp1dp1-z3", "tp1pp1dp4-z1"),
+}
+"""A dozen journeys, each from a half-way save: Source -> Targets."""
+JOURNEYS = [(cell(source), cell(target)) for source, targets in SOURCES.items() for target in targets]
+
+
+class HalfWay(NamedTuple):
+    folder: Path
+    whole: Curves
+    control: Curves
+    """The same topology, resumed with another micro batch: sums in another order and nothing else."""
+
+
+@pytest.fixture(scope="module")
+def half_way(data, tmp_path_factory) -> dict[Cell, HalfWay]:
+    made = {}
+    for name in SOURCES:
+        source, folder = cell(name), tmp_path_factory.mktemp(name)
+        whole = _train(source, data, iters=2 * HALF, micro_batch=3, **MODEL)
+        _train(source, data, iters=2 * HALF, micro_batch=3, exit_interval=HALF, save=folder, **MODEL)
+        control = _train(source, data, iters=2 * HALF, micro_batch=6, load=folder, **MODEL)
+        made[source] = HalfWay(folder, whole, control)
+    return made
 
 
 def _max_delta(curves: Curves, reference: Curves) -> float:
@@ -74,11 +95,9 @@ def _max_delta(curves: Curves, reference: Curves) -> float:
 
 
 @pytest.mark.parametrize("source, target", JOURNEYS, ids=lambda cell: cell.name)
-def test_another_topology_within_twice_the_control(source: Cell, target: Cell, data, tmp_path):
-    whole = _train(source, data, iters=2 * HALF)
-    _train(source, data, iters=2 * HALF, exit_interval=HALF, save=tmp_path)
-    control = _train(source, data, iters=2 * HALF, micro_batch=2, load=tmp_path)
-    resumed = _train(target, data, iters=2 * HALF, micro_batch=2, load=tmp_path)
+def test_another_topology_within_twice_the_control(source: Cell, target: Cell, data, half_way):
+    folder, whole, control = half_way[source]
+    resumed = _train(target, data, iters=2 * HALF, micro_batch=3, load=folder, **MODEL)
     assert sorted(resumed.losses) == list(range(HALF + 1, 2 * HALF + 1))
     first = HALF + 1
     assert abs(resumed.losses[first] - whole.losses[first]) < 1e-5
@@ -87,9 +106,15 @@ def test_another_topology_within_twice_the_control(source: Cell, target: Cell, d
     assert resumed.learning_rates == {step: whole.learning_rates[step] for step in resumed.learning_rates}
     for step, norm in resumed.grad_norms.items():
         assert norm == pytest.approx(whole.grad_norms[step], rel=1e-4)
-    # Every checker must be able to fail: another seed's losses do not pass.
-    stranger = _train(target, data, iters=1, seed=7)
+
+
+def test_planted_fault_another_run_does_not_pass(data, half_way):
+    """Another seed's first loss, and the right run's one step late."""
+    whole = half_way[PAPER].whole
+    stranger = _train(Cell(), data, iters=1, seed=7, **MODEL)
     assert abs(stranger.losses[1] - whole.losses[1]) > 1e-3
+    late = Curves({step + 1: loss for step, loss in whole.losses.items() if step < 2 * HALF}, {}, {}, [], {})
+    assert _max_delta(late, whole) > 100 * _max_delta(half_way[PAPER].control, whole)
 
 
 def test_changed_batching_reads_every_sample_once(data, tmp_path):
