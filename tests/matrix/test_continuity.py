@@ -64,7 +64,7 @@ def test_dropout_is_really_on(data):
 SOURCES = {
     "tp2pp2dp2-z1": ("tp1pp1dp1-z1", "tp1pp1dp2sp2-z1", "tp1pp1dp4-z3", "tp2pp1dp2-z2"),
     "tp1pp1dp2-z3": ("tp2pp1dp1-plain-z0", "tp1pp4dp1-z1", "tp1pp1dp1sp2-z2", "tp2pp1dp1-cut-z1"),
-    "tp2pp1dp1-cut-z2": ("tp1pp1dp3-z2", "tp1pp2dp1-z0"),
+    "tp2pp1dp1-cut-z2": ("tp1pp1dp4-z2", "tp1pp2dp1-z0"),
     "tp1pp2dp1sp2-z1": ("tp3pp1dp1-z3", "tp1pp1dp4-z1"),
 }
 """A dozen journeys, each from a half-way save: Source -> Targets."""
