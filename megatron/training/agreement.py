@@ -64,8 +64,7 @@ def all_ranks_or_none(what: str, folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    told = gathered(None if failure is None else f"{type(failure).__name__}: {failure}")
-    failed = {rank: text for rank, text in enumerate(told) if text is not None}
+    failed = _failures(failure)
     if not failed:
         return
     by_text: dict[str, list[int]] = {}
@@ -74,7 +73,7 @@ def all_ranks_or_none(what: str, folder: Path) -> Iterator[None]:
     lines = [f"ranks {ranks[:8]}{'...' if len(ranks) > 8 else ''}: {text}" for text, ranks in by_text.items()]
     kind = SourceMismatchError if isinstance(failure, SourceMismatchError) else CheckpointError
     with told_by_rank_0(dist.get_rank()):
-        raise kind(f"{what} {folder} failed on {len(failed)} of {len(told)} ranks\n" + "\n".join(lines)) from failure
+        raise kind(f"{what} {folder} failed on {_how_many(failed)}\n" + "\n".join(lines)) from failure
 
 
 @contextlib.contextmanager
@@ -86,14 +85,20 @@ def stops_all_ranks(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    told = gathered(None if failure is None else f"{type(failure).__name__}: {failure}")
-    failed = {rank: text for rank, text in enumerate(told) if text is not None}
+    failed = _failures(failure)
     if not failed:
         return
-    teller = min(failed)
-    error = failure or OtherRankError(
-        f"{what} failed on {len(failed)} of {len(told)} ranks\nrank {teller}: {failed[teller]}"
-    )
-    rank = dist.get_rank()
+    teller, rank = min(failed), dist.get_rank()
+    error = failure or OtherRankError(f"{what} failed on {_how_many(failed)}\nrank {teller}: {failed[teller]}")
     setattr(error, TOLD_ELSEWHERE, rank != teller and failed.get(rank, failed[teller]) == failed[teller])
     raise error
+
+
+def _failures(own: Exception | None) -> dict[int, str]:
+    """What failed on which rank. Collective over the world."""
+    told = gathered(None if own is None else f"{type(own).__name__}: {own}")
+    return {rank: text for rank, text in enumerate(told) if text is not None}
+
+
+def _how_many(failed: dict[int, str]) -> str:
+    return f"{len(failed)} of {dist.get_world_size()} ranks"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.ucp.commit import STAGING_SUFFIX
+from megatron.ucp.commit import REPLACED_SUFFIX, STAGING_SUFFIX
 from megatron.ucp.errors import NotACheckpointError
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
 from megatron.ucp.sources import open_source
@@ -25,8 +25,6 @@ from megatron.ucp.topology import Topology
 
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
-_REPLACED_SUFFIX = ".replaced"
-"""What megatron.ucp.commit calls a checkpoint while another takes its place."""
 
 
 class ResumeError(RuntimeError):
@@ -115,7 +113,7 @@ def _sorted_by_kind(load: Path, found: list[Found]) -> FoundCheckpoints:
 
 
 def _describe(folder: Path) -> Found:
-    replaced = folder.with_name(folder.name + _REPLACED_SUFFIX)
+    replaced = folder.with_name(folder.name + REPLACED_SUFFIX)
     if not folder.exists() and (replaced / MANIFEST_NAME).is_file():
         raise NotACheckpointError(
             "a save that was to replace this checkpoint died between its two renames",

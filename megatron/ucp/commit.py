@@ -25,7 +25,8 @@ from megatron.ucp.errors import NotACheckpointError, NotEnoughSpaceError, Output
 from megatron.ucp.manifest import MANIFEST_NAME, FileInfo
 
 STAGING_SUFFIX = ".tmp"
-_REPLACED_SUFFIX = ".replaced"
+REPLACED_SUFFIX = ".replaced"
+"""What a checkpoint is called while another takes its place."""
 _OWNER = ".writing"
 _BLOCK = 16 << 20
 
@@ -67,7 +68,7 @@ def commit(staging: str | Path, final: str | Path, replace: bool = False) -> Non
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(_flush, files))
         list(pool.map(_flush, folders))
-    aside = final.with_name(final.name + _REPLACED_SUFFIX)
+    aside = final.with_name(final.name + REPLACED_SUFFIX)
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(final, aside)
