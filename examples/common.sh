@@ -160,7 +160,8 @@ set_launch() {
         env "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
         "OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}"
     )
-    [[ "$DEVICE" == cpu ]] && launch+=("DS_ACCELERATOR=cpu")
+    # DeepSpeed's optimizer modules ask torch to compile at import: a second per rank, for nothing that runs here.
+    [[ "$DEVICE" == cpu ]] && launch+=("TORCHDYNAMO_DISABLE=1" "DS_ACCELERATOR=cpu")
     case "$LAUNCHER" in
         deepspeed)
             local port="${MASTER_PORT:-29500}"

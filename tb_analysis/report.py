@@ -87,7 +87,9 @@ def markdown(verdicts: Sequence[Verdict], title: str, picture: str | None) -> st
     for verdict in verdicts:
         rows += [_markdown_row(verdict, c, with_norms, with_digests) for c in verdict.comparisons]
     lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", *(f"* {c.run.name}: {f.name}: {f.text}" for c in _comparisons(verdicts) for f in c.failures), ""]
+    lines.append("")
+    if failed := [f"* {c.run.name}: {f.name}: {f.text}" for c in _comparisons(verdicts) for f in c.failures]:
+        lines += [*failed, ""]
     lines += ["\\|delta\\|: distance of the losses to those of the uninterrupted Source. *Control*: the Source resumed"]
     lines += ["under its own topology with another micro batch: only the order of float sums differs. Bound:"]
     lines += [" or ".join(dict.fromkeys(c.bound_rule.replace("|", "\\|") for c in _comparisons(verdicts))) + "."]

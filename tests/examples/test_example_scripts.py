@@ -4,6 +4,7 @@ Each training command is read back by the project's own command line; paths that
 the next one reads.
 """
 
+import dataclasses
 import os
 import re
 import shlex
@@ -26,6 +27,13 @@ DEGREES = {
     "ex4": ((2, 1, 1), (1, 2, 1)),
 }
 STEPS = ("init_train_source.sh", "convert.sh", "resume_train_target.sh", "run.sh")
+
+# The paper's Figure 7a, as printed there: (tp, pp, dp, sp, ZeRO)
+FIGURE_7_SOURCE = (2, 2, 2, 1, 1)
+FIGURE_7_TARGETS = {
+    (1, 1, 1, 1, 1), (1, 1, 2, 1, 3), (1, 1, 2, 2, 1), (1, 1, 4, 1, 2), (1, 1, 4, 1, 3), (1, 2, 2, 1, 1),
+    (2, 1, 1, 1, 1), (2, 1, 2, 1, 1), (2, 1, 2, 1, 2), (2, 2, 1, 1, 1), (2, 2, 2, 1, 1),
+}  # fmt: skip
 SIZES = {"tiny": ("fp32", 4, 64), "125M": ("fp16", 12, 768)}
 
 
@@ -173,6 +181,114 @@ def test_example_4_finds_example_2_beside_it_only_with_the_same_settings(seed, i
     assert convert.value("--input_folder") == f"{owner}/checkpoints/source/global_step100"
 
 
+def cell(command: Command) -> tuple[int, ...]:
+    """(tp, pp, dp, sp, ZeRO) of a training command, which must pass every check of the configuration."""
+    world = int(command.value("--nproc-per-node"))
+    config = parse(command.flags).config
+    config.validate(world)
+    topology = config.parallel.topology(world)
+    degrees = (topology.tp_size, topology.pp_size, topology.dp_size, topology.sp_size)
+    return (*degrees, config.parallel.zero_stage)
+
+
+def run_name(command: Command) -> str:
+    return Path(command.value("--tensorboard-dir")).name
+
+
+def without_micro_batch_and_paths(command: Command) -> tuple:
+    """What a control must share with its Source."""
+    config = parse(command.flags).config
+    run = dataclasses.replace(config.run, micro_batch_size=None, tensorboard_dir=None)
+    return (config.model, config.parallel, config.optimizer, config.data, run)
+
+
+def test_figure_7a_is_one_source_and_the_papers_eleven_targets(tmp_path):
+    run = commands(EXAMPLES / "fig7" / "run.sh", tmp_path / "run", FIG="7a")
+    assert not (tmp_path / "run").exists(), "DRY_RUN wrote something"
+    source, *targets, control, judge = [c for c in run if c.program != "ds_to_universal.py"]
+    assert cell(source) == cell(control) == FIGURE_7_SOURCE
+    direct = [t for t in targets if "--universal-checkpoint" not in t.words]
+    universal = [t for t in targets if "--universal-checkpoint" in t.words]
+    assert len(direct) == 11 and {cell(t) for t in direct} == FIGURE_7_TARGETS
+    assert len(universal) == 3 and {cell(t) for t in universal} < FIGURE_7_TARGETS
+    (convert,) = [c for c in run if c.program == "ds_to_universal.py"]
+    saved = f"global_step{source.value('--save-interval')}"
+    for command in (*direct, control):
+        assert (command.value("--load"), command.value("--load-tag")) == (source.value("--save"), saved)
+    for command in universal:
+        assert command.value("--load") == str(Path(convert.value("--output_folder")).parent)
+    assert convert.value("--input_folder") == f"{source.value('--save')}/{saved}"
+    # None writes where another reads, and none is taken for another.
+    assert len({run_name(c) for c in (source, *targets, control)}) == 16
+    assert not any("--save" in c.words for c in (*targets, control))
+    # All alike but for the topology; the control differs in its micro batch alone.
+    assert {without_micro_batch_and_paths(c)[0] for c in targets} == {without_micro_batch_and_paths(source)[0]}
+    assert {c.value("--micro-batch-size") for c in (source, *targets)} == {"2"}
+    assert control.value("--micro-batch-size") == "1"
+    assert without_micro_batch_and_paths(control) == without_micro_batch_and_paths(source)
+    check_figure_is_judged(judge, [source])
+
+
+def test_figure_7b_is_eight_sources_each_with_its_control_and_one_target(tmp_path):
+    run = commands(EXAMPLES / "fig7" / "run.sh", tmp_path / "run", FIG="7b")
+    *trainings, judge = run
+    sources, targets, controls = trainings[::3], trainings[1::3], trainings[2::3]
+    assert len(sources) == 8 and {cell(s) for s in sources} < FIGURE_7_TARGETS - {FIGURE_7_SOURCE}
+    assert len({cell(s) for s in sources}) == 8
+    for source, target, control in zip(sources, targets, controls, strict=True):
+        saved = f"global_step{source.value('--save-interval')}"
+        for command in (target, control):
+            assert (command.value("--load"), command.value("--load-tag")) == (source.value("--save"), saved)
+        assert cell(target) == FIGURE_7_SOURCE and cell(control) == cell(source)
+        assert without_micro_batch_and_paths(control) == without_micro_batch_and_paths(source)
+        folders = {Path(c.value("--tensorboard-dir")).parent for c in (source, target, control)}
+        assert len(folders) == 1, "what belongs together lies in one folder"
+    assert len({run_name(t) for t in targets}) == len({s.value("--save") for s in sources}) == 8
+    check_figure_is_judged(judge, sources)
+
+
+def check_figure_is_judged(judge: Command, sources: list[Command]) -> None:
+    at = judge.words.index("--tb_dir")
+    folders = judge.words[at + 1 : judge.words.index("--log_dir")]
+    assert list(folders) == [str(Path(s.value("--tensorboard-dir")).parent) for s in sources]
+    assert judge.value("--log_dir") == "../logs" and judge.value("--grad_norm_tolerance") == "1e-4"
+    assert {"--plot_name", "--markdown", "--verdict_json"} <= set(judge.words)
+
+
+def test_figure_7_is_both_unless_asked_and_refuses_another(tmp_path):
+    run = commands(EXAMPLES / "fig7" / "run.sh", tmp_path / "run")
+    assert [c.program for c in run].count("tb_analysis_script.py") == 2
+    done = bash(EXAMPLES / "fig7" / "run.sh", tmp_path / "run", FIG="8", DRY_RUN="0")
+    assert done.returncode == 2 and "none of 7a, 7b, both" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("figure", "code"), [("a", 1), ("", 0)], ids=["7a-fails", "both-pass"])
+def test_figure_7_ends_with_the_verdict_of_either_figure(figure, code, tmp_path):
+    """With a stand-in for Python that writes what the analysis would, and says FAIL of one figure."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    python, torchrun = bin_folder / "python", bin_folder / "torchrun"
+    torchrun.write_text("#!/bin/sh\n")
+    python.write_text(
+        "#!/bin/sh\n"
+        'while [ $# -gt 0 ]; do case "$1" in --markdown) md="$2";; --plot_name) png="$2";; esac; shift; done\n'
+        '[ -z "$md" ] && exit 0\n'
+        'echo table >"$md"; echo picture >"$png"\n'
+        f'case "$md" in *fig7{figure or "-"}.md) exit 1;; esac\n'
+    )
+    for stand_in in (python, torchrun):
+        stand_in.chmod(0o755)
+    gallery = tmp_path / "gallery"
+    gallery.mkdir()
+    knobs = {"PYTHON": str(python), "LAUNCHER": "torchrun", "GALLERY_DIR": str(gallery), "DRY_RUN": "0"}
+    done = bash(EXAMPLES / "fig7" / "run.sh", tmp_path / "run", **knobs)
+    assert done.returncode == code, done.stderr
+    # The other figure is made all the same.
+    assert sorted(p.name for p in gallery.iterdir()) == ["fig7a.md", "fig7a.png", "fig7b.md", "fig7b.png"]
+    assert "FIG=7b bash examples/fig7/run.sh" in (gallery / "fig7b.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
@@ -203,7 +319,7 @@ def test_knobs_reach_the_command(tmp_path):
 def test_readme_lists_every_example_and_only_knobs_that_exist():
     text = (EXAMPLES / "README.md").read_text()
     scripts = "".join(path.read_text() for path in EXAMPLES.rglob("*.sh"))
-    assert all(f"| `{example}` |" in text for example in DEGREES)
+    assert all(f"| `{example}` |" in text for example in (*DEGREES, "fig7"))
     table = text[text.index("| knob |") :]
     knobs = {
         word for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for word in re.findall("[A-Z_]{2,}", cell)
