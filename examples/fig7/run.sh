@@ -7,7 +7,8 @@
 #            says how far the order of float sums alone drives two runs apart. Per Target: max |delta| of the losses
 #            against twice the control's, relative distance of the grad norms, digest of the state at save and load.
 # Hardware:  2 CPU cores, 8 GB; up to 8 ranks at a time.
-# Minutes:   about 15 on 2 idle cores (7a 6, 7b 9): most of it is the start of 163 processes.
+# Minutes:   15 to 20 on 2 cores, 7a two fifths of it (measured: 33 minutes of CPU time, on cores shared with other
+#            work). Much of it is the start of 40 launches with 180 ranks.
 # You see:   two tables that end with PASS; in runs/fig7 the pictures fig7a.png and fig7b.png, the tables fig7.md, and
 #            under 7a/ and 7b/<Source>/ what a run of ex1 leaves. Exit code 0 on PASS, 1 on FAIL.
 # Knobs:     FIG=7a|7b|both GALLERY_DIR, and those of examples/README.md
