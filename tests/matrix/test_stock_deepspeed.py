@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from harness.ranks import run_ranks
 from matrix.cells import Cell
 from matrix.recording import build, command_line, train, write_dataset
+from matrix.stock import stock_convert
 from megatron.ucp.convert import convert
 
 NUM_STEPS = 3
@@ -40,27 +40,11 @@ def sources(tmp_path_factory, data) -> dict[Cell, dict]:
     return made
 
 
-def _stock_convert(rank: int, world_size: int, source: str, output: str) -> None:
-    from deepspeed.checkpoint import ds_to_universal
-
-    ds_to_universal.main(
-        Namespace(
-            input_folder=source,
-            output_folder=output,
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=False,
-        )
-    )
-
-
 @pytest.mark.parametrize("cell", SOURCES, ids=lambda cell: cell.name)
-def test_stock_converter_reads_our_save(cell: Cell, sources, tmp_path):
+def teststock_converter_reads_our_save(cell: Cell, sources, tmp_path):
     made = sources[cell]
     output = tmp_path / "stock_universal"
-    run_ranks(1, _stock_convert, str(made["native"]), str(output))
+    run_ranks(1, stock_convert, str(made["native"]), str(output))
     names = sorted(path.name for path in (output / "zero").iterdir() if path.is_dir())
     assert names == sorted(made["curves"].digests)
     for name in names:

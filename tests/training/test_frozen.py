@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell
 from matrix.recording import build, command_line, train, write_dataset
+from matrix.stock import stock_convert
 from matrix.taking import take_all
 from megatron.ucp.convert import convert
 
@@ -255,27 +255,11 @@ def test_what_was_trained_is_frozen(data, tmp_path):
 # -- stock DeepSpeed ------------------------------------------------------------------------------------------------
 
 
-def _stock_convert(rank: int, world_size: int, source: str, output: str) -> None:
-    from deepspeed.checkpoint import ds_to_universal
-
-    ds_to_universal.main(
-        Namespace(
-            input_folder=source,
-            output_folder=output,
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=False,
-        )  # fmt: skip
-    )
-
-
 @pytest.mark.parametrize("name", ["zero1-tp2-plain", "zero1-tp2-pp2"])
-def test_stock_converter_reads_what_is_trained(name: str, sources, tmp_path):
+def teststock_converter_reads_what_is_trained(name: str, sources, tmp_path):
     """The patterns that it is given must not name anything else: in strict mode it wants to find each of them. (Frozen
     weights it takes from the first tensor parallel rank alone, or not at all.)"""
-    run_ranks(1, _stock_convert, sources[name]["direct"], str(tmp_path))
+    run_ranks(1, stock_convert, sources[name]["direct"], str(tmp_path))
     trained = [name for name in sources[name]["curves"].digests if not _is_frozen(name)]
     assert len(trained) > 20
     for param in trained:
