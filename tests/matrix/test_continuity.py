@@ -14,8 +14,10 @@ import pytest
 from harness.ranks import run_ranks
 from matrix.cells import MODEL, PAPER, Cell, cell
 from matrix.recording import Curves, command_line, train, write_dataset
+from megatron.ucp.convert import convert
 
 HALF = 40
+TAG = f"global_step{HALF}"
 SAME_HALF = 8
 """Bitwise, a few steps tell as much as many."""
 
@@ -67,7 +69,7 @@ SOURCES = {
     "tp2pp1dp1-cut-z2": ("tp1pp1dp4-z2", "tp1pp2dp1-z0"),
     "tp1pp2dp1sp2-z1": ("tp3pp1dp1-z3", "tp1pp1dp4-z1"),
 }
-"""A dozen journeys, each from a half-way save: Source -> Targets."""
+"""A dozen journeys, each from a half-way save: Source -> Targets. Those of four ranks go by way of a universal folder."""
 JOURNEYS = [(cell(source), cell(target)) for source, targets in SOURCES.items() for target in targets]
 
 
@@ -83,9 +85,9 @@ def half_way(data, tmp_path_factory) -> dict[Cell, HalfWay]:
     made = {}
     for name in SOURCES:
         source, folder = cell(name), tmp_path_factory.mktemp(name)
-        whole = _train(source, data, iters=2 * HALF, micro_batch=3, **MODEL)
-        _train(source, data, iters=2 * HALF, micro_batch=3, exit_interval=HALF, save=folder, **MODEL)
-        control = _train(source, data, iters=2 * HALF, micro_batch=6, load=folder, **MODEL)
+        whole = _train(source, data, iters=2 * HALF, micro_batch=3, save=folder, save_interval=HALF, **MODEL)
+        convert(folder / TAG, folder / f"{TAG}_universal", num_workers=1)
+        control = _train(source, data, iters=2 * HALF, micro_batch=6, load=folder, load_tag=TAG, **MODEL)
         made[source] = HalfWay(folder, whole, control)
     return made
 
@@ -97,7 +99,9 @@ def _max_delta(curves: Curves, reference: Curves) -> float:
 @pytest.mark.parametrize("source, target", JOURNEYS, ids=lambda cell: cell.name)
 def test_another_topology_within_twice_the_control(source: Cell, target: Cell, data, half_way):
     folder, whole, control = half_way[source]
-    resumed = _train(target, data, iters=2 * HALF, micro_batch=3, load=folder, **MODEL)
+    is_universal = target.world_size % 4 == 0
+    where = {"load_tag": f"{TAG}_universal", "universal_checkpoint": True} if is_universal else {"load_tag": TAG}
+    resumed = _train(target, data, iters=2 * HALF, micro_batch=3, load=folder, **where, **MODEL)
     assert sorted(resumed.losses) == list(range(HALF + 1, 2 * HALF + 1))
     first = HALF + 1
     assert abs(resumed.losses[first] - whole.losses[first]) < 1e-5
