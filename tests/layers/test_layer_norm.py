@@ -1,16 +1,15 @@
-"""The dispatch of layer normalisation: Apex only on CUDA and only if it is there."""
+"""The layer computes LayerNorm, with the kernels that it is given."""
 
-import types
+from dataclasses import replace
 
 import torch
 
-from megatron.kernels import layer_norm as module
+from megatron.kernels.kernels import TORCH
 from megatron.layers.norm import LayerNorm
 from megatron.parallel.context import ParallelContext
 
 
-def test_torch_on_a_cpu_even_with_apex(monkeypatch):
-    monkeypatch.setattr(module, "_apex_layer_norm", lambda: 1 / 0)
+def test_against_the_formula():
     norm = LayerNorm(8, ParallelContext.single(), epsilon=1e-5)
     with torch.no_grad():
         norm.weight.copy_(torch.arange(8.0))
@@ -20,10 +19,10 @@ def test_torch_on_a_cpu_even_with_apex(monkeypatch):
     torch.testing.assert_close(norm(x), expected * torch.arange(8.0) + 0.5, rtol=0, atol=1e-5)
 
 
-def test_apex_on_cuda(monkeypatch):
+def test_the_given_kernel_runs():
     calls = []
-    monkeypatch.setattr(module, "_apex_layer_norm", lambda: lambda *args: calls.append(args) or "fused")
-    weight = torch.ones(8)
-    assert module.layer_norm(types.SimpleNamespace(is_cuda=True), weight, "bias", 1e-5) == "fused"
-    # apex: fused_layer_norm_affine(input, weight, bias, normalized_shape, eps)
-    assert calls[0][1:] == (weight, "bias", (8,), 1e-5)
+    kernels = replace(TORCH, layer_norm=lambda *args: calls.append(args) or "fused")
+    norm = LayerNorm(8, ParallelContext.single(), 1e-5, kernels)
+    assert norm("x") == "fused"
+    ((x, weight, bias, epsilon),) = calls
+    assert (x, epsilon) == ("x", 1e-5) and weight is norm.weight and bias is norm.bias

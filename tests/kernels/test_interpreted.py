@@ -1,0 +1,117 @@
+"""Every Triton kernel, forward and backward, in Triton's interpreter against the truth; and planted faults."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.cases import CASES, DTYPES, OPERATIONS, Case, distance, outcome, sharded_cross_entropy, truth_of
+from kernels.interpreter import interpreter
+
+pytest.importorskip("triton")
+
+MODULE = {
+    "layer_norm": "triton_norms",
+    "rms_norm": "triton_norms",
+    "swiglu": "triton_activations",
+    "bias_gelu": "triton_activations",
+    "rope": "triton_rope",
+    "causal_softmax": "triton_softmax",
+    "cross_entropy": "triton_cross_entropy",
+}
+SMALL = {"NUM_PROGRAMS": 3, "MAX_BLOCK": 16, "HEADS_AT_ONCE": 4}
+"""In place of the kernels' own, so that small inputs take several blocks, and programs several rows or none."""
+
+# (operation, what its kernels say, the same with a fault)
+FAULTS = {
+    "layer_norm-mean-of-padded-row": ("layer_norm", "mean = tl.sum(x, 0) / width", "mean = tl.sum(x, 0) / BLOCK"),
+    "layer_norm-padding-in-variance": ("layer_norm", "x = tl.where(is_in, x - mean, 0.0)", "x = x - mean"),
+    "layer_norm-no-mean-term": ("layer_norm", "grad_x -= tl.sum(grad_normal, 0) / width", "grad_x -= 0.0"),
+    "layer_norm-last-row-left-out": (
+        "layer_norm",
+        "tl.minimum(first + rows_each, num_rows)",
+        "tl.minimum(first + rows_each - 1, num_rows)",
+    ),
+    "rms_norm-no-epsilon-no-mean": ("rms_norm", "/ width + epsilon", "+ epsilon"),
+    "rms_norm-no-projection": ("rms_norm", "grad_normal - normal * (", "grad_normal - 0.0 * ("),
+    "rms_norm-weight-of-x": ("rms_norm", "grad_weight += grad_y * normal", "grad_weight += grad_y * x"),
+    "swiglu-halves-swapped": ("swiglu", "y = gate * tl.sigmoid(gate) * up", "y = up * tl.sigmoid(up) * gate"),
+    "swiglu-slope-of-sigmoid": ("swiglu", "(1.0 + gate * (1.0 - sigmoid))", "(1.0 - sigmoid)"),
+    "bias_gelu-of-x": ("bias_gelu", "x += tl.load(bias_ptr", "y = tl.load(bias_ptr"),
+    "bias_gelu-first-row-only": ("bias_gelu", "grad_bias += grad_x", "grad_bias = grad_x"),
+    "bias_gelu-slope": ("bias_gelu", "3.0 * 0.044715", "0.044715"),
+    "rope-backward-turns-on": ("rope", "sin = -sin", "sin = sin"),
+    "rope-position-of-the-batch": ("rope", "cos_ptr + i * half", "cos_ptr + 0 * i"),
+    "rope-rest-dropped": ("rope", "feature = 2 * half + tl.arange(0, REST)", "feature = half + tl.arange(0, REST)"),
+    "causal_softmax-sees-the-next": ("causal_softmax", "value = tl.where(k <= q,", "value = tl.where(k <= q + 1,"),
+    "causal_softmax-last-block-only": ("causal_softmax", "total = total * tl.exp(top - new_top) +", "total ="),
+    "causal_softmax-slope-of-another-head": ("causal_softmax", "(row // s) % n", "(row // s + 1) % n"),
+    "causal_softmax-no-product": ("causal_softmax", "(grad - product / total)", "grad"),
+    "cross_entropy-padding": ("cross_entropy", "mask=column < num_true", "mask=column < width"),
+    "cross_entropy-blocks-not-rescaled": ("cross_entropy", "total * tl.exp(top - new_top)", "total"),
+    "cross_entropy-no-label": ("cross_entropy", "grad -= tl.where", "tl.where"),
+}
+
+
+@pytest.fixture(scope="module")
+def run():
+    with interpreter() as run:
+        yield run
+
+
+def _distances(operation: str, dtype: torch.dtype, mutant: str | None = None) -> dict[str, float]:
+    """By case. In the interpreter's process."""
+    name = f"megatron.kernels.{MODULE[operation]}"
+    if mutant is None:
+        module = importlib.import_module(name)
+    else:
+        spec = importlib.util.spec_from_file_location("mutant", mutant)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    for constant, value in SMALL.items():
+        if hasattr(module, constant):
+            setattr(module, constant, value)
+    function = sharded_cross_entropy(module) if operation == "cross_entropy" else getattr(module, operation)
+    distances = {}
+    for case in _cases(operation):
+        try:
+            distances[str(case)] = distance(outcome(function, case, dtype, "cpu"), truth_of(case, dtype), dtype)
+        except AssertionError as error:
+            distances[f"{case}: {error}"] = float("inf")
+    return distances
+
+
+def _cases(operation: str) -> list[Case]:
+    return [case for case in CASES if case.operation == operation]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_triton_against_the_truth(run, operation, dtype):
+    distances = run(_distances, operation, dtype)
+    assert len(distances) == len(_cases(operation)) >= 4
+    assert max(distances.values()) <= 1, distances
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(run, fault, tmp_path):
+    operation, right, wrong = FAULTS[fault]
+    source = Path(importlib.util.find_spec(f"megatron.kernels.{MODULE[operation]}").origin).read_text()
+    assert right in source
+    mutant = tmp_path / "mutant.py"
+    mutant.write_text(source.replace(right, wrong))
+    assert max(run(_distances, operation, torch.bfloat16, str(mutant)).values()) > 3
+
+
+def _tells(operation: str) -> str:
+    from megatron.kernels.kernels import choose
+
+    return choose("triton", "cpu").name[operation]
+
+
+def test_the_interpreter_is_a_device_for_triton(run):
+    assert run(_tells, "rope") == "triton"
