@@ -16,6 +16,6 @@ def is_taken(*tensors: Tensor | None) -> bool:
     return all(tensor is None or (tensor.dtype in DTYPES and tensor.numel() > 0) for tensor in tensors)
 
 
-def warps(block: int) -> int:
-    """Of 32 threads: at least 8 columns for each, 16 at most."""
-    return min(max(block // 256, 1), 16)
+def warps(block: int, most: int = 16) -> int:
+    """Of 32 threads, at least 8 columns for each."""
+    return min(max(block // 256, 1), most)

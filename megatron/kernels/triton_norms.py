@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 from megatron.kernels import reference
 from megatron.kernels.triton_inputs import is_taken, warps
 
-MAX_WIDTH = 1 << 15
+MAX_WIDTH = 1 << 14
+"""Twice as wide, the backward's rows and sums would be spilled out of the registers."""
 NUM_PROGRAMS = 256
 """Of the backward, more than any GPU has multiprocessors; each sums its rows' part of the weight's gradient."""
 
@@ -74,7 +75,7 @@ class _Norm(torch.autograd.Function):
         norm_backward[(num_programs,)](
             grad_y.contiguous(), x, weight, mean_n, rstd_n, grad_x, grad_weight_ph, grad_bias_ph, num_rows, width,
             triton.cdiv(num_rows, num_programs),
-            IS_CENTRED=ctx.is_centred, HAS_BIAS=has_bias, BLOCK=block, num_warps=warps(block),
+            IS_CENTRED=ctx.is_centred, HAS_BIAS=has_bias, BLOCK=block, num_warps=warps(block, most=32),
         )  # fmt: skip
         grad_bias = grad_bias_ph.sum(0).to(ctx.bias_dtype) if has_bias else None
         return grad_x, grad_weight_ph.sum(0).to(weight.dtype), grad_bias, None, None, None

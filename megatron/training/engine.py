@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -96,9 +97,11 @@ def build_engine(
     mpu: Mpu,
     ds_config: dict[str, Any],
     late: Mapping[str, str] | None = None,
+    fused_kernels: str = "torch",
 ) -> PlainEngine | PipeEngine:
     """Collective over the world. `ds_config` is the merged dictionary of `ds_config.deepspeed_config`; `mpu` the one
-    that a plain model was constructed with (a pipeline has its own); `late` as `parameter_groups` takes it."""
+    that a plain model was constructed with (a pipeline has its own); `late` as `parameter_groups` takes it;
+    `fused_kernels` is --fused-kernels."""
     block = ds_config.get("optimizer")
     groups = parameter_groups(
         model,
@@ -107,7 +110,8 @@ def build_engine(
         has_decoupled=optimizer.decoupled_lr is not None,
         late=late,
     )
-    client_optimizer = build_optimizer(optimizer, groups, block)
+    fused = fused_kernels if _steps_on_cuda(ds_config) else "torch"
+    client_optimizer = build_optimizer(optimizer, groups, block, fused)
     if client_optimizer is not None:
         ds_config = {key: value for key, value in ds_config.items() if key != "optimizer"}
     is_pipelined = isinstance(model, PipelineModule)
@@ -127,6 +131,13 @@ def build_engine(
     if is_pipelined:
         _align_group_norms(engine.optimizer)
     return engine
+
+
+def _steps_on_cuda(ds_config: Mapping[str, Any]) -> bool:
+    """The optimizer's tensors are there, not offloaded to the host's memory."""
+    offloads = (ds_config["zero_optimization"].get(key) or {} for key in ("offload_optimizer", "offload_param"))
+    is_offloaded = any(offload.get("device", "none") != "none" for offload in offloads)
+    return get_accelerator().device_name() == "cuda" and not is_offloaded
 
 
 def _align_group_norms(optimizer: Any) -> None:

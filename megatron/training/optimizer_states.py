@@ -20,6 +20,9 @@ import torch
 from megatron.parallel.context import ParallelContext
 from megatron.training.optimizer_probe import STEP, is_elementwise, kept_states, kind_of_state
 
+_HOW = ("fused", "foreach", "capturable", "differentiable")
+"""Of torch's optimizers: which implementation steps, which is the machine's choice (--fused-kernels), not the run's."""
+
 
 class UnsupportedOptimizerError(RuntimeError):
     """An optimizer whose state cannot be found, or not be carried from one topology to another, or whose training would
@@ -190,6 +193,8 @@ class OptimizerStates(ABC):
         """In place and by name: group indices differ between topologies (a stage drops its empty groups)."""
         for group in self.base.param_groups:
             for key, value in groups.get(group["name"], {}).items():
+                if key in _HOW:
+                    continue
                 group[key] = tuple(value) if isinstance(value, list) else value
 
 
