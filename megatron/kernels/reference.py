@@ -22,8 +22,8 @@ LOGITS_AT_ONCE = 1 << 24
 """Elsewhere, for logits of low precision: temporaries of 64 MiB."""
 
 
-class UnequalLengthsError(ValueError):
-    """Causal scores of more keys than queries, or fewer."""
+class KernelShapeError(ValueError):
+    """Tensors whose shapes do not belong together."""
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -52,6 +52,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
 def rope(x_bsnd: Tensor, cos_sd: Tensor, sin_sd: Tensor) -> Tensor:
     """Rotates the first r features of each head, feature i with feature i + r/2 (LLaMA's and GPT-NeoX's halves, Su et
     al. 2021 with another order of features); cos and sin are [s, r/2]. Features from r on pass through."""
+    check_tables(x_bsnd, cos_sd, sin_sd)
     half = cos_sd.shape[-1]
     first, second, rest = x_bsnd.split([half, half, x_bsnd.shape[-1] - 2 * half], dim=-1)
     first, second = _wide(first), _wide(second)
@@ -66,7 +67,7 @@ def causal_softmax(scores_bnqk: Tensor, scale: float, slopes_n: Tensor | None) -
     ALiBi (Press et al. 2022) as BLOOM has it adds slope * k, which differs by a constant of the row, so that the
     softmax is the same; k - q is small where the weight is large, which keeps digits.
     """
-    check_lengths(scores_bnqk)
+    check_lengths(scores_bnqk, slopes_n)
     wide = _wide(scores_bnqk) * scale
     position = torch.arange(scores_bnqk.shape[-1], device=scores_bnqk.device)
     distance_qk = position - position.unsqueeze(1)
@@ -76,12 +77,22 @@ def causal_softmax(scores_bnqk: Tensor, scale: float, slopes_n: Tensor | None) -
     return wide.softmax(-1).to(scores_bnqk.dtype)
 
 
-def check_lengths(scores_bnqk: Tensor) -> None:
-    num_queries, num_keys = scores_bnqk.shape[-2:]
-    if num_queries != num_keys:
-        raise UnequalLengthsError(
-            f"causal_softmax takes as many keys as queries; found {num_queries} queries and {num_keys} keys. "
-            "Give it whole sequences."
+def check_tables(x_bsnd: Tensor, cos_sd: Tensor, sin_sd: Tensor) -> None:
+    _, s, _, d = x_bsnd.shape
+    if cos_sd.shape != sin_sd.shape or cos_sd.dim() != 2 or cos_sd.shape[0] != s or 2 * cos_sd.shape[1] > d:
+        raise KernelShapeError(
+            f"rope found tables of shapes {tuple(cos_sd.shape)} and {tuple(sin_sd.shape)} for heads of shape "
+            f"{tuple(x_bsnd.shape)}; expected twice ({s}, at most {d // 2}). Give it the tables of these positions."
+        )
+
+
+def check_lengths(scores_bnqk: Tensor, slopes_n: Tensor | None) -> None:
+    _, n, num_queries, num_keys = scores_bnqk.shape
+    if num_queries != num_keys or (slopes_n is not None and slopes_n.shape != (n,)):
+        slopes = "none" if slopes_n is None else tuple(slopes_n.shape)
+        raise KernelShapeError(
+            f"causal_softmax found {num_queries} queries, {num_keys} keys, {n} heads and slopes {slopes}; expected as "
+            f"many keys as queries and one slope for each head. Give it whole sequences, and these heads' slopes."
         )
 
 

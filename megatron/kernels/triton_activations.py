@@ -33,7 +33,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     """GELU of x + bias in its tanh approximation."""
-    if not is_taken(x, bias):
+    if not is_taken(x, bias) or (bias is not None and bias.shape != x.shape[-1:]):
         return reference.bias_gelu(x, bias)
     return _BiasGelu.apply(x, bias)
 

@@ -23,6 +23,7 @@ HEADS_AT_ONCE = 16
 
 def rope(x_bsnd: Tensor, cos_sd: Tensor, sin_sd: Tensor) -> Tensor:
     """Rotates the first 2 * cos.shape[-1] features of each head, as the reference; the rest passes through."""
+    reference.check_tables(x_bsnd, cos_sd, sin_sd)
     if not is_taken(x_bsnd, cos_sd, sin_sd):
         return reference.rope(x_bsnd, cos_sd, sin_sd)
     return _Rope.apply(x_bsnd, cos_sd.float().contiguous(), sin_sd.float().contiguous())

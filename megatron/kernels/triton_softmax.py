@@ -23,7 +23,7 @@ MAX_BLOCK = 4096
 
 def causal_softmax(scores_bnqk: Tensor, scale: float, slopes_n: Tensor | None) -> Tensor:
     """softmax(scale * scores + slope * (k - q)) over the keys k <= q, zero elsewhere; as many keys as queries."""
-    reference.check_lengths(scores_bnqk)
+    reference.check_lengths(scores_bnqk, slopes_n)
     if not is_taken(scores_bnqk, slopes_n):
         return reference.causal_softmax(scores_bnqk, scale, slopes_n)
     return _CausalSoftmax.apply(scores_bnqk, scale, None if slopes_n is None else slopes_n.float().contiguous())

@@ -6,6 +6,7 @@ The assemblers are those that come with Triton (ptxas, and ptxas-blackwell for s
 from __future__ import annotations
 
 import importlib
+import itertools
 
 import pytest
 
@@ -87,8 +88,12 @@ def _variants(name: str) -> list[dict]:
     return everything if switches else everything[:1]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda number: f"sm_{number}")
-@pytest.mark.parametrize("element", ["fp32", "bf16"])
+TARGETS = [*itertools.product(("fp32", "bf16"), ARCHITECTURES), ("fp16", 90)]
+
+
+@pytest.mark.parametrize(
+    "element, architecture", TARGETS, ids=[f"{element}-sm_{number}" for element, number in TARGETS]
+)
 @pytest.mark.parametrize("name", sorted(CONSTANTS))
 def test_compiles(name, element, architecture):
     for constants in _variants(name):
@@ -96,6 +101,19 @@ def test_compiles(name, element, architecture):
         assert f".target sm_{architecture}" in compiled.asm["ptx"]
         assert name in compiled.asm["ptx"]
         assert compiled.asm["cubin"][:4] == b"\x7fELF" and len(compiled.asm["cubin"]) > 1000
+
+
+@pytest.mark.parametrize("name", sorted(CONSTANTS))
+def test_compiles_where_every_size_is_one(name):
+    """Triton makes constants of such arguments."""
+    kernel = _kernels()[name]
+    integers = {
+        arg for arg in kernel.arg_names if arg not in SWITCHES + tuple(TYPES) + tuple(CONSTANTS[name])
+        and not arg.endswith("_ptr")
+    }  # fmt: skip
+    assert integers
+    for constants in _variants(name):
+        _compiled(kernel, {**constants, **dict.fromkeys(integers, 1)}, "bf16", 90)
 
 
 def test_a_planted_fault_does_not_compile():

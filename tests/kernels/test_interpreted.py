@@ -55,6 +55,8 @@ FAULTS = {
     "cross_entropy-blocks-not-rescaled": ("cross_entropy", "total * tl.exp(top - new_top)", "total"),
     "cross_entropy-no-label": ("cross_entropy", "grad -= tl.where", "tl.where"),
 }
+FOUND = 3
+"""The distance from which on a fault counts as found."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def run():
 
 
 def _distances(operation: str, dtype: torch.dtype, mutant: str | None = None) -> dict[str, float]:
-    """By case. In the interpreter's process."""
+    """By case, of a mutant up to the first that finds it. In the interpreter's process."""
     name = f"megatron.kernels.{MODULE[operation]}"
     if mutant is None:
         module = importlib.import_module(name)
@@ -82,6 +84,8 @@ def _distances(operation: str, dtype: torch.dtype, mutant: str | None = None) ->
             distances[str(case)] = distance(outcome(function, case, dtype, "cpu"), truth_of(case, dtype), dtype)
         except AssertionError as error:
             distances[f"{case}: {error}"] = float("inf")
+        if mutant is not None and max(distances.values()) > FOUND:
+            break
     return distances
 
 
@@ -104,7 +108,58 @@ def test_a_planted_fault_is_found(run, fault, tmp_path):
     assert right in source
     mutant = tmp_path / "mutant.py"
     mutant.write_text(source.replace(right, wrong))
-    assert max(run(_distances, operation, torch.bfloat16, str(mutant)).values()) > 3
+    assert max(run(_distances, operation, torch.bfloat16, str(mutant)).values()) > FOUND
+
+
+def _refusals() -> list[str]:
+    """Of shapes that do not belong together: a kernel would read beyond the smaller one."""
+    from megatron.kernels.kernels import TORCH, choose
+
+    x, cos, scores = torch.randn(2, 3, 4, 6), torch.randn(3, 3), torch.randn(2, 4, 3, 3)
+    told = []
+    for kernels in (TORCH, choose("triton", "cpu")):
+        for operation, args in (
+            ("rope", (x, cos[:2], cos[:2])),
+            ("rope", (x, cos, cos[:, :2])),
+            ("rope", (x, torch.randn(3, 4), torch.randn(3, 4))),
+            ("causal_softmax", (scores[..., :2], 1.0, None)),
+            ("causal_softmax", (scores, 1.0, torch.ones(3))),
+            ("layer_norm", (x, torch.ones(5), None, 1e-5)),
+            ("rms_norm", (x, torch.ones(5), 1e-5)),
+            ("bias_gelu", (x, torch.ones(5))),
+        ):
+            try:
+                getattr(kernels, operation)(*args)
+            except (ValueError, RuntimeError) as error:
+                told.append(f"{type(error).__name__} {error}")
+    return told
+
+
+def test_shapes_that_do_not_belong_together_are_refused(run):
+    told = run(_refusals)
+    assert len(told) == 16
+    assert sum("KernelShapeError" in text and "expected" in text for text in told) == 10
+
+
+def _left_to_the_reference() -> list[bool]:
+    """fp64 and empty tensors, on which no kernel runs."""
+    from megatron.kernels.kernels import TORCH, choose
+
+    triton = choose("triton", "cpu")
+    x, weight = torch.randn(2, 3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    args = {
+        "layer_norm": (x, weight, None, 1e-5),
+        "rms_norm": (x, weight, 1e-5),
+        "bias_gelu": (x, weight),
+        "swiglu": (torch.randn(0, 6),),
+        "rope": (torch.randn(1, 0, 2, 4), torch.randn(0, 2), torch.randn(0, 2)),
+        "causal_softmax": (x.new_ones(1, 2, 3, 3), 0.5, None),
+    }
+    return [torch.equal(getattr(TORCH, key)(*value), getattr(triton, key)(*value)) for key, value in args.items()]
+
+
+def test_what_no_kernel_takes_goes_to_the_reference(run):
+    assert run(_left_to_the_reference) == [True] * 6
 
 
 def _tells(operation: str) -> str:
