@@ -142,6 +142,13 @@ def test_a_plain_run_imports_no_triton():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
+def test_the_benchmark_says_that_a_cpu_has_nothing_to_measure(request):
+    if torch.cuda.is_available():
+        pytest.skip("there is something to measure")
+    script = request.config.rootpath / "benchmarks" / "kernels.py"
+    assert "nothing to measure" in subprocess.check_output([sys.executable, script], text=True)
+
+
 def test_the_norms_are_operations():
     assert set(NORMS) < set(OPERATIONS) == set(TORCH.name)
 

@@ -111,6 +111,45 @@ def test_a_planted_fault_is_found(run, fault, tmp_path):
     assert max(run(_distances, operation, torch.bfloat16, str(mutant)).values()) > FOUND
 
 
+def _layers() -> None:
+    """The layers with Triton's kernels. In the interpreter's process."""
+    from megatron.kernels.kernels import TORCH, choose
+    from megatron.layers.cross_entropy import cross_entropy
+    from megatron.layers.norm import LayerNorm
+    from megatron.layers.vocabulary import Vocabulary
+    from megatron.parallel.context import ParallelContext
+
+    alone, triton = ParallelContext.single(), choose("triton", "cpu")
+    logits = torch.randn(2, 3, 24, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([[0, 19, 5], [20, -1, 7]])  # the fourth is padding, the fifth nothing
+    found = {}
+    for kernels in (TORCH, triton):
+        leaf = logits.clone().requires_grad_()
+        consumed = leaf * 1.0
+        address, grads = consumed.data_ptr(), []
+        consumed.register_hook(grads.append)
+        nll = cross_entropy(consumed, labels, Vocabulary(20, 24, alone), kernels)
+        nll.backward(torch.ones_like(nll), retain_graph=True)
+        assert grads[0].data_ptr() == address and nll.dtype == torch.float32
+        assert nll.isnan().flatten().tolist() == [False, False, False, True, True, False]
+        assert not leaf.grad[..., 20:].any()
+        with pytest.raises(RuntimeError, match="no second one"):
+            nll.backward(torch.ones_like(nll))
+        found[kernels] = nll, leaf.grad
+    for torchs, tritons in zip(*found.values()):
+        torch.testing.assert_close(torchs, tritons, rtol=1e-2, atol=1e-5, equal_nan=True)
+    norms = [LayerNorm(10, alone, 1e-5, kernels) for kernels in found]
+    for norm in norms:
+        torch.nn.init.constant_(norm.weight, 2.0)
+        torch.nn.init.constant_(norm.bias, 0.5)
+    x = torch.randn(2, 3, 10)
+    torch.testing.assert_close(*(norm(x) for norm in norms))
+
+
+def test_the_layers_take_these_kernels(run):
+    run(_layers)
+
+
 def _refusals() -> list[str]:
     """Of shapes that do not belong together: a kernel would read beyond the smaller one."""
     from megatron.kernels.kernels import TORCH, choose
