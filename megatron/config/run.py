@@ -36,6 +36,10 @@ class RunConfig:
     deepspeed_config: str | None = flag(
         None, "--deepspeed_config", "--deepspeed-config", help="DeepSpeed's JSON, merged with these flags"
     )
+    fused_kernels: str = flag(
+        "auto", help="whose kernels compute norms, activations, rotary positions, softmax and the loss",
+        choices=("auto", "apex", "triton", "torch"),
+    )  # fmt: skip
     distributed_backend: str = flag(
         "nccl", help="of torch.distributed; without CUDA nccl becomes gloo", choices=("nccl", "gloo", "ccl", "hccl")
     )
