@@ -159,15 +159,20 @@ def _align_group_norms(optimizer: Any) -> None:
     num_missing = max(gathered(num_groups)) - num_groups
     if num_missing == 0:
         return
-    norm_of_own = optimizer.scaled_global_norm
+
+    def norm_of(gradients: list[torch.Tensor], params: list[torch.nn.Parameter]) -> torch.Tensor:
+        if optimizer.cpu_offload:
+            return optimizer.complete_grad_norm_calculation_for_cpu_offload(params)
+        return optimizer.get_grad_norm_direct(gradients, params)
 
     def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
-        norms = [norm_of_own(norm_type)]
-        for _ in range(num_missing):
-            if optimizer.cpu_offload:
-                norms.append(optimizer.complete_grad_norm_calculation_for_cpu_offload([]))
-            else:
-                norms.append(optimizer.get_grad_norm_direct([], []))
+        own = range(num_groups)
+        norms = [norm_of(optimizer.averaged_gradients.get(i, []), optimizer.params_in_partition[i]) for i in own]
+        if optimizer.has_moe_layers:
+            optimizer._average_expert_grad_norms(norms)
+        norms += [norm_of([], []) for _ in range(num_missing)]
+        # All at once, as the other stages do: roots of sums of roots would be rounded otherwise, and then copies of a
+        # tied weight would be clipped otherwise.
         return combine_grad_norm_groups(norms, norm_type=norm_type)
 
     optimizer.scaled_global_norm = scaled_global_norm
