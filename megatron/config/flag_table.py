@@ -21,7 +21,8 @@ field's value. What a preset does not state is derived from what holds then: the
 `--hidden-size`, that of `llama-3.1-8b` is stated and stays. Switches that a preset sets cannot be switched off.
 The vocabulary is the published one (of a tiny preset the tokenizer's) unless `--vocab-size` is given, and must
 have room for the tokenizer's. `--seq-length` may be changed freely; a learned position table stays as long as
-the preset says. The name is no part of what a checkpoint must agree on: the same values by flags are the same model.
+the preset says. Dropout is 0; only the GPTs of the paper state none, so that upstream's default holds.
+The name is no part of what a checkpoint must agree on: the same values by flags are the same model.
 "HF x/y" is `config.json` of that model on Hugging Face.
 """
 
