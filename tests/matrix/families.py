@@ -34,7 +34,7 @@ _BLOOM = {
 _EXPERTS = {"num_experts": 4, "expert_interval": 2, "moe_loss_coeff": 0.05, "moe_z_loss_coeff": 0.01}
 
 MODELS: dict[str, dict[str, object]] = {
-    # 24 heads of four features: 1, 2, 3 and 8 key/value heads divide them; 40 features of the MLP are uneven on 3 ranks.
+    # 1, 2, 3 and 8 key/value heads divide 24; the 40 features of the MLP are uneven on 3 ranks.
     **{
         f"kv{kv}": {**_LLAMA, "num_attention_heads": 24, "kv_channels": 4, "num_key_value_heads": kv}
         for kv in (1, 2, 3, 8)
