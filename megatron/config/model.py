@@ -11,19 +11,29 @@ this is what a checkpoint is compared with when it is resumed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.config.flag import REQUIRED, flag
+from megatron.config.presets import PRESETS, apply_preset
+
+ROPE_SCALINGS = ("linear", "ntk", "llama3")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A GPT. `None` in a size means derived; after construction no size but `vocab_size` is None.
-    With `dataclasses.replace` give the derived sizes anew if what they derive from changes."""
+    With `dataclasses.replace` give the derived sizes anew if what they derive from changes. `model_preset` is only the
+    name of where values came from (`of_preset`): no part of what a checkpoint must agree on."""
 
     num_layers: int = flag(help="transformer blocks", unit="blocks")
     hidden_size: int = flag(help="width of the residual stream", unit="features")
     num_attention_heads: int = flag(help="query heads of one block", unit="heads")
     seq_length: int = flag(REQUIRED, "--seq-length", "--encoder-seq-length", help="tokens of one sample", unit="tokens")
+    model_preset: str | None = flag(
+        None,
+        help="values of a published model, or of a tiny one (table below); a flag that is given too replaces its value",
+        choices=tuple(PRESETS),
+    )
     ffn_hidden_size: int | None = flag(
         None, help="width inside the MLP; default 4 x hidden (8/3 x hidden with SwiGLU)", unit="features"
     )
@@ -31,7 +41,7 @@ class ModelConfig:
         None, help="key/value heads of one block (grouped-query attention); default: as many as query heads",
         unit="heads",
     )  # fmt: skip
-    kv_channels: int | None = flag(None, help="features of one head; only hidden / heads is built", unit="features")
+    kv_channels: int | None = flag(None, help="features of one head; default: hidden / heads", unit="features")
     max_position_embeddings: int | None = flag(
         None, help="rows of the position table; default: the sequence length", unit="positions"
     )
@@ -45,6 +55,11 @@ class ModelConfig:
     )
     normalization: str = flag("layernorm", help="kind of normalisation", choices=("layernorm", "rmsnorm"))
     layernorm_epsilon: float = flag(1e-5, "--layernorm-epsilon", "--norm-epsilon", help="added to the variance")
+    qk_layernorm: bool = flag(False, help="normalise every query and key head (as Qwen3)")
+    embed_layernorm: bool = flag(False, help="normalise the word embedding (as BLOOM)")
+    use_parallel_residual: bool = flag(
+        False, help="attention and MLP side by side, both on the block's input (as GPT-NeoX)"
+    )
     swiglu: bool = flag(False, help="gated SiLU in the MLP")
     use_rotary_position_embeddings: bool = flag(False, help="rotary positions instead of a table")
     add_position_embedding: bool = flag(True, "--no-position-embedding", help="no learned position table", stores=False)
@@ -55,16 +70,65 @@ class ModelConfig:
         10000.0, "--rotary-position-embeddings-theta", "--rotary-base", help="base of the rotary frequencies"
     )
     rotary_percent: float = flag(1.0, help="part of each head that is rotated", unit="0..1")
+    rope_scaling_type: str | None = flag(
+        None,
+        "--rope-scaling-type",
+        help="stretch rotary positions: linear divides them, ntk raises the base, llama3 divides the low frequencies",
+        choices=ROPE_SCALINGS,
+        switches={"--use-rope-scaling": "llama3"},
+    )
+    rope_scaling_factor: float = flag(8.0, help="how many times the positions are stretched")
+    rope_low_freq_factor: float = flag(1.0, help="llama3: a wave longer than the original length / this is stretched")
+    rope_high_freq_factor: float = flag(4.0, help="llama3: a wave shorter than the original length / this is left")
+    rope_original_max_position_embeddings: int = flag(
+        8192, help="llama3: the length before stretching", unit="positions"
+    )
     untie_embeddings_and_output_weights: bool = flag(
         False, help="a weight of its own for the output layer instead of the word embedding"
     )
     add_bias_linear: bool = flag(True, "--disable-bias-linear", help="no biases in linear layers", stores=False)
+    add_qkv_bias: bool = flag(False, help="with --disable-bias-linear: biases of queries, keys and values all the same")
+    add_attention_bias: bool = flag(
+        False, help="with --disable-bias-linear: biases of all of attention's matrices all the same"
+    )
+    add_output_layer_bias: bool = flag(False, help="a bias of the (untied) output layer")
     hidden_dropout: float = flag(0.1, help="dropout on the residual stream", unit="probability")
     attention_dropout: float = flag(0.1, help="dropout on attention weights", unit="probability")
     init_method_std: float = flag(0.02, help="standard deviation of initial weights")
     num_experts: tuple[int, ...] = flag((1,), help="experts of an MLP (one number, or one per MoE layer)")
-    topk: int = flag(1, help="experts that a token is sent to")
+    topk: int = flag(1, "--topk", "--moe-router-topk", help="experts that a token is sent to")
     expert_interval: int = flag(2, help="every how many blocks there is an MoE layer", unit="blocks")
+    moe_ffn_hidden_size: int | None = flag(None, help="width inside one expert; default: the MLP's", unit="features")
+    moe_shared_expert_intermediate_size: int = flag(
+        0, help="width of an MLP beside the experts that every token goes through; 0 is none", unit="features"
+    )
+    moe_router_score_function: str = flag(
+        "softmax", help="from the router's logits to the experts' scores", choices=("softmax", "sigmoid")
+    )
+    moe_normalize_topk: bool = flag(
+        True,
+        "--no-moe-normalize-topk",
+        help="the chosen experts' scores as they are, not divided by their sum (of one expert they never are)",
+        stores=False,
+    )
+    moe_router_jitter: float = flag(
+        0.0, "--moe-router-jitter", "--moe-input-jitter-eps",
+        help="in training the router sees its input times a random 1 - this to 1 + this",
+    )  # fmt: skip
+    moe_aux_loss_coeff: float = flag(
+        0.1, "--moe-loss-coeff", "--moe-aux-loss-coeff",
+        help="of the load balancing loss of each MoE layer, which is 1 where experts are evenly used",
+    )  # fmt: skip
+    moe_z_loss_coeff: float = flag(0.0, help="of the mean square of the router's log sum exp")
+    moe_train_capacity_factor: float | None = flag(
+        None, "--moe-train-capacity-factor", "--moe-expert-capacity-factor",
+        help="tokens of a sequence that an expert takes, in units of an even share; default: all that are sent to it",
+    )  # fmt: skip
+    moe_eval_capacity_factor: float | None = flag(None, help="the same in evaluation; default: as in training")
+    moe_min_capacity: int = flag(4, help="least number of tokens of a sequence that an expert takes", unit="tokens")
+    moe_token_dropping: bool = flag(
+        True, "--disable-moe-token-dropping", help="no capacity, whatever the factors say", stores=False
+    )
     recompute_granularity: str | None = flag(
         None,
         "--recompute-granularity",
@@ -98,11 +162,69 @@ class ModelConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.max_position_embeddings is None:
             object.__setattr__(self, "max_position_embeddings", self.seq_length)
+        if self.moe_ffn_hidden_size is None:
+            object.__setattr__(self, "moe_ffn_hidden_size", self.ffn_hidden_size)
+
+    @classmethod
+    def of_preset(cls, name: str, **values: Any) -> ModelConfig:
+        """The preset, with `values` in place of what it states. Raises KeyError."""
+        values["model_preset"] = name
+        apply_preset(values)
+        return cls(**values)
 
     @property
     def head_dim(self) -> int:
         """Features of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.kv_channels
+
+    @property
+    def positions(self) -> str:
+        """ "rope", "alibi", "learned_absolute" or "none"."""
+        if self.use_rotary_position_embeddings:
+            return "rope"
+        if self.position_embedding_type == "learned_absolute" and not self.add_position_embedding:
+            return "none"
+        return self.position_embedding_type
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that are rotated, an even number."""
+        return int(self.head_dim * self.rotary_percent) // 2 * 2
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.add_bias_linear or self.add_qkv_bias or self.add_attention_bias
+
+    @property
+    def has_attention_output_bias(self) -> bool:
+        return self.add_bias_linear or self.add_attention_bias
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the blocks whose MLP is experts: as upstream, the last of every `expert_interval` blocks
+        (Megatron-DeepSpeed, megatron/model/transformer.py)."""
+        if max(self.num_experts) <= 1:
+            return ()
+        return tuple(range(self.expert_interval - 1, self.num_layers, self.expert_interval))
+
+    def num_experts_of(self, layer: int) -> int:
+        """1 where block `layer` has an ordinary MLP."""
+        layers = self.moe_layers
+        if layer not in layers:
+            return 1
+        return self.num_experts[layers.index(layer)] if len(self.num_experts) > 1 else self.num_experts[0]
+
+    @property
+    def has_experts(self) -> bool:
+        return any(self.num_experts_of(layer) > 1 for layer in self.moe_layers)
+
+    def capacity_factor(self, is_training: bool) -> float | None:
+        """None: an expert takes every token that is sent to it."""
+        if not self.moe_token_dropping or self.moe_train_capacity_factor is None:
+            return None
+        if is_training or self.moe_eval_capacity_factor is None:
+            return self.moe_train_capacity_factor
+        return self.moe_eval_capacity_factor
 
     def padded_vocab_size(self, tp_size: int) -> int:
         """Rows of the word embedding over all shards: the true vocabulary padded so that every rank of

@@ -16,16 +16,24 @@ from megatron.config.model import ModelConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.run import RunConfig
 
-NOT_BUILT = "not built yet"
-
 
 def legal_tensor_sizes(model: ModelConfig) -> list[int]:
-    """Tensor parallel sizes into which this model's heads and MLP can be cut."""
-    return divisors(math.gcd(model.num_attention_heads, model.num_key_value_heads, model.ffn_hidden_size))
+    """Tensor parallel sizes into which this model can be cut: whole query heads on every rank, evenly or not, and where
+    a rank has whole key/value heads, all the query heads that share them."""
+    return [size for size in range(1, model.num_attention_heads + 1) if _is_legal_cut(model, size)]
+
+
+def _is_legal_cut(model: ModelConfig, tp_size: int) -> bool:
+    widths = [model.ffn_hidden_size]
+    if model.has_experts:
+        widths.append(model.moe_ffn_hidden_size)
+        if model.moe_shared_expert_intermediate_size:
+            widths.append(model.moe_shared_expert_intermediate_size)
+    return tp_size <= model.num_attention_heads and tp_size <= min(widths)
 
 
 def legal_sequence_sizes(model: ModelConfig, tp_size: int) -> list[int]:
-    """Ulysses degrees: a tp rank's heads and the sequence are cut."""
+    """Ulysses degrees: a tp rank's heads, as many on each, and the sequence are cut."""
     heads = math.gcd(model.num_attention_heads, model.num_key_value_heads)
     return divisors(math.gcd(heads // tp_size, model.seq_length)) if heads % tp_size == 0 else [1]
 
@@ -39,21 +47,17 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
         yield from at_least(1, model, "vocab_size")
     if min(getattr(model, size) for size in sizes) < 1:
         return  # What follows divides by these.
-    if model.hidden_size % model.num_attention_heads:
+    if model.kv_channels < 1:
+        yield Problem("a head has no features", found=f"--kv-channels {model.kv_channels}", flags=("--kv-channels",))
+        return
+    is_derived = model.kv_channels == model.hidden_size // model.num_attention_heads
+    if is_derived and model.hidden_size % model.num_attention_heads:
         yield Problem(
             "heads do not divide the hidden size",
             found=f"--hidden-size {model.hidden_size} with --num-attention-heads {model.num_attention_heads}",
             expected="hidden size a multiple of the heads",
             flags=("--hidden-size", "--num-attention-heads"),
-            fix="heads of " + nearest(divisors(model.hidden_size), model.num_attention_heads),
-        )
-    elif model.kv_channels != model.head_dim:
-        yield Problem(
-            "a head of another size than hidden / heads is " + NOT_BUILT,
-            found=f"--kv-channels {model.kv_channels}",
-            expected=str(model.head_dim),
-            flags=("--kv-channels",),
-            fix="drop --kv-channels",
+            fix="heads of " + nearest(divisors(model.hidden_size), model.num_attention_heads) + ", or --kv-channels",
         )
     if model.num_attention_heads % model.num_key_value_heads:
         yield Problem(
@@ -64,7 +68,7 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
             flags=("--num-key-value-heads", "--num-attention-heads"),
             fix="key/value heads of " + nearest(divisors(model.num_attention_heads), model.num_key_value_heads),
         )
-    if model.seq_length > model.max_position_embeddings:
+    if model.seq_length > model.max_position_embeddings and model.positions == "learned_absolute":
         yield Problem(
             "the sequence is longer than the position table",
             found=f"--seq-length {model.seq_length} with --max-position-embeddings {model.max_position_embeddings}",
@@ -80,25 +84,136 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
             flags=("--recompute-method", "--recompute-granularity"),
             fix="add --recompute-granularity full, or drop --recompute-method",
         )
-    yield from _unbuilt_model(model)
+    yield from _position_problems(model)
+    yield from _bias_problems(model)
+    yield from expert_problems(model)
 
 
-def _unbuilt_model(model: ModelConfig) -> Iterator[Problem]:
-    """Features that parse and are not there yet; a row goes when its feature comes."""
-    rows = (
-        (model.swiglu, "--swiglu", "SwiGLU", "drop it: the MLP is GELU"),
-        (model.normalization != "layernorm", "--normalization", f"{model.normalization}", "--normalization layernorm"),
-        (model.use_rotary_position_embeddings, "--use-rotary-position-embeddings", "rotary positions", "drop it"),
-        (model.position_embedding_type != "learned_absolute", "--position-embedding-type",
-         f"positions of type {model.position_embedding_type}", "--position-embedding-type learned_absolute"),
-        (not model.add_position_embedding and not model.use_rotary_position_embeddings
-         and model.position_embedding_type == "learned_absolute",
-         "--no-position-embedding", "a model without positions", "drop it"),
-        (any(n > 1 for n in model.num_experts), "--num-experts", "mixture of experts", "--num-experts 1"),
-    )  # fmt: skip
-    for is_asked, name, what, fix in rows:
-        if is_asked:
-            yield Problem(f"{what}: {NOT_BUILT}", found=name, flags=(name,), fix=fix)
+def _position_problems(model: ModelConfig) -> Iterator[Problem]:
+    kind = model.position_embedding_type
+    if model.use_rotary_position_embeddings and kind == "alibi":
+        yield Problem(
+            "rotary positions and ALiBi at once",
+            found="--use-rotary-position-embeddings with --position-embedding-type alibi",
+            flags=("--use-rotary-position-embeddings", "--position-embedding-type"),
+            fix="drop one of the two",
+        )
+    yield from within(0.0, 1.0, model, "rotary_percent")
+    if model.positions == "rope" and model.rotary_dim < 2:
+        yield Problem(
+            "nothing of a head is rotated",
+            found=f"--rotary-percent {model.rotary_percent:g} of {model.head_dim} features",
+            expected="at least 2 features",
+            flags=("--rotary-percent",),
+            fix=f"--rotary-percent of at least {2 / model.head_dim:g}",
+        )
+    if model.rope_scaling_type is not None and model.rope_scaling_factor < 1:
+        yield Problem(
+            "rotary positions cannot be shrunk",
+            found=f"--rope-scaling-factor {model.rope_scaling_factor:g}",
+            expected="1 or more",
+            flags=("--rope-scaling-factor",),
+        )
+    if model.rope_scaling_type == "llama3" and model.rope_low_freq_factor >= model.rope_high_freq_factor:
+        yield Problem(
+            "no wave is between the short ones, which are left, and the long ones, which are stretched",
+            found=f"--rope-low-freq-factor {model.rope_low_freq_factor:g}, "
+            f"--rope-high-freq-factor {model.rope_high_freq_factor:g}",
+            expected="the low factor below the high one",
+            flags=("--rope-low-freq-factor", "--rope-high-freq-factor"),
+        )
+
+
+def _bias_problems(model: ModelConfig) -> Iterator[Problem]:
+    if model.add_output_layer_bias and not model.untie_embeddings_and_output_weights:
+        yield Problem(
+            "the word embedding has no bias to share with the output layer",
+            found="--add-output-layer-bias without --untie-embeddings-and-output-weights",
+            flags=("--add-output-layer-bias", "--untie-embeddings-and-output-weights"),
+            fix="add --untie-embeddings-and-output-weights, or drop --add-output-layer-bias",
+        )
+
+
+def expert_problems(model: ModelConfig) -> Iterator[Problem]:
+    yield from at_least(1, model, "expert_interval", "topk", "moe_ffn_hidden_size")
+    yield from at_least(0, model, "moe_shared_expert_intermediate_size", "moe_min_capacity")
+    if min(model.expert_interval, model.topk, *model.num_experts) < 1:
+        if min(model.num_experts) < 1:
+            yield Problem(
+                "a layer without experts", found=f"--num-experts {_words(model.num_experts)}",
+                expected="1 (an ordinary MLP) or more", flags=("--num-experts",),
+            )  # fmt: skip
+        return
+    if max(model.num_experts) <= 1:
+        return
+    num_layers = len(model.moe_layers)
+    if num_layers == 0:
+        yield Problem(
+            "no block has experts",
+            found=f"--expert-interval {model.expert_interval} with --num-layers {model.num_layers}",
+            expected="an interval of at most the blocks",
+            flags=("--expert-interval", "--num-layers"),
+            fix="--expert-interval 1",
+        )
+    elif len(model.num_experts) not in (1, num_layers):
+        yield Problem(
+            "the numbers of experts do not fit the MoE layers",
+            found=f"--num-experts {_words(model.num_experts)} for blocks {_words(model.moe_layers)}",
+            expected=f"one number, or {num_layers}",
+            flags=("--num-experts", "--expert-interval"),
+        )
+    fewest = min(n for n in model.num_experts if n > 1)
+    if model.topk > fewest:
+        yield Problem(
+            "a token cannot be sent to more experts than there are",
+            found=f"--topk {model.topk} with --num-experts {_words(model.num_experts)}",
+            expected=f"1 to {fewest}",
+            flags=("--topk", "--num-experts"),
+            fix=f"--topk of at most {fewest}",
+        )
+    yield from within(0.0, 1.0, model, "moe_router_jitter", is_open_above=True)
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_train_capacity_factor", "moe_eval_capacity_factor"):
+        value = getattr(model, name)
+        if value is not None and (value < 0 or (value == 0 and "capacity" in name)):
+            yield Problem(
+                f"{flag_of(name)} is out of range", found=f"{value:g}", expected="a positive number",
+                flags=(flag_of(name),),
+            )  # fmt: skip
+
+
+def expert_parallel_problems(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> Iterator[Problem]:
+    """Experts are dealt to consecutive data-parallel ranks, as many to each."""
+    ep_size = parallel.moe_expert_parallel_size
+    flags = ("--moe-expert-parallel-size", "--num-experts")
+    if ep_size > 1 and not model.has_experts:
+        yield Problem(
+            "expert parallelism without experts", found=f"--moe-expert-parallel-size {ep_size}", flags=flags,
+            fix="give --num-experts, or drop --moe-expert-parallel-size",
+        )  # fmt: skip
+        return
+    zero_size = world_size // parallel.model_parallel_size * parallel.ds_sequence_parallel_size
+    counts = [n for n in model.num_experts if n > 1]
+    legal = divisors(math.gcd(zero_size, *counts)) if zero_size else [1]
+    if zero_size and zero_size % ep_size:
+        yield Problem(
+            "experts cannot be dealt to the data parallel ranks",
+            found=f"--moe-expert-parallel-size {ep_size} with {zero_size} data x sequence parallel ranks",
+            expected=f"a divisor of {zero_size}",
+            flags=flags[:1],
+            fix="--moe-expert-parallel-size of " + nearest(legal, ep_size),
+        )
+    elif any(n % ep_size for n in counts):
+        yield Problem(
+            f"experts cannot be dealt to {ep_size} ranks, as many to each",
+            found=f"--num-experts {_words(model.num_experts)} with --moe-expert-parallel-size {ep_size}",
+            expected=f"a multiple of {ep_size}",
+            flags=flags,
+            fix="--moe-expert-parallel-size of " + nearest(legal, ep_size),
+        )
+
+
+def _words(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def parallel_problems(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> Iterator[Problem]:
@@ -111,18 +226,18 @@ def parallel_problems(model: ModelConfig, parallel: ParallelConfig, world_size: 
     problem = parallel.world_size_problem(world_size)
     if problem is not None:
         yield problem
-    cuts = (("num_attention_heads", "query heads"), ("num_key_value_heads", "key/value heads"),
-            ("ffn_hidden_size", "MLP features"))  # fmt: skip
-    for name, what in cuts:
-        size = getattr(model, name)
-        if size >= 1 and size % tp_size:
-            yield Problem(
-                f"{what} cannot be cut into {tp_size} equal parts",
-                found=f"{flag_of(name)} {size} with --tensor-model-parallel-size {tp_size}",
-                expected=f"a multiple of {tp_size}",
-                flags=(flag_of(name), "--tensor-model-parallel-size"),
-                fix="--tensor-model-parallel-size of " + nearest(legal_tensor_sizes(model), tp_size),
-            )
+    if min(model.num_attention_heads, model.num_key_value_heads, model.ffn_hidden_size) >= 1 and not _is_legal_cut(
+        model, tp_size
+    ):
+        yield Problem(
+            f"the model cannot be cut over {tp_size} tensor parallel ranks: each needs a query head and some features "
+            "of every MLP",
+            found=f"--tensor-model-parallel-size {tp_size} with {model.num_attention_heads} query heads",
+            flags=("--tensor-model-parallel-size", "--num-attention-heads"),
+            fix="--tensor-model-parallel-size of " + nearest(legal_tensor_sizes(model), tp_size),
+        )
+    if parallel.world_size_problem(world_size) is None:
+        yield from expert_parallel_problems(model, parallel, world_size)
     yield from _sequence_problems(model, parallel)
     if pp_size > model.num_layers:
         yield Problem(
@@ -158,14 +273,6 @@ def parallel_problems(model: ModelConfig, parallel: ParallelConfig, world_size: 
             flags=("--zero-stage", "--pipeline-model-parallel-size"),
             fix="--zero-stage 1, or --pipeline-model-parallel-size 1 with more tensor or data parallelism",
         )
-    rows = (
-        (parallel.moe_expert_parallel_size > 1, "--moe-expert-parallel-size", "expert parallelism",
-         "--moe-expert-parallel-size 1"),
-        (parallel.create_moe_param_group, "--create-moe-param-group", "mixture of experts", "drop it"),
-    )  # fmt: skip
-    for is_asked, name, what, fix in rows:
-        if is_asked:
-            yield Problem(f"{what}: {NOT_BUILT}", found=name, flags=(name,), fix=fix)
 
 
 def _sequence_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:

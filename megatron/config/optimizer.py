@@ -17,8 +17,9 @@ WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
 OPTIMIZERS = ("adam", "sgd", "lion", "adagrad", "muon", "adafactor")
 
 MATRICES, DECAY, NO_DECAY, DECOUPLED = "matrices", "decay", "no_decay", "decoupled"
+EXPERTS, EXPERTS_NO_DECAY = "experts", "experts_no_decay"
 """Names of parameter groups; groups are saved and restored by name. `matrices` only with Muon, `decoupled` only with
---decoupled-lr."""
+--decoupled-lr; experts are apart under every topology, as ZeRO partitions them over other ranks."""
 
 SINCE = "_since_"
 """Between a group's name and the iteration from which on its parameters are trained, if they were frozen before."""

@@ -20,6 +20,8 @@ def settle(sections: Mapping[str, Values], names: Collection[str]) -> list[str]:
     model = sections["model"]
     if model.get("use_rotary_position_embeddings") or model.get("position_embedding_type") in ("rope", "alibi"):
         model["add_position_embedding"] = False  # As upstream: rotary replaces the table.
+    if model.get("position_embedding_type") == "rope":
+        model["use_rotary_position_embeddings"] = True  # Two names of one thing, which a Source must agree on.
     return notes + [*_without_effect(sections, names)]
 
 
@@ -56,10 +58,19 @@ def _without_effect(sections: Mapping[str, Values], names: Collection[str]) -> I
     model, optimizer, checkpoint = sections["model"], sections["optimizer"], sections["checkpoint"]
     precision = optimizer.get("precision", "fp32")
     has_rotary = model.get("use_rotary_position_embeddings") or model.get("position_embedding_type") == "rope"
+    has_experts = max(model.get("num_experts", (1,))) > 1
     rows = (
-        (max(model.get("num_experts", (1,))) > 1, "--num-experts", "--topk --expert-interval"),
+        (has_experts, "--num-experts",
+         "--topk --moe-router-topk --expert-interval --moe-ffn-hidden-size --moe-shared-expert-intermediate-size "
+         "--moe-router-score-function --no-moe-normalize-topk --moe-router-jitter --moe-input-jitter-eps "
+         "--moe-loss-coeff --moe-aux-loss-coeff --moe-z-loss-coeff --moe-train-capacity-factor "
+         "--moe-expert-capacity-factor --moe-eval-capacity-factor --moe-min-capacity --disable-moe-token-dropping"),
         (has_rotary, "--use-rotary-position-embeddings",
-         "--rotary-percent --rotary-position-embeddings-theta --rotary-base"),
+         "--rotary-percent --rotary-position-embeddings-theta --rotary-base --rope-scaling-type --use-rope-scaling"),
+        (model.get("rope_scaling_type") is not None, "--rope-scaling-type", "--rope-scaling-factor"),
+        (model.get("rope_scaling_type") == "llama3", "--rope-scaling-type llama3",
+         "--rope-low-freq-factor --rope-high-freq-factor --rope-original-max-position-embeddings"),
+        (model.get("add_bias_linear") is False, "--disable-bias-linear", "--add-qkv-bias --add-attention-bias"),
         (model.get("recompute_granularity") == "full", "--recompute-granularity full",
          "--recompute-num-layers --checkpoint-num-layers"),
         (optimizer.get("optimizer") == "sgd", "--optimizer sgd", "--sgd-momentum"),

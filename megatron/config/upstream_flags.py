@@ -88,10 +88,8 @@ ACCEPTED = _table(
     ("--inference-batch-times-seqlen-threshold --max-tokens-to-oom", "it is for inference", 1),
     ("--trust-remote-code", "no code is ever loaded with a tokenizer"),
     ("--kd-alpha-ce --kd-beta-ce --kd-temp", "it is for distillation, which --kd and --mos would turn on", 1),
-    ("--moe-train-capacity-factor --moe-eval-capacity-factor --moe-min-capacity --moe-loss-coeff",
-     "it is for experts, which --num-experts would turn on", 1),
-    ("--disable-moe-token-dropping --disable-moe-top2-2nd-expert-sampling",
-     "it is for experts, which --num-experts would turn on"),
+    ("--disable-moe-top2-2nd-expert-sampling", "no expert is ever drawn at random, so there is nothing to turn off"),
+    ("--enable-expert-tensor-parallelism", "experts are always cut over the tensor parallel ranks too"),
     ("--deepscale", "the old name of --deepspeed; the engine is DeepSpeed's in any case"),
 )  # fmt: skip
 
@@ -149,8 +147,8 @@ REFUSED = _table(
     ("--embedding-weights-in-fp32", _MODEL),
     ("--onnx-safe --lazy-mpu-init --use-dataset-only", "not built: external trainers are not served", 1, ("False",)),
     ("--num-experts-switch", "use --num-experts", 1),
-    ("--mlp-type", "experts are not built yet", 1, ("standard",)),
-    ("--use-tutel --enable-expert-tensor-parallelism", "experts are not built yet"),
+    ("--mlp-type", "residual experts are not built: use --moe-shared-expert-intermediate-size", 1, ("standard",)),
+    ("--use-tutel", "tokens are dispatched by torch's own sort and all-to-all"),
     ("--force-ds-sequence-parallel --ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-offloading",
      "sequence parallelism is not built yet"),
     ("--ds-sequence-parallel-fpdt-chunk-size", "sequence parallelism is not built yet", 1),

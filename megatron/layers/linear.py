@@ -12,7 +12,7 @@ Weights are torch's [out, in].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from megatron.layers.parameter import ZEROS, Initial, declare
 from megatron.parallel.collectives import enter_tp, leave_tp, replicated
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.layout import Layout, Part
+
+Epilogue = Callable[[Tensor, Tensor | None], Tensor]
+"""(output without its bias, bias) -> output: where adding the bias is fused with what follows it."""
 
 
 class ColumnLinear(nn.Module):
@@ -34,9 +37,10 @@ class ColumnLinear(nn.Module):
         initial: Initial,
         has_bias: bool = True,
         parts: Sequence[Part] | None = None,
+        epilogue: Epilogue | None = None,
     ) -> None:
         super().__init__()
-        self.context = context
+        self.context, self.epilogue = context, epilogue
         self.weight = declare(_by_output((out_size, in_size), parts), context, initial, is_decayed=True, kind="matrix")
         bias = declare(_by_output((out_size,), parts), context, ZEROS, is_decayed=False) if has_bias else None
         self.register_parameter("bias", bias)
@@ -44,7 +48,11 @@ class ColumnLinear(nn.Module):
     def forward(self, x_bsh: Tensor) -> Tensor:
         """[b, s, in] -> [b, s, this rank's part of out]. Collective over tp. Under sequence parallelism the input is
         this rank's part of the sequence, the output has all of it."""
-        return F.linear(enter_tp(x_bsh, self.context), self.weight, self.bias)
+        x_bsh = enter_tp(x_bsh, self.context)
+        if self.epilogue is None:
+            return F.linear(x_bsh, self.weight, self.bias)
+        # Inside forward, as ZeRO-3 gives the bias back when it ends.
+        return self.epilogue(F.linear(x_bsh, self.weight), self.bias)
 
 
 class RowLinear(nn.Module):

@@ -1,29 +1,43 @@
-"""The block's feed-forward part: up, GELU, down.
+"""The block's feed-forward part: up, GELU, down; or gate and up, SiLU(gate) * up, down (SwiGLU).
 
-GELU is the tanh approximation, as GPT-2's and Megatron's fused bias-gelu.
+GELU is the tanh approximation, as GPT-2's and Megatron's fused bias-gelu. Gate and up are one matrix, gate first.
 
-    y_bsh = Mlp(model, context)(x_bsh)
+    y_bsh = Mlp(model, context, kernels)(x_bsh)
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
+from megatron.kernels.kernels import TORCH, Kernels
 from megatron.layers.attention import output_std
-from megatron.layers.linear import ColumnLinear, RowLinear
+from megatron.layers.linear import ColumnLinear, Epilogue, RowLinear
 from megatron.layers.parameter import normal
 from megatron.parallel.context import ParallelContext
+from megatron.ucp.layout import Part
 
 
 class Mlp(nn.Module):
-    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
+    def __init__(
+        self, model: ModelConfig, context: ParallelContext, kernels: Kernels = TORCH, width: int | None = None
+    ) -> None:
+        """`width`: features in the middle, if not the model's (an expert that all tokens go through)."""
         super().__init__()
-        hidden, ffn, has_bias = model.hidden_size, model.ffn_hidden_size, model.add_bias_linear
-        self.dense_h_to_4h = ColumnLinear(hidden, ffn, context, normal(model.init_method_std), has_bias)
+        hidden, ffn, has_bias = model.hidden_size, width or model.ffn_hidden_size, model.add_bias_linear
+        self.dense_h_to_4h = ColumnLinear(
+            hidden, 2 * ffn if model.swiglu else ffn, context, normal(model.init_method_std), has_bias,
+            parts=(Part(ffn), Part(ffn)) if model.swiglu else None, epilogue=activation(model, kernels),
+        )  # fmt: skip
         self.dense_4h_to_h = RowLinear(ffn, hidden, context, normal(output_std(model)), has_bias)
 
     def forward(self, x_bsh: Tensor) -> Tensor:
         """Collective over tp."""
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x_bsh), approximate="tanh"))
+        return self.dense_4h_to_h(self.dense_h_to_4h(x_bsh))
+
+
+def activation(model: ModelConfig, kernels: Kernels) -> Epilogue:
+    """From the first matrix's product and its bias to what the second one takes."""
+    if not model.swiglu:
+        return kernels.bias_gelu
+    return lambda product, bias: kernels.swiglu(product if bias is None else product + bias)

@@ -39,9 +39,9 @@ class Initial:
     std: float
 
 
-Kind = Literal["matrix", "vocabulary", "other"]
-"""What the optimizer may treat differently: a matrix of a linear layer (Muon), and the word embedding and the output
-layer (--decoupled-lr)."""
+Kind = Literal["matrix", "vocabulary", "experts", "other"]
+"""What the optimizer may treat differently: a matrix of a linear layer (Muon), the word embedding and the output layer
+(--decoupled-lr), and what is dealt to expert-parallel ranks (in parameter groups of its own)."""
 
 ZEROS = Initial(0.0, 0.0)
 ONES = Initial(1.0, 0.0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.layers.parameter import Initial, declare
+from megatron.layers.parameter import ZEROS, Initial, declare
 from megatron.parallel.collectives import enter_tp, even_sizes, gather_from_tp, leave_tp
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.layout import Layout
@@ -64,5 +64,17 @@ class WordEmbedding(_VocabularyMatrix):
 
 
 class OutputLayer(_VocabularyMatrix):
+    """The untied one, which may have a bias."""
+
+    def __init__(self, vocabulary: Vocabulary, hidden_size: int, initial: Initial, has_bias: bool = False) -> None:
+        super().__init__(vocabulary, hidden_size, initial)
+        bias = None
+        if has_bias:
+            layout = Layout.shard_v((vocabulary.true_size,), padded=vocabulary.padded_size)
+            bias = declare(layout, vocabulary.context, ZEROS, is_decayed=False, kind="vocabulary")
+        self.register_parameter("bias", bias)
+
     def forward(self, x_bsh: Tensor) -> Tensor:
-        return self.logits(x_bsh)
+        return F.linear(enter_tp(x_bsh, self.vocabulary.context), self.weight, self.bias)
+
+    logits = forward

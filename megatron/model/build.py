@@ -14,9 +14,19 @@ from typing import Any
 from torch import nn
 
 from megatron.config.model import ModelConfig
-from megatron.config.optimizer import DECAY, DECOUPLED, MATRICES, NO_DECAY, base_group
+from megatron.config.optimizer import (
+    DECAY,
+    DECOUPLED,
+    EXPERTS,
+    EXPERTS_NO_DECAY,
+    MATRICES,
+    NO_DECAY,
+    base_group,
+)
 from megatron.config.parallel import ParallelConfig
+from megatron.kernels.kernels import TORCH, Kernels
 from megatron.layers.parameter import initialize, layouts_of
+from megatron.layers.router_ledger import RouterLedger
 from megatron.model.gpt import GPT
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.rng import RandomStreams
@@ -30,6 +40,8 @@ def build_model(
     streams: RandomStreams,
     seed: int,
     construction: AbstractContextManager | None = None,
+    kernels: Kernels = TORCH,
+    ledger: RouterLedger | None = None,
 ) -> nn.Module:
     """The model with its first values: the same atomic parameters under every topology. With pipelining,
     collective over the world. `model.vocab_size` must be known. A plain model is constructed, not initialised, under
@@ -38,10 +50,10 @@ def build_model(
         # Late: deepspeed.pipe is not needed for a plain model.
         from megatron.model.gpt_pipe import GPTPipe
 
-        built: nn.Module = GPTPipe(model, context, streams, parallel.pp_partition_method)
+        built: nn.Module = GPTPipe(model, context, streams, parallel.pp_partition_method, kernels, ledger)
     else:
         with construction or nullcontext():
-            built = GPT(model, context, streams)
+            built = GPT(model, context, streams, kernels, ledger)
     initialize(built.named_parameters(), seed)
     return built
 
@@ -60,11 +72,13 @@ def parameter_groups(
     late: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """For torch optimizers and DeepSpeed: matrices decay, biases and norms do not, frozen parameters are left out. No
-    group is empty. With `has_matrices` the linear layers' matrices are a group of their own (Muon), with
+    group is empty. Experts are in groups of their own; with `has_matrices` the linear layers' matrices too (Muon), with
     `has_decoupled` the word embedding and the output layer (--decoupled-lr). What `late` names is in groups apart, with
     what it says at the end of the group's name (training/trainable.py)."""
     parameter_layouts(model)  # so that an undeclared parameter is named, not an AttributeError
-    members: dict[str, list[nn.Parameter]] = {MATRICES: [], DECAY: [], NO_DECAY: [], DECOUPLED: []}
+    members: dict[str, list[nn.Parameter]] = {
+        MATRICES: [], DECAY: [], NO_DECAY: [], DECOUPLED: [], EXPERTS: [], EXPERTS_NO_DECAY: []
+    }  # fmt: skip
     for param_name, param in model.named_parameters():
         if not param.requires_grad:
             continue
@@ -73,11 +87,17 @@ def parameter_groups(
             group = MATRICES
         elif has_decoupled and param.kind == "vocabulary":
             group = DECOUPLED
+        elif param.kind == "experts":
+            group = EXPERTS if param.is_decayed else EXPERTS_NO_DECAY
         if group != MATRICES:  # Muon's momentum has no step to count from
             group += (late or {}).get(param_name, "")
         members.setdefault(group, []).append(param)
     return [
-        {"name": name, "params": params, "weight_decay": 0.0 if base_group(name) == NO_DECAY else weight_decay}
+        {
+            "name": name,
+            "params": params,
+            "weight_decay": 0.0 if base_group(name) in (NO_DECAY, EXPERTS_NO_DECAY) else weight_decay,
+        }
         for name, params in members.items()
         if params
     ]

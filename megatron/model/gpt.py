@@ -1,11 +1,12 @@
-"""The plain GPT: pre-norm blocks, learned positions, tied or untied output layer.
+"""The plain decoder: GPT, LLaMA, BLOOM, GPT-NeoX, mixtures of experts, as ModelConfig says.
 
 Its parameter names are the canonical ones, under every parallelism:
 
-    embedding.word_embeddings.weight   embedding.position_embeddings.weight
-    layers.{i}.input_norm.*            layers.{i}.attention.{query_key_value,dense}.*
+    embedding.word_embeddings.weight   embedding.position_embeddings.weight   embedding.norm.*
+    layers.{i}.input_norm.*            layers.{i}.attention.{query_key_value,dense,query_norm,key_norm}.*
     layers.{i}.post_attention_norm.*   layers.{i}.mlp.{dense_h_to_4h,dense_4h_to_h}.*
-    final_norm.*                       lm_head.weight (untied only)
+    layers.{i}.mlp.router.weight       layers.{i}.mlp.experts.{dense,bias}_{h_to_4h,4h_to_h}
+    layers.{i}.mlp.shared_expert.*     final_norm.*     lm_head.* (untied only)
 
     loss = GPT(model, context, streams)(tokens_bs, labels_bs, loss_mask_bs)
 """
@@ -15,11 +16,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
+from megatron.kernels.kernels import TORCH, Kernels
 from megatron.layers.block import Block
 from megatron.layers.cross_entropy import cross_entropy, mean_loss
-from megatron.layers.norm import LayerNorm
+from megatron.layers.embedding import EmbeddingTail
+from megatron.layers.norm import build_norm
 from megatron.layers.parameter import normal
-from megatron.layers.position import PositionEmbedding
+from megatron.layers.router_ledger import RouterLedger
 from megatron.layers.vocabulary import OutputLayer, Vocabulary, WordEmbedding
 from megatron.model.recompute import Recompute
 from megatron.parallel.context import ParallelContext
@@ -29,23 +32,27 @@ from megatron.parallel.rng import RandomStreams
 class GPT(nn.Module):
     """Collective over tp. Parameters are not initialised here (see `build_model`)."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext, streams: RandomStreams) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        context: ParallelContext,
+        streams: RandomStreams,
+        kernels: Kernels = TORCH,
+        ledger: RouterLedger | None = None,
+    ) -> None:
         super().__init__()
         self.vocabulary = vocabulary_of(model, context)
-        self.streams = streams
-        self.embedding_dropout = model.hidden_dropout
+        self.streams, self.kernels = streams, kernels
         self.recompute = Recompute.of(model)
-        hidden_size, initial = model.hidden_size, normal(model.init_method_std)
-        self.embedding = nn.ModuleDict(
-            {
-                "word_embeddings": WordEmbedding(self.vocabulary, hidden_size, initial),
-                "position_embeddings": PositionEmbedding(model.max_position_embeddings, hidden_size, context, initial),
-            }
+        initial = normal(model.init_method_std)
+        words = WordEmbedding(self.vocabulary, model.hidden_size, initial)
+        self.embedding = EmbeddingTail(model, context, streams, kernels, words)
+        self.layers = nn.ModuleList(
+            Block(model, context, streams, layer, kernels, ledger) for layer in range(model.num_layers)
         )
-        self.layers = nn.ModuleList(Block(model, context, streams) for _ in range(model.num_layers))
-        self.final_norm = LayerNorm(model.hidden_size, context, model.layernorm_epsilon)
+        self.final_norm = build_norm(model, context, kernels)
         if model.untie_embeddings_and_output_weights:
-            self.lm_head = OutputLayer(self.vocabulary, hidden_size, initial)
+            self.lm_head = OutputLayer(self.vocabulary, model.hidden_size, initial, model.add_output_layer_bias)
 
     def forward(self, tokens_bs: Tensor, labels_bs: Tensor, loss_mask_bs: Tensor | None = None) -> Tensor:
         """The scalar loss, equal on all tp ranks (see `mean_loss`). Token ids are int64; the mask is 0 or 1. Under
@@ -58,8 +65,7 @@ class GPT(nn.Module):
         return self.vocabulary.gathered(self._logits_here(tokens_bs))
 
     def _logits_here(self, tokens_bs: Tensor) -> Tensor:
-        x_bsh = self.embedding["position_embeddings"](self.embedding["word_embeddings"](tokens_bs))
-        x_bsh = self.streams.residual_dropout(x_bsh, self.embedding_dropout if self.training else 0.0)
+        x_bsh = self.embedding(self.embedding.word_embeddings(tokens_bs))
         for start, stop, is_recomputed in self.recompute.groups(len(self.layers)):
             if is_recomputed and self.training:
                 x_bsh = self.streams.checkpointed(self._run_layers, start, stop, x_bsh)
@@ -73,7 +79,7 @@ class GPT(nn.Module):
         return x_bsh
 
     def _output_layer(self) -> nn.Module:
-        return self.lm_head if hasattr(self, "lm_head") else self.embedding["word_embeddings"]
+        return self.lm_head if hasattr(self, "lm_head") else self.embedding.word_embeddings
 
 
 def vocabulary_of(model: ModelConfig, context: ParallelContext) -> Vocabulary:

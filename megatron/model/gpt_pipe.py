@@ -5,7 +5,7 @@ through this one table `named_parameters` gives canonical names instead, and Dee
 checkpoints. In its layer_XX files names are relative to the entry: prefix them with `entry_paths[XX]`.
 
     0          word embedding (tied: its weight is also the last entry's, possibly on another stage)
-    1          position embedding and dropout
+    1          what follows it: positions, normalisation, dropout
     2 .. L+1   blocks
     L+2        final norm
     L+3        output layer -> logits; loss_fn(logits, (labels, loss_mask))
@@ -20,17 +20,20 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
+from megatron.kernels.kernels import TORCH, Kernels
 from megatron.layers.block import Block
 from megatron.layers.cross_entropy import cross_entropy, mean_loss
-from megatron.layers.norm import LayerNorm
+from megatron.layers.embedding import EmbeddingTail
+from megatron.layers.norm import norm_class
 from megatron.layers.parameter import normal
-from megatron.layers.position import PositionEmbedding
+from megatron.layers.router_ledger import RouterLedger
 from megatron.layers.vocabulary import OutputLayer, Vocabulary, WordEmbedding
 from megatron.model.gpt import vocabulary_of
 from megatron.model.recompute import Recompute
@@ -59,6 +62,8 @@ class GPTPipe(PipelineModule):
         context: ParallelContext,
         streams: RandomStreams,
         partition_method: str = "type:transformer",
+        kernels: Kernels = TORCH,
+        ledger: RouterLedger | None = None,
     ) -> None:
         """`partition_method` is DeepSpeed's: with "type:REGEX" every stage gets as many entries whose class matches;
         "uniform" as many entries; "parameters" as many parameters, for which DeepSpeed builds the whole model on every
@@ -69,11 +74,11 @@ class GPTPipe(PipelineModule):
         # DeepSpeed prints how it partitions; that belongs in a log.
         with contextlib.redirect_stdout(said):
             super().__init__(
-                _entries(model, context, streams, vocabulary),
+                _entries(model, context, streams, vocabulary, kernels, ledger),
                 topology=PipeModelDataParallelTopology(
                     num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.zero_size
                 ),
-                loss_fn=_Loss(vocabulary),
+                loss_fn=_Loss(vocabulary, kernels),
                 partition_method=partition_method,
             )
         log.debug("%s", said.getvalue())
@@ -99,24 +104,11 @@ class GPTPipe(PipelineModule):
             yield ".".join(filter(None, (prefix, path, rest))), param
 
 
-class PipePositions(PositionEmbedding):
-    """The position table's entry also does the dropout that follows it."""
-
-    def __init__(self, model: ModelConfig, context: ParallelContext, streams: RandomStreams) -> None:
-        super().__init__(model.max_position_embeddings, model.hidden_size, context, normal(model.init_method_std))
-        self.dropout, self.streams = model.hidden_dropout, streams
-
-    def forward(self, x_bsh: Tensor) -> Tensor:
-        return self.streams.residual_dropout(super().forward(x_bsh), self.dropout if self.training else 0.0)
-
-
 class PipeTransformerBlock(Block):
     """A block that recomputes itself."""
 
-    def __init__(
-        self, model: ModelConfig, context: ParallelContext, streams: RandomStreams, is_recomputed: bool
-    ) -> None:
-        super().__init__(model, context, streams)
+    def __init__(self, model: ModelConfig, *rest: Any, is_recomputed: bool) -> None:
+        super().__init__(model, *rest)
         self.is_recomputed = is_recomputed
 
     def forward(self, x_bsh: Tensor) -> Tensor:
@@ -126,8 +118,8 @@ class PipeTransformerBlock(Block):
 
 
 class _Loss:
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, vocabulary: Vocabulary, kernels: Kernels) -> None:
+        self.vocabulary, self.kernels = vocabulary, kernels
 
     def __call__(self, logits_bsv: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Consumes the logits."""
@@ -141,21 +133,30 @@ def entry_paths(model: ModelConfig) -> list[str | None]:
     own (the tied output layer)."""
     blocks = [f"layers.{index}" for index in range(model.num_layers)]
     head = "lm_head" if model.untie_embeddings_and_output_weights else None
-    return [_WORDS, "embedding.position_embeddings", *blocks, "final_norm", head]
+    return [_WORDS, "embedding", *blocks, "final_norm", head]
 
 
 def _entries(
-    model: ModelConfig, context: ParallelContext, streams: RandomStreams, vocabulary: Vocabulary
+    model: ModelConfig,
+    context: ParallelContext,
+    streams: RandomStreams,
+    vocabulary: Vocabulary,
+    kernels: Kernels,
+    ledger: RouterLedger | None,
 ) -> list[LayerSpec]:
     """In the order of `entry_paths`."""
     matrix = (vocabulary, model.hidden_size, normal(model.init_method_std))
     middle = [
-        LayerSpec(PipePositions, model, context, streams),
-        *(LayerSpec(PipeTransformerBlock, model, context, streams, is_on) for is_on in _recomputed(model)),
-        LayerSpec(LayerNorm, model.hidden_size, context, model.layernorm_epsilon),
+        LayerSpec(EmbeddingTail, model, context, streams, kernels),
+        *(
+            LayerSpec(PipeTransformerBlock, model, context, streams, layer, kernels, ledger, is_recomputed=is_on)
+            for layer, is_on in enumerate(_recomputed(model))
+        ),
+        LayerSpec(norm_class(model), model.hidden_size, context, model.layernorm_epsilon, kernels),
     ]
     if model.untie_embeddings_and_output_weights:
-        return [LayerSpec(WordEmbedding, *matrix), *middle, LayerSpec(OutputLayer, *matrix)]
+        head = LayerSpec(OutputLayer, *matrix, model.add_output_layer_bias)
+        return [LayerSpec(WordEmbedding, *matrix), *middle, head]
     # Only the weight may be tied: DeepSpeed sums the gradients of `tied_weight_attr` over the stages, nothing else's.
     first = TiedLayerSpec("words", WordEmbedding, *matrix)
     last = TiedLayerSpec("words", WordEmbedding, *matrix, forward_fn=WordEmbedding.logits)

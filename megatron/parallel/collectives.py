@@ -14,10 +14,12 @@ enter and leave its matrices, and the context which of the two it is:
     x = enter_tp(x, context)          # copy_to_tp                 or forward: concatenate, backward: sum and cut
     y = leave_tp(y, context)          # reduce_from_tp             or forward: sum and cut, backward: concatenate
     x = split_sequence(x, context)    # identity                   or forward: own part,    backward: concatenate
+    x = whole_sequence(x, context)    # identity                   or forward: concatenate, backward: own part
     w, b = replicated((w, b), context)    # identity               or backward: sum over tp
 
-The last is for parameters that every tp rank holds and applies to its part of the sequence: each rank has only a part
-of their gradient. (Dimension 1 is the sequence's, [b, s, h]; it divides by tp_size.)
+`whole_sequence` is for what every tp rank then computes alike (a router). The last is for parameters that every tp
+rank holds and applies to its part of the sequence: each rank has only a part of their gradient. (Dimension 1 is the
+sequence's, [b, s, h]; it divides by tp_size.)
 
 At tp_size 1 all are the identity. Uneven parts follow numpy.array_split, or `sizes` where given.
 """
@@ -67,6 +69,17 @@ def leave_tp(x_bsh: Tensor, context: ParallelContext) -> Tensor:
     """The sum of the partial results of row-parallel weights; this rank's part of the sequence under sequence
     parallelism. Collective over tp."""
     return _SumSequence.apply(x_bsh, context) if context.is_sequence_parallel else reduce_from_tp(x_bsh, context)
+
+
+def whole_sequence(x_bsh: Tensor, context: ParallelContext) -> Tensor:
+    """From each tp rank's part of the sequence all of it, for a use that is the same on all tp ranks. Collective."""
+    return _WholeSequence.apply(x_bsh, context) if context.is_sequence_parallel else x_bsh
+
+
+def gather_rows(w: Tensor, context: ParallelContext, sizes: Sequence[int]) -> Tensor:
+    """Concatenate along the first dimension what tp ranks hold `sizes` rows of; backward: sum over tp, own part. For
+    weights of which each rank keeps a part and needs the rest. Collective over tp."""
+    return w if context.tp_size == 1 else _GatherRows.apply(w, context, tuple(sizes))
 
 
 def split_sequence(x_bsh: Tensor, context: ParallelContext) -> Tensor:
@@ -159,6 +172,33 @@ class _SplitSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         return _gathered_sequence(grad, ctx.context), None
+
+
+class _WholeSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext) -> Tensor:
+        ctx.context = context
+        return _gathered_sequence(x, context)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad.chunk(ctx.context.tp_size, dim=1)[ctx.context.tp_rank].contiguous(), None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, context: ParallelContext, sizes: tuple[int, ...]) -> Tensor:
+        ctx.context, ctx.sizes = context, sizes
+        longest = max(sizes)
+        padded = w if w.shape[0] == longest else torch.cat([w, w.new_zeros(longest - w.shape[0], *w.shape[1:])])
+        parts = [torch.empty_like(padded, memory_format=torch.contiguous_format) for _ in sizes]
+        dist.all_gather(parts, padded.contiguous(), group=context.tp_group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        total = _all_reduced(grad, ctx.context)
+        return total.split(ctx.sizes)[ctx.context.tp_rank].contiguous(), None, None
 
 
 class _CopyAll(torch.autograd.Function):

@@ -36,6 +36,12 @@ class ParallelContext:
     """Ranks that hold the same shard, over which gradients are averaged and ZeRO partitions: dp and sp together."""
     pp_group: ProcessGroup | None = None
     """Ranks that hold the stages of one model."""
+    ep_group: ProcessGroup | None = None
+    """Ranks of `zero_group` that together hold all experts, each some of them; they exchange tokens."""
+    edp_group: ProcessGroup | None = None
+    """Ranks of `zero_group` that hold the same experts, over which ZeRO partitions these."""
+    ep_tp_group: ProcessGroup | None = None
+    """The tp groups of all ranks of `ep_group`."""
     sequence_parallel: bool = False
     """Megatron's: between the matrices of a block, activations are cut over tp along the sequence."""
 
@@ -82,6 +88,22 @@ class ParallelContext:
         return self.topology.zero_size
 
     @property
+    def ep_rank(self) -> int:
+        return self.topology.ep_rank(self.coords)
+
+    @property
+    def ep_size(self) -> int:
+        return self.topology.ep_size
+
+    @property
+    def edp_rank(self) -> int:
+        return self.topology.edp_rank(self.coords)
+
+    @property
+    def edp_size(self) -> int:
+        return self.topology.edp_size
+
+    @property
     def is_sequence_parallel(self) -> bool:
         return self.sequence_parallel and self.tp_size > 1
 
@@ -104,7 +126,7 @@ class ParallelContext:
     @property
     def shard_rank(self) -> ShardRank:
         """What layouts ask for."""
-        return ShardRank(tp_rank=self.tp_rank, tp_size=self.tp_size)
+        return ShardRank(self.tp_rank, self.tp_size, self.ep_rank, self.ep_size)
 
 
 def build_context(topology: Topology, sequence_parallel: bool = False) -> ParallelContext:
@@ -118,14 +140,15 @@ def build_context(topology: Topology, sequence_parallel: bool = False) -> Parall
     rank = dist.get_rank()
     groups: dict[str, ProcessGroup | None] = {}
     # new_group is collective over the world: every rank creates every group, in the same order.
-    for axis in ("tp", "sp", "zero", "pp"):
+    for axis in ("tp", "sp", "zero", "pp", "ep", "edp", "ep_tp"):
         groups[axis] = None
+        if topology.ep_size == 1 and axis in ("ep", "edp", "ep_tp"):
+            continue  # experts lie as everything else
         for ranks in topology.groups(axis):
-            if len(ranks) == 1:
+            if len(ranks) == 1 and axis != "edp":  # which DeepSpeed wants in any case
                 continue
             group = dist.new_group(ranks)
             if rank in ranks:
                 groups[axis] = group
-    return ParallelContext(
-        topology, rank, groups["tp"], groups["sp"], groups["zero"], groups["pp"], sequence_parallel=sequence_parallel
-    )
+    by_name = {f"{axis}_group": group for axis, group in groups.items()}
+    return ParallelContext(topology, rank, **by_name, sequence_parallel=sequence_parallel)

@@ -22,6 +22,8 @@ from megatron.training.optimizer_probe import STEP, is_elementwise, kept_states,
 
 _HOW = ("fused", "foreach", "capturable", "differentiable")
 """Of torch's optimizers: which implementation steps, which is the machine's choice (--fused-kernels), not the run's."""
+_NO_HYPER_PARAMETERS = ("params", "name", STEP, "moe")
+"""In torch's parameter groups; "moe" is DeepSpeed's mark of what expert-parallel ranks hold different values of."""
 
 
 class UnsupportedOptimizerError(RuntimeError):
@@ -185,7 +187,7 @@ class OptimizerStates(ABC):
     def hyper_parameters(self) -> dict[str, dict[str, Any]]:
         """Every group's hyper-parameters by the group's name."""
         return {
-            group["name"]: {key: _plain(value) for key, value in group.items() if key not in ("params", "name", STEP)}
+            group["name"]: {key: _plain(value) for key, value in group.items() if key not in _NO_HYPER_PARAMETERS}
             for group in self.base.param_groups
         }
 

@@ -14,6 +14,18 @@ from dataclasses import asdict, dataclass, fields
 
 from megatron.ucp.errors import UcpError
 
+_AXES = {
+    "pp": ("dp", "sp", "tp"),
+    "dp": ("pp", "sp", "tp"),
+    "sp": ("pp", "dp", "tp"),
+    "tp": ("pp", "dp", "sp"),
+    "zero": ("pp", "tp"),
+    "ep": ("pp", "edp", "tp"),
+    "edp": ("pp", "ep", "tp"),
+    "ep_tp": ("pp", "edp"),
+}
+"""By axis, what the ranks of one group have in common."""
+
 
 @dataclass(frozen=True)
 class RankCoords:
@@ -72,24 +84,40 @@ class Topology:
         """Index among the ranks that share a (pp, tp) shard: the number in ZeRO's file names."""
         return coords.dp * self.sp_size + coords.sp
 
+    @property
+    def edp_size(self) -> int:
+        """Ranks over which ZeRO partitions the experts of one (pp, tp, ep) shard."""
+        return self.zero_size // self.ep_size
+
     def ep_rank(self, coords: RankCoords) -> int:
         return self.zero_rank(coords) % self.ep_size
+
+    def edp_rank(self, coords: RankCoords) -> int:
+        """Index among the ranks that hold the same experts."""
+        return self.zero_rank(coords) // self.ep_size
 
     def mp_rank(self, *, pp: int, tp: int) -> int:
         """The number in DeepSpeed's `mp_rank_XX` file names."""
         return pp * self.tp_size + tp
 
     def groups(self, axis: str) -> list[list[int]]:
-        """Ranks that differ only along `axis` ("pp", "dp", "sp", "tp", or "zero" for dp and sp together), every group
-        sorted, in order of first rank."""
-        if axis not in ("pp", "dp", "sp", "tp", "zero"):
-            raise UcpError("unknown axis", found=axis, expected=["pp", "dp", "sp", "tp", "zero"])
+        """Ranks that differ only along `axis`, every group sorted, in order of first rank. Axes: "pp", "dp", "sp",
+        "tp"; "zero" is dp and sp together, of which "ep" (who share all experts) and "edp" (who hold the same experts)
+        are the two factors; "ep_tp" is ep and tp together."""
+        if axis not in _AXES:
+            raise UcpError("unknown axis", found=axis, expected=list(_AXES))
         groups: dict[tuple, list[int]] = {}
         for rank in range(self.world_size):
-            coords = asdict(self.coords(rank))
-            for along in ("dp", "sp") if axis == "zero" else (axis,):
-                coords.pop(along)
-            groups.setdefault(tuple(coords.values()), []).append(rank)
+            at = self.coords(rank)
+            place = {
+                "pp": at.pp,
+                "dp": at.dp,
+                "sp": at.sp,
+                "ep": self.ep_rank(at),
+                "edp": self.edp_rank(at),
+                "tp": at.tp,
+            }
+            groups.setdefault(tuple(place[name] for name in _AXES[axis]), []).append(rank)
         return list(groups.values())
 
     def to_json(self) -> dict[str, int]:

@@ -1,0 +1,100 @@
+"""The experts of one MoE layer: all in one tensor [E, out, in] a matrix, cut over ep by experts and over tp inside.
+
+The one idea: one layout for every degree. Experts are dealt to ep ranks, an expert's inner features to tp ranks, gate
+and up each by itself; every element is kept by one (ep, tp) rank. Rows come sorted by expert.
+
+    experts = Experts(model, num_experts, context, kernels)
+    y_rh = experts(x_rh, counts)              # rows of the first expert here, then of the second, ...; a tp rank's part
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.config.model import ModelConfig
+from megatron.kernels.kernels import TORCH, Kernels
+from megatron.layers.attention import output_std
+from megatron.layers.mlp import activation
+from megatron.layers.parameter import ZEROS, Initial, declare, normal
+from megatron.parallel.collectives import even_sizes, gather_rows
+from megatron.parallel.context import ParallelContext
+from megatron.ucp.layout import Cut, Layout, Part
+
+_ALIGNMENT = 16
+"""Bytes: torch's grouped_mm refuses rows that do not start at a multiple of it."""
+
+
+class Experts(nn.Module):
+    def __init__(
+        self, model: ModelConfig, num_experts: int, context: ParallelContext, kernels: Kernels = TORCH
+    ) -> None:
+        super().__init__()
+        self.context, self.activation, self.num_experts = context, activation(model, kernels), num_experts
+        hidden, ffn = model.hidden_size, model.moe_ffn_hidden_size
+        up = (Part(ffn), Part(ffn)) if model.swiglu else (Part(ffn),)
+        width = sum(part.size for part in up)
+        self.num_hidden = hidden
+
+        def matrix(shape: tuple[int, ...], dim: int, parts: tuple[Part, ...], initial: Initial) -> nn.Parameter:
+            cuts = (Cut(0, (Part(num_experts),), "ep"), Cut(dim, parts, "tp"))
+            param = declare(Layout.shard_hy(shape, cuts), context, initial, is_decayed=len(shape) == 3, kind="experts")
+            return expert_parallel(param, context)
+
+        self.dense_h_to_4h = matrix((num_experts, width, hidden), 1, up, normal(model.init_method_std))
+        self.dense_4h_to_h = matrix((num_experts, hidden, ffn), 2, (Part(ffn),), normal(output_std(model)))
+        self.register_parameter("bias_h_to_4h", None)
+        self.register_parameter("bias_4h_to_h", None)
+        if model.add_bias_linear:
+            self.bias_h_to_4h = matrix((num_experts, width), 1, up, ZEROS)
+            # Kept in parts, put together at use: no tp rank has a copy of what another one has.
+            self.bias_4h_to_h = matrix((num_experts, hidden), 1, (Part(hidden),), ZEROS)
+
+    def forward(self, x_rh: Tensor, counts: Sequence[int]) -> Tensor:
+        """[rows, h] -> [rows, h], this tp rank's summand. Collective over tp with biases."""
+        middle_rp = grouped_linear(x_rh, self.dense_h_to_4h, counts)
+        middle_rp = self.activation(middle_rp, _by_row(self.bias_h_to_4h, counts))
+        y_rh = grouped_linear(middle_rp, self.dense_4h_to_h, counts)
+        if self.bias_4h_to_h is None:
+            return y_rh
+        sizes = even_sizes(self.num_hidden, self.context.tp_size)
+        bias_eh = gather_rows(self.bias_4h_to_h.T, self.context, sizes).T
+        return y_rh + _by_row(bias_eh, counts) / self.context.tp_size
+
+
+def expert_parallel(param: nn.Parameter, context: ParallelContext) -> nn.Parameter:
+    """Tell DeepSpeed that ep ranks hold different values of it: its gradient is summed over edp and divided by dp, and
+    ZeRO partitions it over edp. (ZeRO-1/2: moe/utils.py, is_moe_param; ZeRO-3: stage3.py, ds_zero_placement_family.)"""
+    if context.ep_size > 1:
+        param.allreduce = False
+        param.group_name = param.ds_zero_partition_group_name = expert_group_name(context)
+        param.ds_zero_placement_family = "autoep_expert"
+        param.ds_zero_partition_process_group = context.edp_group
+    return param
+
+
+def expert_group_name(context: ParallelContext) -> str:
+    """DeepSpeed's name of the process groups; it reads the number out of it."""
+    return f"ep_size_{context.ep_size}"
+
+
+def grouped_linear(x_ri: Tensor, weight_eoi: Tensor, counts: Sequence[int]) -> Tensor:
+    """Each expert's matrix on its own rows, [r, i] -> [r, o]. Without rows too there is something for backward to come
+    through: the ranks wait for each other there."""
+    size = x_ri.element_size()
+    is_aligned = x_ri.shape[1] * size % _ALIGNMENT == weight_eoi.shape[1] * size % _ALIGNMENT == 0
+    if is_aligned and x_ri.shape[0] and x_ri.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        ends = torch.tensor(counts, device=x_ri.device).cumsum(0).to(torch.int32)
+        return F.grouped_mm(x_ri, weight_eoi.transpose(1, 2), offs=ends)
+    # unbind: indexing would give backward a zero tensor of all experts for each one.
+    rows = zip(x_ri.split(list(counts)), weight_eoi.unbind(0))
+    return torch.cat([F.linear(own, weight) for own, weight in rows])
+
+
+def _by_row(bias_ep: Tensor | None, counts: Sequence[int]) -> Tensor | None:
+    if bias_ep is None:
+        return None
+    return bias_ep.repeat_interleave(torch.tensor(counts, device=bias_ep.device), dim=0, output_size=sum(counts))
