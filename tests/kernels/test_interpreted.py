@@ -150,6 +150,46 @@ def test_the_layers_take_these_kernels(run):
     run(_layers)
 
 
+FAMILIES = {
+    "llama": {
+        "normalization": "rmsnorm", "swiglu": True, "use_rotary_position_embeddings": True,
+        "add_position_embedding": False, "add_bias_linear": False, "num_key_value_heads": 2,
+    },
+    "bloom": {"position_embedding_type": "alibi", "add_position_embedding": False},
+}  # fmt: skip
+
+
+def _losses_and_gradients(family: str) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Of one model with torch's kernels and with Triton's. In the interpreter's process."""
+    from model.tiny_gpt import batch, config
+
+    from megatron.config.parallel import ParallelConfig
+    from megatron.kernels.kernels import TORCH, choose
+    from megatron.model.build import build_model
+    from megatron.parallel.context import ParallelContext
+    from megatron.parallel.rng import RandomStreams
+
+    found, alone = [], ParallelContext.single()
+    parallel = ParallelConfig(no_pipeline_parallel=True)
+    for kernels in (TORCH, choose("triton", "cpu")):
+        streams = RandomStreams(1, alone)
+        model = build_model(config(**FAMILIES[family]), parallel, alone, streams, 1, kernels=kernels)
+        loss = model(*batch())
+        loss.backward()
+        found.append((loss.detach(), {name: param.grad for name, param in model.named_parameters()}))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_model(run, family):
+    (loss, grads), (triton_loss, triton_grads) = run(_losses_and_gradients, family)
+    assert torch.allclose(loss, triton_loss, rtol=0, atol=2e-6)
+    assert set(grads) == set(triton_grads) and len(grads) > 10
+    for name, grad in grads.items():
+        torch.testing.assert_close(triton_grads[name], grad, rtol=1e-4, atol=2e-6, msg=name)
+    assert any(not torch.equal(grads[name], triton_grads[name]) for name in grads)  # other kernels did run
+
+
 def _refusals() -> list[str]:
     """Of shapes that do not belong together: a kernel would read beyond the smaller one."""
     from megatron.kernels.kernels import TORCH, choose
