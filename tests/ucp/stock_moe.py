@@ -29,6 +29,7 @@ class Moe:
     """Over tensor parallelism (enable_expert_tensor_parallelism)."""
     dtype: str = "float32"
     config: tuple = ()
+    has_frozen: bool = True
     is_client: bool = True
     """AdamW made here, in named groups; else by DeepSpeed from its configuration."""
 
@@ -38,10 +39,10 @@ class Moe:
 
 
 class Expert(nn.Module):
-    def __init__(self, width: int = 10):
+    def __init__(self, width: int, has_frozen: bool):
         super().__init__()
         self.up, self.down = nn.Linear(HIDDEN, width), nn.Linear(width, HIDDEN)
-        self.scale = nn.Parameter(torch.ones(HIDDEN), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(HIDDEN), requires_grad=not has_frozen)
 
     def forward(self, x):
         return self.down(torch.tanh(self.up(x))) * self.scale
@@ -54,9 +55,9 @@ class Block(nn.Module):
         super().__init__()
         from deepspeed.moe.layer import MoE
 
-        width = 10 // options.pop("tp", 1)
+        expert = Expert(10 // options.pop("tp"), options.pop("has_frozen"))
         self.norm = nn.LayerNorm(HIDDEN)
-        self.moe = MoE(HIDDEN, Expert(width), num_experts, ep_size=ep, k=1, min_capacity=0, use_rts=False, **options)
+        self.moe = MoE(HIDDEN, expert, num_experts, ep_size=ep, k=1, min_capacity=0, use_rts=False, **options)
 
     def forward(self, x):
         return x + self.moe(self.norm(x))[0]
@@ -78,7 +79,11 @@ class Cut(nn.Module):
 
 def layers_of(case: Moe) -> list[nn.Module]:
     torch.manual_seed(0)
-    options = {"enable_expert_tensor_parallelism": case.is_expert_cut, "tp": case.tp if case.is_expert_cut else 1}
+    options = {
+        "enable_expert_tensor_parallelism": case.is_expert_cut,
+        "tp": case.tp if case.is_expert_cut else 1,
+        "has_frozen": case.has_frozen,
+    }
     first = Block(case.experts[0], case.ep[0], use_residual=True, **options)
     second = Block(case.experts[1], case.ep[1], **options)
     return [Cut(case.tp), first, second, nn.Linear(HIDDEN, 1)]
@@ -135,15 +140,22 @@ def train_and_save(rank: int, world_size: int, folder: str, case: Moe, num_steps
     from deepspeed.pipe import PipelineModule
 
     mpu = Mpu(case, rank) if case.tp > 1 else None
+    gather = deepspeed.comm.all_gather_into_tensor
+    # gloo wants a flat input, which DeepSpeed's gathering of tokens over tp does not give.
+    deepspeed.comm.all_gather_into_tensor = lambda out, x, *rest, **options: gather(
+        out, x.reshape(-1), *rest, **options
+    )
     layers = layers_of(case)
     for layer in layers[1:3]:
         _make_experts_differ(layer.moe, rank)
     if case.pp > 1:
-        net = PipelineModule(layers, num_stages=case.pp, loss_fn=lambda y, _: y.square().mean(), partition_method="uniform")
+        net = PipelineModule(
+            layers, num_stages=case.pp, loss_fn=lambda y, _: y.square().mean(), partition_method="uniform"
+        )
     else:
         net = nn.Sequential(*layers)
     net.universal_checkpoint_info = {
-        "tp_replicated_parameter_patterns": [r".*norm", r"3\.", r".*gate", r".*coefficient", r".*down\.bias"],
+        "tp_replicated_parameter_patterns": [r".*norm", r"3\.", r".*gate", r".*coefficient", r".*down\.bias", r".*scale"],
         "parameter_with_row_parallelism_patterns": [r".*down\.weight"],
         "parameter_with_column_parallelism_patterns": [r"0\.column", r".*up\."],
     } if case.is_expert_cut else {
@@ -162,7 +174,9 @@ def train_and_save(rank: int, world_size: int, folder: str, case: Moe, num_steps
     if case.is_client:
         decay = {"name": "decay", "params": [p for p in trained if p.dim() > 1], "weight_decay": 0.3}
         others = {"name": "no_decay", "params": [p for p in trained if p.dim() == 1], "lr": 0.02}
-        groups = split_params_into_different_moe_groups_for_optimizer([decay, others], max_group_size=200)
+        groups = split_params_into_different_moe_groups_for_optimizer(
+            [decay, others], max_group_size=200 if case.pp == 1 else 1e9
+        )
         optimizer = torch.optim.AdamW(groups, lr=0.01)
     else:
         config["optimizer"] = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}

@@ -47,7 +47,7 @@ class ForeignReader:
     def __init__(self, folder: Path, column_parallel: tuple[str, ...]):
         self.folder, self.column_parallel, self.cache = folder, column_parallel, FileCache()
         found = list_files(folder)
-        _check_kind(folder, found)
+        self._check_kind(found)
         self._open_all((*found.zeros.values(), *found.models.values(), *found.layers.values()))
         first = self.cache.load(found.zeros[min(found.zeros)])["optimizer_state_dict"]
         self.stage = int(first.get("zero_stage", 1))
@@ -92,6 +92,16 @@ class ForeignReader:
         )
 
     # -- are these the files of one save? -----------------------------------------------------------------------
+
+    def _check_kind(self, found: Files) -> None:
+        if not found.models:
+            raise MissingFileError("no model states (*mp_rank_*_model_states.pt)", where=self.folder)
+        if not found.zeros:
+            raise UnsupportedCheckpointError(
+                "ZeRO-0 keeps the optimizer's state by index, and without ucp.json nothing names the indices",
+                where=self.folder,
+                do="resume it with the program that saved it, under ZeRO-1, and save again",
+            )
 
     def _complete(self, found: Files) -> Files:
         return find_files(self.folder, Manifest("native", self.topology, {}, zero_stage=self.stage))
@@ -340,17 +350,6 @@ class ForeignReader:
                 where=self.folder,
                 do="bring together the files of one save of one run",
             )
-
-
-def _check_kind(folder: Path, found: Files) -> None:
-    if not found.models:
-        raise MissingFileError("no model states (*mp_rank_*_model_states.pt)", where=folder)
-    if not found.zeros:
-        raise UnsupportedCheckpointError(
-            "ZeRO-0 keeps the optimizer's state by index, and without ucp.json nothing names the indices",
-            where=folder,
-            do="resume it with the program that saved it, under ZeRO-1, and save again",
-        )
 
 
 def _trainable_shapes(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
