@@ -16,6 +16,10 @@ LOCAL = ".deepspeed_moe.experts.deepspeed_experts."
 TAG = f"global_step{NUM_STEPS}"
 
 
+_TP_GROUP = None
+"""Of this rank; a module that DeepSpeed copies for every expert cannot keep a process group."""
+
+
 @dataclass(frozen=True)
 class Moe:
     world_size: int
@@ -37,6 +41,36 @@ class Moe:
     def dp(self) -> int:
         return self.world_size // self.tp // self.pp
 
+    @property
+    def is_data_first(self) -> bool:
+        return dict(self.config).get("use_data_before_expert_parallelism", False)
+
+    def ep_rank(self, rank: int, layer: int) -> int:
+        """By hand, from the pictures in DeepSpeed's groups.py."""
+        in_stage = rank % (self.dp * self.tp)
+        row, size = (in_stage // self.tp, self.dp) if self.is_expert_cut else (in_stage, self.dp * self.tp)
+        return row // (size // self.ep[layer]) if self.is_data_first else row % self.ep[layer]
+
+
+class _Sum(torch.autograd.Function):
+    """Over tensor parallelism, in the forward or in the backward pass."""
+
+    @staticmethod
+    def forward(context, x, is_forward):
+        context.is_forward = is_forward
+        return _reduced(x) if is_forward else x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient if context.is_forward else _reduced(gradient), None
+
+
+def _reduced(x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    if _TP_GROUP is not None:
+        torch.distributed.all_reduce(x, group=_TP_GROUP)
+    return x
+
 
 class Expert(nn.Module):
     def __init__(self, width: int, has_frozen: bool):
@@ -45,7 +79,8 @@ class Expert(nn.Module):
         self.scale = nn.Parameter(torch.ones(HIDDEN), requires_grad=not has_frozen)
 
     def forward(self, x):
-        return self.down(torch.tanh(self.up(x))) * self.scale
+        x = torch.tanh(self.up(_Sum.apply(x, False)))
+        return (_Sum.apply(x @ self.down.weight.t(), True) + self.down.bias) * self.scale
 
 
 class Block(nn.Module):
@@ -140,14 +175,17 @@ def train_and_save(rank: int, world_size: int, folder: str, case: Moe, num_steps
     from deepspeed.pipe import PipelineModule
 
     mpu = Mpu(case, rank) if case.tp > 1 else None
+    if case.is_expert_cut:
+        global _TP_GROUP
+        _TP_GROUP = mpu.tp_group
     gather = deepspeed.comm.all_gather_into_tensor
     # gloo wants a flat input, which DeepSpeed's gathering of tokens over tp does not give.
     deepspeed.comm.all_gather_into_tensor = lambda out, x, *rest, **options: gather(
         out, x.reshape(-1), *rest, **options
     )
     layers = layers_of(case)
-    for layer in layers[1:3]:
-        _make_experts_differ(layer.moe, rank)
+    for index, layer in enumerate(layers[1:3]):
+        _make_experts_differ(layer.moe, index, case, rank)
     if case.pp > 1:
         net = PipelineModule(
             layers, num_stages=case.pp, loss_fn=lambda y, _: y.square().mean(), partition_method="uniform"
@@ -155,7 +193,7 @@ def train_and_save(rank: int, world_size: int, folder: str, case: Moe, num_steps
     else:
         net = nn.Sequential(*layers)
     net.universal_checkpoint_info = {
-        "tp_replicated_parameter_patterns": [r".*norm", r"3\.", r".*gate", r".*coefficient", r".*down\.bias", r".*scale"],
+        "tp_replicated_parameter_patterns": [".*norm", r"3\.", ".*gate", ".*coefficient", r".*down\.bias", ".*scale"],
         "parameter_with_row_parallelism_patterns": [r".*down\.weight"],
         "parameter_with_column_parallelism_patterns": [r"0\.column", r".*up\."],
     } if case.is_expert_cut else {
@@ -193,14 +231,15 @@ def train_and_save(rank: int, world_size: int, folder: str, case: Moe, num_steps
     return (mpu.tp if mpu else 0), live
 
 
-def _make_experts_differ(moe: nn.Module, rank: int) -> None:
-    """By rank: DeepSpeed then spreads those of one rank over the ranks that hold the same experts."""
-    torch.manual_seed(1000 + rank)
-    for p in moe.deepspeed_moe.experts.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p, std=0.5)
-        else:
-            nn.init.normal_(p, mean=1.0, std=0.01)
+def _make_experts_differ(moe: nn.Module, index: int, case: Moe, rank: int) -> None:
+    """By their global numbers, so that the same training follows under every expert parallelism."""
+    tp = rank % case.tp if case.is_expert_cut else 0
+    for local, expert in enumerate(moe.deepspeed_moe.experts.deepspeed_experts):
+        number = case.ep_rank(rank, index) * moe.num_local_experts + local
+        for place, (name, p) in enumerate(expert.named_parameters()):
+            is_whole = name in ("down.bias", "scale")
+            torch.manual_seed(10000 * index + 100 * number + 10 * place + (0 if is_whole else tp))
+            nn.init.normal_(p, mean=float(name == "scale"), std=0.3)
 
 
 def _live(engine, stage: int) -> dict[str, dict[str, torch.Tensor]]:

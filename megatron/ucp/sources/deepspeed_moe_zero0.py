@@ -85,8 +85,8 @@ class _Reader:
         sizes = {match[1] for name in names if (match := _EXPERTS.match(name))}
         if names[:1] != [_DENSE] or len(sizes) != 1 or not all(map(_EXPERTS.match, names[1:])):
             self._refuse(
-                "ZeRO-0 keeps the optimizer's state by index, and nothing names the indices: the groups are not those that "
-                f"DeepSpeed itself makes of a list of parameters ({_DENSE}, ep_size_N)",
+                "ZeRO-0 keeps the optimizer's state by index, and nothing names the indices: the groups are not those "
+                f"that DeepSpeed itself makes of a list of parameters ({_DENSE}, ep_size_N)",
                 names,
             )
         return int(sizes.pop())

@@ -4,7 +4,7 @@ The one idea: for every parameter of an expert the reader has worked out who hol
 tensor-parallel shard, and where each state of it lies; pieces follow from that and the layout.
 
     part = ExpertPart(tp=0, start=0, stop=40, offset=20, places={"fp32": (file, ("optimizer_state_dict", ...)), ...})
-    source = MoeSource(folder, manifest, dense, {"1.deepspeed_moe.experts.deepspeed_experts.3.up.weight": [part]}, cache)
+    source = MoeSource(folder, manifest, dense, {"1.deepspeed_moe.experts.deepspeed_experts.3.w": [part]}, cache)
 """
 
 from __future__ import annotations
