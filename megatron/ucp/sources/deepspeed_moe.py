@@ -85,12 +85,12 @@ class _MoeReader(ForeignReader):
 
     def source(self) -> MoeSource:
         self._check_expert_files()
+        experts = {**self._trained(), **self._frozen()}
+        self._check_expert_weights(experts)
         dense = self._dense()
         self._check_weights(dense.fragments())
-        experts = {**self._trained(), **self._frozen()}
         layouts = self._expert_layouts(experts)
         infos = {name: self._info(expert, layouts[name]) for name, expert in experts.items()}
-        self._check_expert_weights(experts)
         ep_size = max((p.ep_size for places in self.places.values() for p in places.values()), default=1)
         # Without expert tensor parallelism DeepSpeed's groups may span tp, which no topology of ours says.
         topology = self.topology if self.topology.zero_size % ep_size else replace(self.topology, ep_size=ep_size)

@@ -6,7 +6,8 @@ order of the weights, which are saved by name. It is believed only where every s
 
     source = open_moe_zero0("run/global_step100")
 
-Weights are the masters here, saved once: a file of weights of another step is not found out. Read are fp32 saves of one
+What it cannot see: weights are the masters here, saved once, so a file of weights of another step is not found out, nor
+are the optimizers of two ranks (not the first) that changed places. Read are fp32 saves of one
 tensor- and pipeline-parallel rank; whatever leaves the order open (own groups, frozen or tied parameters) is refused.
 
 Source of these conventions: deepspeed/runtime/engine.py (_save_moe_checkpoint), moe/utils.py
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from megatron.ucp.errors import MissingFileError, SourceError, UnsupportedCheckpointError, listed
+from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError, UnsupportedCheckpointError, listed
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.agreement import disagreements
@@ -94,7 +95,7 @@ class _Reader:
     def source(self) -> MoeSource:
         self._check_files()
         dense = self._dense_names()
-        optimizers = {ep: self.cache.load(path)["optimizer"] for (ep, _), path in self.files.optimizers.items()}
+        optimizers = self._optimizers()
         self._check_agreement(optimizers)
         infos: dict[str, ParameterInfo] = {}
         parts: dict[str, list[ExpertPart]] = {}
@@ -162,33 +163,41 @@ class _Reader:
                 do="copy them again from where they were saved, under the names that they had",
             )
 
-    def _check_agreement(self, optimizers: Mapping[int, Any]) -> None:
-        """Of all that every rank's optimizer says, dense states included, the smallest."""
-        answers = {}
-        paths = {
-            **{self.files.optimizers[ep, 0]: o for ep, o in optimizers.items()},
-            self.model_file: self.model["optimizer"],
-        }
-        dense = sorted(
-            self.groups[0]["params"], key=lambda i: sum(map(_numel, optimizers[0]["state"].get(i, {}).values()))
-        )
-        for path, optimizer in paths.items():
+    def _optimizers(self) -> dict[int, Mapping[str, Any]]:
+        """By expert-parallel rank."""
+        found = {}
+        for (ep, _), path in self.files.optimizers.items():
+            content = self.cache.load(path)
+            found[ep] = content.get("optimizer") if isinstance(content, Mapping) else None
+            if not isinstance(found[ep], Mapping) or not {"state", "param_groups"} <= set(found[ep]):
+                raise CorruptFileError("no optimizer state by parameter", where=path)
+        return found
+
+    def _check_agreement(self, optimizers: Mapping[int, Mapping[str, Any]]) -> None:
+        """Every rank saves its whole optimizer: what all have must be equal, and no two have the same experts."""
+        answers: dict[str, dict[str, Any]] = {}
+        of_experts: dict[int, list[int]] = {}
+        for ep, optimizer in [(0, self.model["optimizer"]), *optimizers.items()]:
+            path = self.files.optimizers[ep, 0] if answers else self.model_file
             states, groups = optimizer["state"], optimizer["param_groups"]
             steps = [float(state[STEP]) for state in states.values() if state.get(STEP) is not None]
+            experts = _checksum(states, [index for group in groups[1:] for index in group["params"]])
             answers[path.name] = {
                 "the optimizer's step": max(steps, default=None),
                 "the number of parameters of each group": [len(group["params"]) for group in groups],
                 "the hyper-parameters": [{k: str(v) for k, v in group.items() if k != "params"} for group in groups],
-                "the dense parameters' states": zlib.crc32(
-                    b"".join(
-                        value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-                        for index in dense[:_NUM_COMPARED]
-                        for _, value in sorted(states.get(index, {}).items())
-                        if _numel(value)
-                    )
-                ),
+                "the checksum of dense parameters' states": _checksum(states, groups[0]["params"]),
+                **({"the checksum of the states of the first rank's experts": experts} if ep == 0 else {}),
             }
-        if odd := disagreements(answers):
+            if path is not self.model_file and experts is not None:
+                of_experts.setdefault(experts, []).append(ep)
+        odd = disagreements(answers)
+        for ranks in of_experts.values():
+            if len(ranks) > 1:
+                names = ", ".join(self.files.optimizers[ep, 0].name for ep in ranks)
+                titles = listed(layer.title(number) for ep in ranks for layer, number in self._experts(ep))
+                odd.append(f"{names} hold the same states of experts, but are of {titles}")
+        if odd:
             raise SourceError(
                 "the files are not of one save",
                 found=odd,
@@ -216,7 +225,8 @@ class _Reader:
         named = map(split_name, self.model["buffer_names"])
         buffers = {parts[2] for parts in named if parts and parts[0] == layer.name}
         content = self.cache.load(self.files.weights[layer.number, number, 0])
-        items = ((split_name(str(key).lstrip(".")), value) for key, value in content.items())
+        items = content.items() if isinstance(content, Mapping) else ()
+        items = ((split_name(str(key).lstrip(".")), value) for key, value in items)
         return {p[2]: tuple(v.shape) for p, v in items if p and p[2] not in buffers and is_weight(v)}
 
     def _experts(self, ep: int) -> list[tuple[MoeLayer, int]]:
@@ -273,5 +283,15 @@ class _Reader:
         return {name: group_values(group) for name, group in zip(names, self.groups, strict=True)}
 
 
-def _numel(value: Any) -> int:
-    return value.numel() if torch.is_tensor(value) else 0
+def _checksum(states: Mapping[int, Mapping[str, Any]], indices: list[int]) -> int | None:
+    """Of the smallest parameters' states; None where they are all zero."""
+    tensors = [
+        value
+        for index in indices
+        for _, value in sorted(states.get(index, {}).items())
+        if torch.is_tensor(value) and value.dim() > 0
+    ]
+    tensors = sorted(tensors, key=torch.Tensor.numel)[:_NUM_COMPARED]
+    if not any(bool(value.any()) for value in tensors):
+        return None
+    return zlib.crc32(b"".join(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors))
