@@ -42,6 +42,7 @@ from megatron.ucp.sources.expert_places import ExpertPlaces, stage_places
 from megatron.ucp.sources.expert_source import STEP, ExpertPart, MoeSource
 from megatron.ucp.sources.expert_weights import weight_faults
 from megatron.ucp.sources.foreign import ForeignReader
+from megatron.ucp.sources.group_names import Seen, group_names
 from megatron.ucp.sources.layer_files import is_weight
 from megatron.ucp.topology import Topology
 
@@ -78,6 +79,8 @@ class _MoeReader(ForeignReader):
         self._open_all(self.expert_files.weights.values())
         self.saved = self.models
         self.models = {mp: without_experts(content) for mp, content in self.saved.items()}
+        self.listed = {mp: _listed_experts(content) for mp, content in self.saved.items()}
+        self.seen_groups: Seen = {}
         self.layers: dict[int, list[MoeLayer]] = {}
         self.places: dict[int, dict[int, ExpertPlaces]] = {}
         for pp in range(self.topology.pp_size):
@@ -196,8 +199,7 @@ class _MoeReader(ForeignReader):
         for (_, number, mp), (layer, pp) in sorted(expected.items(), key=lambda item: item[0]):
             place = self.places[pp].get(layer.number)
             num_local = layer.num_experts // place.ep_size if place else layer.num_experts
-            names = {parts: shape for parts, shape in self._listed(mp) if parts[0] == layer.name}
-            trained = {rest: shape for (_, local, rest), shape in names.items() if local == number % num_local}
+            trained = self.listed[mp].get((layer.name, number % num_local), {})
             path = self.expert_files.weights[layer.number, number, mp]
             faults += content_faults(layer, number, path, self.cache.load(path), trained)
         if faults:
@@ -207,13 +209,6 @@ class _MoeReader(ForeignReader):
                 where=self.folder,
                 do="copy them again from where they were saved, under the names that they had",
             )
-
-    def _listed(self, mp: int):
-        """((layer's name, number within the rank, name inside), shape) of the experts among what is trained."""
-        for table in self.saved[mp]["param_shapes"]:
-            for name, shape in table.items():
-                if parts := split_name(name):
-                    yield parts, tuple(shape)
 
     # -- parameters ---------------------------------------------------------------------------------------------
 
@@ -294,10 +289,12 @@ class _MoeReader(ForeignReader):
         """What the experts' files hold beside what is trained; buffers are no parameters."""
         experts: dict[str, _Expert] = {}
         for pp, layers in self.layers.items():
-            for layer in layers:
-                listed_here = [parts for parts, _ in self._listed(pp * self.topology.tp_size)]
-                trained = {rest for name, _, rest in listed_here if name == layer.name}
-                names = map(split_name, self.saved[pp * self.topology.tp_size]["buffer_names"])
+            mp = pp * self.topology.tp_size
+            for layer in layers if "buffer_names" in self.saved[mp] else []:
+                trained = {
+                    rest for (name, _), shapes in self.listed[mp].items() if name == layer.name for rest in shapes
+                }
+                names = map(split_name, self.saved[mp]["buffer_names"])
                 buffers = {parts[2] for parts in names if parts and parts[0] == layer.name}
                 for number in range(layer.num_experts):
                     for tp, path in enumerate(self._weight_files(pp, layer, number)):
@@ -311,6 +308,9 @@ class _MoeReader(ForeignReader):
                             expert.parts.append(ExpertPart(tp, 0, value.numel(), 0, {"fp32": (path, (key,))}))
         return experts
 
+    def _group_names(self, mp: int) -> list[str]:
+        return group_names(self._param_groups(mp), self.seen_groups)
+
     def _expert_layouts(self, experts: Mapping[str, _Expert]) -> dict[str, Layout]:
         """Experts that tensor parallelism does not cut are whole, whatever patterns are meant for dense layers."""
         whole = {name for name, e in experts.items() if len(e.shards) < self.topology.tp_size}
@@ -322,7 +322,7 @@ class _MoeReader(ForeignReader):
             return ParameterInfo(layout, pp_stages=(expert.pp,), is_trainable=False)
         base = self._base_state(expert.parts[0].places["fp32"][0])
         state = base[expert.group] if isinstance(base, list) else base["state"].get(expert.group, {})
-        names = list(self._groups(expert.pp * self.topology.tp_size))
+        names = self._group_names(expert.pp * self.topology.tp_size)
         return ParameterInfo(
             layout=layout,
             group=names[expert.group] if names else str(expert.group),
@@ -355,6 +355,16 @@ class _MoeReader(ForeignReader):
                 where=self.folder,
                 do="bring together the files of one save of one run, under the names that they had",
             )
+
+
+def _listed_experts(content: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, tuple[int, ...]]]:
+    """(layer's name, number within the rank) -> shapes by name inside, of all that is trained."""
+    found: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
+    for table in content["param_shapes"]:
+        for name, shape in table.items():
+            if parts := split_name(name):
+                found.setdefault(parts[:2], {})[parts[2]] = tuple(shape)
+    return found
 
 
 def _is_cut(value: Any) -> bool:

@@ -40,6 +40,7 @@ from megatron.ucp.sources.expert_files import (
     split_name,
 )
 from megatron.ucp.sources.expert_source import STEP, ExpertPart, MoeSource, Place
+from megatron.ucp.sources.group_names import group_names
 from megatron.ucp.sources.layer_files import is_weight
 from megatron.ucp.sources.source import FileCache
 from megatron.ucp.sources.universal import common_from_model_states, group_values
@@ -252,7 +253,7 @@ class _Reader:
                 f"{path.name}: {len(groups[0]['params'])} dense of {len(indices)} indices, {num_dense} dense of "
                 f"{len(weights)} weights",
             )
-        names, infos, faults = list(self._groups()), {}, []
+        names, infos, faults = group_names(self.groups, {}), {}, []
         for index, (name, (file, key)) in enumerate(weights.items()):
             state = optimizer["state"].get(index, {})
             weight = self._weight(file, key)
@@ -278,8 +279,7 @@ class _Reader:
         return node
 
     def _groups(self) -> dict[str, dict[str, Any]]:
-        names = [str(group["name"]) for group in self.groups]
-        names = names if len(set(names)) == len(names) else list(map(str, range(len(names))))
+        names = group_names(self.groups, {})
         return {name: group_values(group) for name, group in zip(names, self.groups, strict=True)}
 
 

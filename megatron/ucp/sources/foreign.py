@@ -229,7 +229,7 @@ class ForeignReader:
         for mp, tables in order.items():
             base = self._base_state(self.files.zeros[0, mp])
             group_of = _flat_to_group(base, len(tables))
-            names_of_groups = list(self._groups(mp)) or [str(index) for index in range(len(tables))]
+            names_of_groups = self._group_names(mp) or [str(index) for index in range(len(tables))]
             for flat, names in enumerate(tables):
                 state = base[flat] if isinstance(base, list) else base["state"].get(flat, {})
                 tensors = tuple(k for k, v in state.items() if torch.is_tensor(v) and v.dim() > 0)
@@ -247,13 +247,19 @@ class ForeignReader:
         return {name: parameters[name] for name in trainable}
 
     def _groups(self, mp: int) -> dict[str, dict[str, Any]]:
-        """Hyper-parameters by the groups' names, or by their numbers where they have none or the same."""
+        """Hyper-parameters by the groups' names."""
+        return {
+            name: group_values(group) for name, group in zip(self._group_names(mp), self._param_groups(mp), strict=True)
+        }
+
+    def _group_names(self, mp: int) -> list[str]:
+        """Their numbers where they have none or the same."""
+        names = [str(group.get("name", index)) for index, group in enumerate(self._param_groups(mp))]
+        return names if len(set(names)) == len(names) else [str(index) for index in range(len(names))]
+
+    def _param_groups(self, mp: int) -> list[dict[str, Any]]:
         base = self._base_state(self.files.zeros[0, mp])
-        groups = [] if isinstance(base, list) else base["param_groups"]
-        names = [str(group.get("name", index)) for index, group in enumerate(groups)]
-        if len(set(names)) < len(names):
-            names = [str(index) for index in range(len(groups))]
-        return {name: group_values(group) for name, group in zip(names, groups, strict=True)}
+        return [] if isinstance(base, list) else base["param_groups"]
 
     def _base_state(self, file: Path) -> Any:
         optimizer = self.cache.load(file)["optimizer_state_dict"]
