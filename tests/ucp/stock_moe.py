@@ -261,7 +261,7 @@ def _live(engine, stage: int) -> dict[str, dict[str, torch.Tensor]]:
         if p.requires_grad and stage:
             live[key]["fp32"] = safe_get_full_fp32_param(p).clone()
             live[key] |= {k: safe_get_full_optimizer_state(p, k).clone().view_as(p) for k in MOMENTS}
-        elif p.requires_grad:
+        elif p.requires_grad and p.dtype == torch.float32:
             live[key] |= {"fp32": p.detach().clone(), **{k: engine.optimizer.state[p][k].clone() for k in MOMENTS}}
         else:
             live[key]["fp32"] = p.detach().float().clone()

@@ -40,6 +40,7 @@ CASES = {
     "zero1-ep2-dp2-tp2-cut-experts": Moe(4, {"stage": 1}, tp=2, is_expert_cut=True),
     "zero1-ep2-dp2-pp2": Moe(4, {"stage": 1}, pp=2),
     "zero0-ep2-dp2": Moe(2, {"stage": 0}, has_frozen=False, is_client=False),
+    "zero0-ep4-dp4": Moe(4, {"stage": 0}, ep=(4, 4), experts=(8, 4), has_frozen=False, is_client=False),
     "zero0-ep2-dp4": Moe(4, {"stage": 0}, has_frozen=False, is_client=False),
 }
 INSIDE = "moe.deepspeed_moe.experts.deepspeed_experts"
@@ -282,6 +283,11 @@ FAULTS = {
         lambda f, _: edit(f / "mp_rank_00_model_states.pt", lambda c: c.pop("ds_config")),
         UnsupportedCheckpointError, ["which ranks share experts"],
     ),
+    "experts-in-a-dense-group": (
+        lambda f, _: edit(f / "mp_rank_00_model_states.pt", lambda c: c["param_shapes"][2].update(
+            {"0.column.bias": torch.Size([6])})),
+        UnsupportedCheckpointError, ["experts beside dense parameters", "group 2"],
+    ),
     "auto-ep": (
         lambda f, _: edit(f / "mp_rank_00_model_states.pt", lambda c: c.update(ds_autoep_layers=[{}])),
         UnsupportedCheckpointError, ["AutoEP"],
@@ -353,15 +359,26 @@ def test_a_planted_fault_in_zero0_is_refused(fault, saved, tmp_path):
     assert_refused(folder, tmp_path, kind, texts)
 
 
-def test_zero0_with_frozen_experts_leaves_the_indices_open(tmp_path):
-    case = replace(CASES["zero0-ep2-dp2"], has_frozen=True)
-    run_ranks(2, train_and_save, str(tmp_path), case)
-    with pytest.raises(UnsupportedCheckpointError, match="frozen or tied"):
+ZERO0 = CASES["zero0-ep2-dp2"]
+OPEN = {
+    "frozen-experts": (replace(ZERO0, has_frozen=True), "frozen or tied"),
+    "own-groups": (replace(ZERO0, is_client=True), "nothing names the indices"),
+    "bf16": (replace(ZERO0, dtype="bfloat16"), "only ZeRO-0 in fp32"),
+    "several-ep-sizes": (replace(ZERO0, ep=(2, 1)), "several ep sizes"),
+    "tp2": (replace(ZERO0, tp=2, ep=(1, 1), is_expert_cut=True), "tensor or pipeline parallelism"),
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_what_stock_zero0_leaves_open_is_refused(name, tmp_path):
+    case, reason = OPEN[name]
+    run_ranks(case.world_size, train_and_save, str(tmp_path), case)
+    with pytest.raises(UnsupportedCheckpointError, match=reason):
         open_source(tmp_path / TAG)
 
 
 def test_what_deepspeed_leaves_out_under_tp_with_whole_experts(tmp_path):
     """Only the first rank of a group of experts writes model states: with ep 1 one for both tp ranks."""
-    run_ranks(4, train_and_save, str(tmp_path), Moe(4, {"stage": 1}, ep=(1, 1), tp=2))
+    run_ranks(2, train_and_save, str(tmp_path), Moe(2, {"stage": 1}, ep=(1, 1), tp=2))
     with pytest.raises(MissingFileError, match="mp_rank_01_model_states.pt"):
         open_source(tmp_path / TAG)

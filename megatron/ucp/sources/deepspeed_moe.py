@@ -111,23 +111,18 @@ class _MoeReader(ForeignReader):
         optimizer = next(self.cache.load(f) for (_, m), f in files.zeros.items() if m // self.topology.tp_size == pp)
         return layers, stage_places(content, optimizer["optimizer_state_dict"], layers, self.topology, path)
 
-    def _check_kind(self, found: Files) -> None:
-        super()._check_kind(found)
-        if any(
-            "fp32_flat_groups" in self.cache.load(path).get("optimizer_state_dict", {}) for path in found.zeros.values()
-        ):
-            raise UnsupportedCheckpointError(
-                "ZeRO-3 with files of experts is AutoEP's, and only experts of deepspeed.moe.layer.MoE are read",
-                where=self.folder,
-                do="convert it with DeepSpeed's own ds_to_universal",
-            )
-
     def _check_experts_are_there(self) -> None:
         """Not here: _check_expert_files names those that are not."""
 
     def _topology(self, found: Files, first: Mapping[str, Any]) -> Topology:
         """From the groups of dense parameters: those of experts are cut over fewer ranks or, with tensor parallelism,
         over more."""
+        if "fp32_flat_groups" in first:
+            raise UnsupportedCheckpointError(
+                "ZeRO-3 with files of experts is AutoEP's, and only experts of deepspeed.moe.layer.MoE are read",
+                where=self.folder,
+                do="convert it with DeepSpeed's own ds_to_universal",
+            )
         content = self.cache.load(found.models[min(found.models)])
         tables, counts = content.get("param_shapes"), first.get("partition_count")
         if not tables or not isinstance(counts, (list, tuple)) or len(counts) != len(tables):

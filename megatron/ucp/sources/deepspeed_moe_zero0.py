@@ -85,7 +85,11 @@ class _Reader:
     def _ep_size(self) -> int:
         names = [str(group.get("name")) for group in self.groups]
         sizes = {match[1] for name in names if (match := _EXPERTS.match(name))}
-        if names[:1] != [_DENSE] or len(sizes) != 1 or not all(map(_EXPERTS.match, names[1:])):
+        if len(sizes) > 1:
+            self._refuse(
+                "ZeRO-0 saves the optimizers of one group of experts only, and here are several ep sizes", names
+            )
+        if names[:1] != [_DENSE] or not sizes or not all(map(_EXPERTS.match, names[1:])):
             self._refuse(
                 "ZeRO-0 keeps the optimizer's state by index, and nothing names the indices: the groups are not those "
                 f"that DeepSpeed itself makes of a list of parameters ({_DENSE}, ep_size_N)",

@@ -2,7 +2,8 @@
 
 The one idea: the model states list every parameter in the order in which it lies in the flat tensors (`param_shapes`),
 so that names, shapes, groups and places follow; how tensor-parallel shards fit together is said by DeepSpeed's
-patterns. What the files leave open is refused with the reason, never guessed.
+patterns. What the files leave open is refused with the reason, never guessed. Saves with experts are read by
+deepspeed_moe.py, which builds on this.
 
     source = open_foreign("megatron_deepspeed/global_step100", column_parallel=(r".*h_to_4h.*",))
 
