@@ -359,6 +359,15 @@ def test_a_planted_fault_in_zero0_is_refused(fault, saved, tmp_path):
     assert_refused(folder, tmp_path, kind, texts)
 
 
+@pytest.mark.parametrize("name", ["zero1-ep2-dp4", "zero1-ep2-dp4-data-first", "zero1-ep2-dp2-tp2-cut-experts"])
+def test_a_reader_with_a_wrong_order_of_ranks_is_found_out(name, saved, monkeypatch):
+    """The planted fault: every rank has the experts of its neighbour."""
+    holders = ExpertPlaces.holders
+    monkeypatch.setattr(ExpertPlaces, "holders", lambda self, rank: holders(self, (rank + 1) % self.ep_size))
+    with pytest.raises(SourceError, match=r"expert 0 of layer 0 \(1.moe\).* they are those of expert 2"):
+        open_source(saved(name)[0])
+
+
 ZERO0 = CASES["zero0-ep2-dp2"]
 OPEN = {
     "frozen-experts": (replace(ZERO0, has_frozen=True), "frozen or tied"),

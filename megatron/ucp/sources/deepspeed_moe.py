@@ -80,7 +80,8 @@ class _MoeReader(ForeignReader):
         self.saved = self.models
         self.models = {mp: without_experts(content) for mp, content in self.saved.items()}
         self.listed = {mp: _listed_experts(content) for mp, content in self.saved.items()}
-        self.seen_groups: Seen = {}
+        seen: Seen = {}
+        self.group_names = {mp: group_names(self._param_groups(mp), seen) for mp in self.saved}
         self.layers: dict[int, list[MoeLayer]] = {}
         self.places: dict[int, dict[int, ExpertPlaces]] = {}
         for pp in range(self.topology.pp_size):
@@ -304,7 +305,7 @@ class _MoeReader(ForeignReader):
         return experts
 
     def _group_names(self, mp: int) -> list[str]:
-        return group_names(self._param_groups(mp), self.seen_groups)
+        return self.group_names[mp]
 
     def _expert_layouts(self, experts: Mapping[str, _Expert]) -> dict[str, Layout]:
         """Experts that tensor parallelism does not cut are whole, whatever patterns are meant for dense layers."""
