@@ -16,14 +16,14 @@ Source of these conventions: deepspeed/runtime/engine.py (_save_moe_checkpoint),
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.ucp.errors import MissingFileError, SourceError, UnsupportedCheckpointError
+from megatron.ucp.errors import MissingFileError, SourceError, UnsupportedCheckpointError, listed
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import ParameterInfo
 from megatron.ucp.sources.deepspeed import DeepSpeedSource, Fragment
@@ -222,44 +222,57 @@ class _MoeReader(ForeignReader):
         """By global name: what the optimizer's files hold of the experts."""
         experts: dict[str, _Expert] = {}
         faults: list[str] = []
-        tp_size = self.topology.tp_size
         for pp, layers in self.layers.items():
             by_name = {layer.name: layer for layer in layers}
-            for group, table in enumerate(self.saved[pp * tp_size]["param_shapes"]):
-                places = {self.places[pp][by_name[p[0]].number] for name in table if (p := split_name(name))}
-                if not places:
-                    continue
-                if len(places) > 1 or self.models[pp * tp_size]["param_shapes"][group]:
-                    raise UnsupportedCheckpointError(
-                        "a parameter group holds experts beside dense parameters, or of several expert parallelisms",
-                        found=f"group {group} of mp_rank {pp * tp_size}: {[*table][:4]} ...",
-                        where=self.folder,
-                        do="use split_params_into_different_moe_groups_for_optimizer",
-                    )
-                place = places.pop()
+            for group, place in self._expert_groups(pp, by_name):
                 for ep_rank in range(place.ep_size):
                     for tp, holders in enumerate(place.holders(ep_rank)):
-                        mp = pp * tp_size + tp
-                        shapes = self.saved[mp]["param_shapes"][group]
-                        files = [self.files.zeros[z, pp * tp_size + t] for z, t in holders]
-                        found = self._reordered(mp, group, shapes, files, faults) or self._own_places(files, group)
-                        for name, shape in shapes.items():
-                            layer_name, local, rest = split_name(name)
-                            layer = by_name[layer_name]
-                            number = ep_rank * (layer.num_experts // place.ep_size) + local
-                            expert = _Expert(layer, number, rest, pp, group)
-                            expert = experts.setdefault(layer.parameter(number, rest), expert)
-                            expert.shards.append(tuple(shape))
-                            fragments = found.get(name, [])
-                            expert.parts += [self._part(tp, fragment) for fragment in fragments]
-                            num_found = sum(f.stop - f.start for f in fragments)
-                            if num_found != math.prod(shape):
-                                faults.append(
-                                    f"{layer.title(number)}: {num_found} of {math.prod(shape)} elements of {rest} "
-                                    f"in {', '.join(file.name for file in files)}"
-                                )
+                        self._collect(experts, faults, by_name, (pp, group), ep_rank, tp, holders)
         self._refuse_not_held(faults)
         return experts
+
+    def _expert_groups(self, pp: int, layers: Mapping[str, MoeLayer]) -> Iterator[tuple[int, ExpertPlaces]]:
+        mp = pp * self.topology.tp_size
+        for group, table in enumerate(self.saved[mp]["param_shapes"]):
+            places = {self.places[pp][layers[parts[0]].number] for name in table if (parts := split_name(name))}
+            if len(places) > 1 or (places and self.models[mp]["param_shapes"][group]):
+                raise UnsupportedCheckpointError(
+                    "a parameter group holds experts beside dense parameters, or of several expert parallelisms",
+                    found=f"group {group} of mp_rank {mp}: {listed(table, 4)}",
+                    where=self.folder,
+                    do="use split_params_into_different_moe_groups_for_optimizer",
+                )
+            if places:
+                yield group, places.pop()
+
+    def _collect(
+        self,
+        experts: dict[str, _Expert],
+        faults: list[str],
+        layers: Mapping[str, MoeLayer],
+        pp_group: tuple[int, int],
+        ep_rank: int,
+        tp: int,
+        holders: Sequence[tuple[int, int]],
+    ) -> None:
+        """Adds what one group has of tp shard `tp` of the experts of one expert-parallel rank."""
+        pp, group = pp_group
+        first_mp = pp * self.topology.tp_size
+        shapes = self.saved[first_mp + tp]["param_shapes"][group]
+        files = [self.files.zeros[z, first_mp + t] for z, t in holders]
+        found = self._reordered(first_mp + tp, group, shapes, files, faults) or self._own_places(files, group)
+        for name, shape in shapes.items():
+            layer_name, local, rest = split_name(name)
+            layer = layers[layer_name]
+            number = ep_rank * (layer.num_experts // self.places[pp][layer.number].ep_size) + local
+            expert = experts.setdefault(layer.parameter(number, rest), _Expert(layer, number, rest, pp, group))
+            expert.shards.append(tuple(shape))
+            fragments = found.get(name, [])
+            expert.parts += [self._part(tp, fragment) for fragment in fragments]
+            num_found = sum(fragment.stop - fragment.start for fragment in fragments)
+            if num_found != math.prod(shape):
+                names = listed(file.name for file in files)
+                faults.append(f"{layer.title(number)}: {num_found} of {math.prod(shape)} elements of {rest} in {names}")
 
     def _own_places(self, files: Sequence[Path], group: int) -> dict[str, list[Fragment]]:
         """From the tables of the files, the partitions of one group in order."""
