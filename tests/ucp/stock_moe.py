@@ -171,7 +171,6 @@ class Mpu:
 def train_and_save(rank: int, world_size: int, folder: str, case: Moe, num_steps: int = NUM_STEPS):
     """What this rank holds at the end: global name -> state -> tensor, and its tp rank."""
     import deepspeed
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
     from deepspeed.pipe import PipelineModule
 
     mpu = Mpu(case, rank) if case.tp > 1 else None
@@ -210,12 +209,7 @@ def train_and_save(rank: int, world_size: int, folder: str, case: Moe, num_steps
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = None
     if case.is_client:
-        decay = {"name": "decay", "params": [p for p in trained if p.dim() > 1], "weight_decay": 0.3}
-        others = {"name": "no_decay", "params": [p for p in trained if p.dim() == 1], "lr": 0.02}
-        groups = split_params_into_different_moe_groups_for_optimizer(
-            [decay, others], max_group_size=200 if case.pp == 1 else 1e9
-        )
-        optimizer = torch.optim.AdamW(groups, lr=0.01)
+        optimizer = client_optimizer(net, 200 if case.pp == 1 else 1e9)
     else:
         config["optimizer"] = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, model_parameters=trained, config=config, mpu=mpu)
@@ -229,6 +223,33 @@ def train_and_save(rank: int, world_size: int, folder: str, case: Moe, num_steps
     live = _live(engine, case.zero["stage"])
     engine.save_checkpoint(folder, tag=TAG)
     return (mpu.tp if mpu else 0), live
+
+
+def client_optimizer(net: nn.Module, max_group_size: float) -> torch.optim.Optimizer:
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    trained = [p for p in net.parameters() if p.requires_grad]
+    decay = {"name": "decay", "params": [p for p in trained if p.dim() > 1], "weight_decay": 0.3}
+    others = {"name": "no_decay", "params": [p for p in trained if p.dim() == 1], "lr": 0.02}
+    groups = split_params_into_different_moe_groups_for_optimizer([decay, others], max_group_size=max_group_size)
+    return torch.optim.AdamW(groups, lr=0.01)
+
+
+def load_universal(rank: int, world_size: int, folder: str, case: Moe) -> dict[str, dict[str, torch.Tensor]]:
+    """What a fresh stock engine has after DeepSpeed's own universal loader."""
+    import deepspeed
+
+    net = nn.Sequential(*layers_of(case))
+    config = {
+        "train_micro_batch_size_per_gpu": 16,
+        "zero_optimization": case.zero,
+        "zero_allow_untested_optimizer": True,
+        "checkpoint": {"load_universal": True},
+    }
+    engine, *_ = deepspeed.initialize(model=net, optimizer=client_optimizer(net, 1e9), config=config)
+    run, _, tag = folder.rpartition("/")
+    engine.load_checkpoint(run, tag=tag)
+    return _live(engine, case.zero["stage"])
 
 
 def _make_experts_differ(moe: nn.Module, index: int, case: Moe, rank: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ucp.stock_moe import MOMENTS, NUM_STEPS, TAG, Moe, train_and_save
+from ucp.stock_moe import MOMENTS, NUM_STEPS, TAG, Moe, load_universal, train_and_save
 
 from harness.ranks import run_ranks
 from megatron.ucp.cli import main
@@ -141,6 +141,18 @@ def test_the_same_training_under_another_expert_parallelism_gives_the_same(left,
     found = diff(universal(left), universal(right))
     assert found.num_states > 100 and not [line for line in found.lines if "group" not in line]
     assert max((delta.max_delta for delta in found.deltas), default=0.0) < 1e-6
+
+
+def test_stock_deepspeed_loads_an_ep2_save_under_ep1(saved, universal):
+    """Its loader asks for experts by their numbers within a rank, which under ep 1 are the layer's."""
+    held = run_ranks(2, load_universal, str(universal("zero1-ep2-dp2")), CASES["zero1-ep1-dp2"])
+    num_compared = 0
+    for _, live in saved("zero1-ep2-dp2")[1]:
+        for name, states in live.items():
+            for state in states if MOMENTS[0] in states else ():
+                assert all(torch.equal(found[name][state], states[state]) for found in held), (name, state)
+                num_compared += 1
+    assert num_compared == 2 * 4 * (16 + 12)
 
 
 @pytest.mark.parametrize("name", ["zero1-ep2-dp4", "zero1-ep2-dp2-tp2-cut-experts", "zero0-ep2-dp4"])
