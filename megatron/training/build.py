@@ -76,6 +76,7 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
     streams = RandomStreams(config.run.seed, context)
     register_expert_groups(context, zero_stage)
     kernels = choose(config.run.fused_kernels, get_accelerator().device_name())
+    log.info("kernels: %s", kernels.described())
     ledger = RouterLedger()
     with stops_all_ranks("reading the dataset"):
         batches = Batches(config, context, eod=tokenizer.eod, start=_start(config, plan))
@@ -90,7 +91,9 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
     freeze(model, config.optimizer.freeze_parameters, context)
     with stops_all_ranks("reading the checkpoint's parameter groups"):
         late = _late(config, plan)
-    engine = build_engine(config.optimizer, model, context, mpu, ds_config, late)
+    engine = build_engine(
+        config.optimizer, model, context, mpu, ds_config, late, fused_kernels=config.run.fused_kernels
+    )
     schedule = LearningRateSchedule(config.optimizer, config.train_iters, config.run.global_batch_size)
     schedule.attach(engine.optimizer)
     live = LiveRun.of(
