@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.config.config import Config
 from megatron.training.batches import Batches
 from megatron.training.engine import backward_scale, evaluate, train_step
+from megatron.training.expert_metrics import expert_metrics
 from megatron.training.live_run import LiveRun
 from megatron.training.metrics import Rate, StepMetrics, Throughput, console_line, duration
 from megatron.training.progress import Progress
@@ -137,6 +138,7 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
         loss_scale=loss_scale,
         is_skipped=is_skipped,
         global_batch_size=global_batch_size,
+        experts=expert_metrics(run.live.ledger, run.config.model, run.live.context, engine.device),
     )
 
 
@@ -184,6 +186,7 @@ def _log(run: Run, step: StepMetrics, rate: Rate, losses: list[float], skipped: 
     mean = sum(losses) / len(losses) if losses else math.nan
     log.info(console_line(step, rate, run.config.train_iters, mean, skipped))
     run.run_log.rate(step.iteration, rate)
+    run.run_log.expert_shares(step)
 
 
 def _is_save_due(config: Config, progress: Progress) -> bool:

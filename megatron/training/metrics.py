@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from deepspeed.accelerator import get_accelerator
 
+from megatron.training.expert_metrics import ExpertMetrics
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -32,6 +34,8 @@ class StepMetrics:
     is_skipped: bool
     """The gradient overflowed (fp16); nothing was updated."""
     global_batch_size: int
+    experts: tuple[ExpertMetrics, ...] = ()
+    """One for each MoE layer."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ def console_line(step: StepMetrics, rate: Rate, train_iters: int, loss: float, s
     ]
     if step.loss_scale is not None:
         fields.insert(5, f"loss scale {step.loss_scale:g}")
+    if step.experts:
+        fields.insert(5, f"busiest expert {max(layer.largest_load for layer in step.experts):.2f}x")
     if skipped:
         fields.insert(5, f"skipped {skipped}")
     return " | ".join(fields)

@@ -57,6 +57,7 @@ class RunLog:
         }
         if step.loss_scale is not None:
             curves["loss-scale/loss-scale"] = step.loss_scale
+        curves |= _expert_curves(step)
         for key, value in curves.items():
             self._add(key, value, step.iteration)
             self._add(f"{key} vs samples", value, step.consumed_samples)
@@ -67,6 +68,12 @@ class RunLog:
         self._add("throughput/tokens per second", rate.tokens_per_second, iteration)
         self._add("throughput/TFLOPs per rank", rate.tflops, iteration)
 
+    def expert_shares(self, step: StepMetrics) -> None:
+        """Each expert's share of its layer's choices: many curves, so not of every iteration."""
+        for layer in step.experts:
+            for expert, share in enumerate(layer.shares):
+                self._add(f"moe-layer-{layer.layer}/share of expert {expert}", share, step.iteration)
+
     def validation(self, step: int, samples: int, tokens: int, loss: float) -> None:
         perplexity = math.exp(min(20.0, loss))
         for suffix, at in (("", step), (" vs samples", samples), (" vs tokens", tokens)):
@@ -76,3 +83,20 @@ class RunLog:
     def _add(self, key: str, value: float, step: int) -> None:
         if self._writer is not None:
             self._writer.add_scalar(key, value, step)
+
+
+def _expert_curves(step: StepMetrics) -> dict[str, float]:
+    """Of routers: means over the MoE layers, and each layer's busiest and idlest expert, 1 being an even share."""
+    if not step.experts:
+        return {}
+    count = len(step.experts)
+    curves = {
+        "moe-training/load balancing loss": sum(layer.load_balancing_loss for layer in step.experts) / count,
+        "moe-training/z loss": sum(layer.z_loss for layer in step.experts) / count,
+        "moe-training/router entropy": sum(layer.entropy for layer in step.experts) / count,
+        "moe-training/dropped": sum(layer.dropped for layer in step.experts) / count,
+    }
+    for layer in step.experts:
+        curves[f"moe-layer-{layer.layer}/largest load"] = layer.largest_load
+        curves[f"moe-layer-{layer.layer}/smallest load"] = layer.smallest_load
+    return curves

@@ -34,6 +34,9 @@ class RecordingLog:
     def rate(self, iteration, rate) -> None:
         pass
 
+    def expert_shares(self, step) -> None:
+        pass
+
     def validation(self, iteration, samples, tokens, loss) -> None:
         self.validations.append((iteration, loss))
 

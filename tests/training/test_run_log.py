@@ -38,6 +38,9 @@ class _Both(RecordingLog):
     def rate(self, iteration, rate):
         self.real.rate(iteration, rate)
 
+    def expert_shares(self, step):
+        self.real.expert_shares(step)
+
     def validation(self, *values):
         super().validation(*values)
         self.real.validation(*values)
@@ -119,3 +122,55 @@ def test_the_analysis_reads_it(made):
     key = ["--tb_dir", str(folder), "--tb_event_key", "lm-loss-training/lm loss", "--skip_plot", "--skip_csv"]
     # The Source stopped at 3 and the Target starts at 4: no common step, so no verdict can be a PASS.
     assert main(key) != 0
+
+
+EXPERTS = {
+    "num_experts": 4, "topk": 2, "expert_interval": 2, "moe_train_capacity_factor": 1.0, "moe_min_capacity": 1,
+    "iters": 2, "log_interval": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def with_experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    data = write_dataset(folder / "log_text_document")
+    one = run_ranks(1, _train, command_line(data, **EXPERTS, tensorboard_dir=folder / "tensorboard"))[0][0]
+    return folder, data, one
+
+
+def test_router_statistics_are_written(with_experts):
+    folder, _, steps = with_experts
+    last = steps[-1]
+    assert [layer.layer for layer in last.experts] == [1, 3]
+    tensorboard = folder / "tensorboard"
+    balance = sum(layer.load_balancing_loss for layer in last.experts) / 2
+    assert _scalars(tensorboard, "moe-training/load balancing loss")[2] == pytest.approx(balance, rel=1e-6)
+    for layer in last.experts:
+        assert sum(layer.shares) == pytest.approx(1.0) and layer.largest_load >= 1.0 >= layer.smallest_load
+        assert 0 < layer.dropped < 1 and 0 < layer.entropy <= 1.3863
+        for expert, share in enumerate(layer.shares):
+            key = f"moe-layer-{layer.layer}/share of expert {expert}"
+            assert _scalars(tensorboard, key)[2] == pytest.approx(share, rel=1e-6)
+        assert _scalars(tensorboard, f"moe-layer-{layer.layer}/largest load")[2] == pytest.approx(layer.largest_load)
+
+
+@pytest.mark.parametrize(
+    "world_size, flags",
+    [
+        (2, {"moe_expert_parallel_size": 2, "zero": 1, "micro_batch": 2}),
+        (2, {"pp": 2, "zero": 1}),
+        (2, {"tp": 2, "sequence_parallel": True, "zero": 3}),
+        (2, {"ds_sequence_parallel_size": 2, "moe_expert_parallel_size": 2, "zero": 2}),
+        (1, {"recompute_granularity": "full"}),
+    ],
+    ids=["ep2", "pp2", "tp2-cut", "sp2ep2", "recomputed"],
+)
+def test_router_statistics_are_those_of_one_process(with_experts, world_size, flags):
+    """The same tokens are counted, once each, and the same are dropped."""
+    _, data, expected = with_experts
+    for steps, _ in run_ranks(world_size, _train, command_line(data, **{**EXPERTS, **flags})):
+        for step, one in zip(steps, expected, strict=True):
+            for layer, truth in zip(step.experts, one.experts, strict=True):
+                assert layer.shares == pytest.approx(truth.shares, abs=1e-12)
+                for name in ("layer", "load_balancing_loss", "z_loss", "entropy", "dropped"):
+                    assert getattr(layer, name) == pytest.approx(getattr(truth, name), abs=1e-6), name
