@@ -12,20 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
 from megatron.kernels.kernels import TORCH, Kernels
 from megatron.layers.attention import output_std
+from megatron.layers.grouped_linear import grouped_linear
 from megatron.layers.mlp import activation
 from megatron.layers.parameter import ZEROS, Initial, declare, normal
 from megatron.parallel.collectives import even_sizes, gather_rows
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.layout import Cut, Layout, Part
-
-_ALIGNMENT = 16
-"""Bytes: torch's grouped_mm refuses rows that do not start at a multiple of it."""
 
 
 class Experts(nn.Module):
@@ -79,19 +76,6 @@ def expert_parallel(param: nn.Parameter, context: ParallelContext) -> nn.Paramet
 def expert_group_name(context: ParallelContext) -> str:
     """DeepSpeed's name of the process groups; it reads the number out of it."""
     return f"ep_size_{context.ep_size}"
-
-
-def grouped_linear(x_ri: Tensor, weight_eoi: Tensor, counts: Sequence[int]) -> Tensor:
-    """Each expert's matrix on its own rows, [r, i] -> [r, o]. Without rows too there is something for backward to come
-    through: the ranks wait for each other there."""
-    size = x_ri.element_size()
-    is_aligned = x_ri.shape[1] * size % _ALIGNMENT == weight_eoi.shape[1] * size % _ALIGNMENT == 0
-    if is_aligned and x_ri.shape[0] and x_ri.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        ends = torch.tensor(counts, device=x_ri.device).cumsum(0).to(torch.int32)
-        return F.grouped_mm(x_ri, weight_eoi.transpose(1, 2), offs=ends)
-    # unbind: indexing would give backward a zero tensor of all experts for each one.
-    rows = zip(x_ri.split(list(counts)), weight_eoi.unbind(0))
-    return torch.cat([F.linear(own, weight) for own, weight in rows])
 
 
 def _by_row(bias_ep: Tensor | None, counts: Sequence[int]) -> Tensor | None:
