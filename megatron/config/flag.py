@@ -34,8 +34,6 @@ class Flag:
     """For a bool field: the value that giving the flag stores."""
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Flags without a value, each storing its own constant in this one field."""
-    note: str = ""
-    """Said when the flag is given (a limit or a changed meaning); empty for most."""
 
 
 def flag(
@@ -46,11 +44,10 @@ def flag(
     choices: tuple[Any, ...] = (),
     stores: bool = True,
     switches: Mapping[str, Any] | None = None,
-    note: str = "",
 ) -> Any:
     """A dataclass field with its flag. No names: `--` and the field's name with dashes.
     No default: the flag is required. With `switches` and no names the field has only the switches."""
-    spec = Flag(names, help, unit, choices, stores, dict(switches or {}), note)
+    spec = Flag(names, help, unit, choices, stores, dict(switches or {}))
     if default is REQUIRED:
         return dataclasses.field(metadata={KEY: spec})
     return dataclasses.field(default=default, metadata={KEY: spec})

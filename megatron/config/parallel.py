@@ -39,7 +39,6 @@ class ParallelConfig:
         "uniform (entries), or parameters",
     )
     moe_expert_parallel_size: int = flag(1, help="ranks that share the experts", unit="ranks")
-    create_moe_param_group: bool = flag(False, help="a parameter group of their own for experts")
     zero_stage: int = flag(0, help="DeepSpeed ZeRO stage", choices=(0, 1, 2, 3))
 
     @property

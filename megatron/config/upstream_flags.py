@@ -89,6 +89,7 @@ ACCEPTED = _table(
     ("--trust-remote-code", "no code is ever loaded with a tokenizer"),
     ("--kd-alpha-ce --kd-beta-ce --kd-temp", "it is for distillation, which --kd and --mos would turn on", 1),
     ("--disable-moe-top2-2nd-expert-sampling", "no expert is ever drawn at random, so there is nothing to turn off"),
+    ("--create-moe-param-group", "experts are always in parameter groups of their own"),
     ("--enable-expert-tensor-parallelism", "experts are always cut over the tensor parallel ranks too"),
     ("--deepscale", "the old name of --deepspeed; the engine is DeepSpeed's in any case"),
 )  # fmt: skip
