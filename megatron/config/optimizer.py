@@ -30,6 +30,11 @@ def base_group(name: str) -> str:
     return name.partition(SINCE)[0]
 
 
+def is_decayed(name: str) -> bool:
+    """Whether a group's weights decay: matrices do, biases and norms do not."""
+    return base_group(name) not in (NO_DECAY, EXPERTS_NO_DECAY)
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Iterations are counted in global batches; samples are sequences."""

@@ -21,7 +21,7 @@ from megatron.config.optimizer import (
     EXPERTS_NO_DECAY,
     MATRICES,
     NO_DECAY,
-    base_group,
+    is_decayed,
 )
 from megatron.config.parallel import ParallelConfig
 from megatron.kernels.kernels import TORCH, Kernels
@@ -96,7 +96,7 @@ def parameter_groups(
         {
             "name": name,
             "params": params,
-            "weight_decay": 0.0 if base_group(name) in (NO_DECAY, EXPERTS_NO_DECAY) else weight_decay,
+            "weight_decay": weight_decay if is_decayed(name) else 0.0,
         }
         for name, params in members.items()
         if params

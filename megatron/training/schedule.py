@@ -19,10 +19,10 @@ from typing import Any
 from megatron.config.optimizer import (
     DECAY_STYLES,
     DECOUPLED,
-    NO_DECAY,
     WSD_DECAY_STYLES,
     OptimizerConfig,
     base_group,
+    is_decayed,
 )
 
 
@@ -260,5 +260,5 @@ def _decay_multiplier(group: Mapping[str, Any]) -> float:
     if "wd_mult" in group:
         return group["wd_mult"]
     if "name" in group:
-        return 0.0 if base_group(group["name"]) == NO_DECAY else 1.0
+        return 1.0 if is_decayed(group["name"]) else 0.0
     return 1.0 if group.get("weight_decay") else 0.0
