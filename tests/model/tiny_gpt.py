@@ -53,12 +53,12 @@ FAMILIES = {
         "position_embedding_type": "alibi", "embed_layernorm": True,
     },
     "GPT-NeoX": {
-        "hidden_size": 64, "kv_channels": 16, "use_parallel_residual": True, "position_embedding_type": "rope", "rotary_percent": 0.25,
-        "untie_embeddings_and_output_weights": True, "ffn_hidden_size": 80,
+        "hidden_size": 64, "kv_channels": 16, "ffn_hidden_size": 80, "use_parallel_residual": True,
+        "position_embedding_type": "rope", "rotary_percent": 0.25, "untie_embeddings_and_output_weights": True,
     },
 }  # fmt: skip
-"""What is changed of the GPT's configuration, derived sizes too. GLM-4.5: sigmoid scores and a shared expert, as DeepSeek-V3, and one
-block without experts before one with."""
+"""What is changed of the GPT's configuration, derived sizes too. GLM-4.5: sigmoid scores and a shared expert, as
+DeepSeek-V3, and one block without experts before one with."""
 
 
 def build(topology, model, is_pipelined, seed=1234, ledger=None):
