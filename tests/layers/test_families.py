@@ -13,7 +13,7 @@ from harness.ranks import run_ranks
 from layers import places
 from layers.places import HIDDEN, LENGTH, NUM_WORDS, Kind, Place
 from megatron.config.model import ModelConfig
-from megatron.config.model_checks import legal_sequence_sizes
+from megatron.config.model_checks import legal_sequence_sizes, legal_tensor_sizes
 from megatron.layers import attention as attention_module
 from megatron.layers import heads as heads_module
 from megatron.layers import norm as norm_module
@@ -27,7 +27,7 @@ from megatron.layers.parameter import normal
 from megatron.layers.vocabulary import OutputLayer, Vocabulary, WordEmbedding
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.rng import RandomStreams
-from megatron.ucp.errors import ReplicaMismatchError
+from megatron.ucp.errors import LayoutError, ReplicaMismatchError
 from megatron.ucp.topology import Topology
 
 
@@ -347,3 +347,19 @@ def test_each_element_of_the_fused_weight_has_one_owner(num_keys, tp_size):
     weights = [Attention(model, context, None).query_key_value.weight for context in contexts]
     assert sum(weight.shape[0] for weight in weights) == (6 + 2 * num_keys) * 4
     assert all(weight.tensor_model_parallel for weight in weights)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [_model(6, 1, 3), _model(6, 6), _model(12, 2, 4, ffn_hidden_size=5), _model(9, 3, swiglu=True, ffn_hidden_size=7),
+     _model(6, 2, num_experts=(4,), expert_interval=1, moe_ffn_hidden_size=4, **BARE),
+     _model(6, 2, num_experts=(4,), expert_interval=1, moe_shared_expert_intermediate_size=3)],
+    ids=lambda model: f"{model.num_attention_heads}/{model.num_key_value_heads}",
+)  # fmt: skip
+def test_legal_tensor_sizes_are_those_that_can_be_built(model):
+    legal = legal_tensor_sizes(model)
+    for tp_size in range(1, max(legal) + 1):
+        for rank in range(tp_size):
+            Block(model, ParallelContext(Topology(tp_size=tp_size), rank), None)
+    with pytest.raises((LayoutError, IndexError)):  # IndexError: the last rank has no query head
+        Block(model, ParallelContext(Topology(tp_size=max(legal) + 1), max(legal)), None)
