@@ -38,6 +38,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/kernels.py
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .ruff_cache

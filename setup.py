@@ -52,9 +52,10 @@ setup(
         "tqdm==4.70.1",
     ],
     extras_require={
-        "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6"],
-        # Triton comes with torch's CUDA build. NVIDIA Apex is not on PyPI: it is used where importable.
-        "cuda": ["triton>=3.4"],
+        # Triton comes with torch's CUDA build (2.13.0 asks for 3.7.1); with the CPU build the tests need it too.
+        "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "triton>=3.7.1,<4"],
+        # NVIDIA Apex is not on PyPI: it is used where importable.
+        "cuda": ["triton>=3.7.1,<4"],
         "plots": ["seaborn>=0.13"],
     },
     entry_points={"console_scripts": ["ucp = megatron.ucp.cli:main"]},

@@ -23,6 +23,7 @@ from megatron.config.flag import FlagField, flag_fields
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import ParallelConfig
+from megatron.config.presets import apply_preset
 from megatron.config.run import RunConfig
 from megatron.config.settle import settle
 from megatron.config.upstream_flags import ACCEPTED, REFUSED
@@ -58,14 +59,12 @@ def parse(argv: Sequence[str]) -> ParseResult:
         values: dict[str, Any] = {}
         for spec in flag_fields(owner):
             found = [occurrence for occurrence in given if occurrence.name in spec.all_names]
-            if not found and spec.is_required:
-                problems.append(
-                    Problem(f"{spec.names[0]} is missing", flags=spec.names[:1], fix=f"give {_synopsis(spec)}")
-                )
-            elif found:
+            if found:
                 value, found_problems = _value(spec, found)
                 values[spec.name] = value
                 problems += found_problems
+        notes += apply_preset(values)
+        problems += _missing(owner, values)
         sections[section] = (owner, values)
     if problems:
         raise ConfigError(problems)
@@ -212,6 +211,14 @@ def _whole(text: str) -> int:
 
 def _expected(spec: FlagField) -> str:
     return {int: "a whole number", float: "a number", str: "a value"}[spec.type] if not spec.flag.choices else "known"
+
+
+def _missing(owner: type, values: dict[str, Any]) -> Iterator[Problem]:
+    if "model_preset" in values and values["model_preset"] is None:
+        return  # Not a known one, which is said already: nobody knows what it would have set.
+    for spec in flag_fields(owner):
+        if spec.is_required and spec.name not in values:
+            yield Problem(f"{spec.names[0]} is missing", flags=spec.names[:1], fix=f"give {_synopsis(spec)}")
 
 
 def _unknown(rest: Sequence[str]) -> Iterator[Problem]:

@@ -11,8 +11,10 @@ this is what a checkpoint is compared with when it is resumed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.config.flag import REQUIRED, flag
+from megatron.config.presets import PRESETS, apply_preset
 
 ROPE_SCALINGS = ("linear", "ntk", "llama3")
 
@@ -20,12 +22,18 @@ ROPE_SCALINGS = ("linear", "ntk", "llama3")
 @dataclass(frozen=True)
 class ModelConfig:
     """A GPT. `None` in a size means derived; after construction no size but `vocab_size` is None.
-    With `dataclasses.replace` give the derived sizes anew if what they derive from changes."""
+    With `dataclasses.replace` give the derived sizes anew if what they derive from changes. `model_preset` is only the
+    name of where values came from (`of_preset`): no part of what a checkpoint must agree on."""
 
     num_layers: int = flag(help="transformer blocks", unit="blocks")
     hidden_size: int = flag(help="width of the residual stream", unit="features")
     num_attention_heads: int = flag(help="query heads of one block", unit="heads")
     seq_length: int = flag(REQUIRED, "--seq-length", "--encoder-seq-length", help="tokens of one sample", unit="tokens")
+    model_preset: str | None = flag(
+        None,
+        help="values of a published model, or of a tiny one (table below); a flag that is given too replaces its value",
+        choices=tuple(PRESETS),
+    )
     ffn_hidden_size: int | None = flag(
         None, help="width inside the MLP; default 4 x hidden (8/3 x hidden with SwiGLU)", unit="features"
     )
@@ -156,6 +164,13 @@ class ModelConfig:
             object.__setattr__(self, "max_position_embeddings", self.seq_length)
         if self.moe_ffn_hidden_size is None:
             object.__setattr__(self, "moe_ffn_hidden_size", self.ffn_hidden_size)
+
+    @classmethod
+    def of_preset(cls, name: str, **values: Any) -> ModelConfig:
+        """The preset, with `values` in place of what it states. Raises KeyError."""
+        values["model_preset"] = name
+        apply_preset(values)
+        return cls(**values)
 
     @property
     def head_dim(self) -> int:

@@ -36,6 +36,12 @@ class RunConfig:
     deepspeed_config: str | None = flag(
         None, "--deepspeed_config", "--deepspeed-config", help="DeepSpeed's JSON, merged with these flags"
     )
+    fused_kernels: str = flag(
+        "auto",
+        help="of norms, activations, rotary positions, masked softmax, cross entropy and Adam; auto: on CUDA the "
+        "fastest that can be imported, on a CPU torch",
+        choices=("auto", "apex", "triton", "torch"),
+    )
     distributed_backend: str = flag(
         "nccl", help="of torch.distributed; without CUDA nccl becomes gloo", choices=("nccl", "gloo", "ccl", "hccl")
     )

@@ -20,6 +20,8 @@ def settle(sections: Mapping[str, Values], names: Collection[str]) -> list[str]:
     model = sections["model"]
     if model.get("use_rotary_position_embeddings") or model.get("position_embedding_type") in ("rope", "alibi"):
         model["add_position_embedding"] = False  # As upstream: rotary replaces the table.
+    if model.get("position_embedding_type") == "rope":
+        model["use_rotary_position_embeddings"] = True  # Two names of one thing, which a Source must agree on.
     return notes + [*_without_effect(sections, names)]
 
 

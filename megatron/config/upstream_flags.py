@@ -31,7 +31,8 @@ def _table(*rows: tuple[str, str] | tuple[str, str, int | str] | tuple[str, str,
 
 
 _SDPA = "attention goes through torch's scaled_dot_product_attention, which picks the fastest kernel there is"
-_FUSION = "there is one implementation of this step; the accelerator's kernel is used where there is one"
+_FUSION = "steps are fused where the machine has kernels for it; --fused-kernels torch turns all of them off"
+_NOT_FUSED = "this step is not fused here, so there is nothing to turn off"
 _COMMUNICATION = "DeepSpeed's engine does this communication in its own way"
 _RECOMPUTE = "recomputed blocks keep only their input; set activation_checkpointing in --deepspeed_config"
 _LOGGED = "this curve is always written"
@@ -40,13 +41,14 @@ _STATE = "Megatron's own DDP and optimizer are not used: DeepSpeed's engine redu
 _ALWAYS = "this is how it is always done here"
 
 ACCEPTED = _table(
-    ("--no-bias-gelu-fusion --openai-gelu", "the GELU is the tanh approximation, with or without this flag"),
+    ("--openai-gelu", "the GELU is the tanh approximation, with or without this flag"),
     ("--no-query-key-layer-scaling", "queries are never scaled by the layer number, so there is nothing to turn off"),
-    ("--attention-softmax-in-fp32", "the kernels of scaled_dot_product_attention accumulate the softmax in fp32"),
+    ("--attention-softmax-in-fp32", "the softmax of attention is computed in fp32 in every kernel"),
     ("--use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-v3 --use-flash-attn-triton", _SDPA),
     ("--use-flash-attn-builder", _SDPA),
-    ("--no-masked-softmax-fusion --no-bias-dropout-fusion --no-bias-swiglu-fusion", _FUSION),
-    ("--no-gradient-accumulation-fusion --no-persist-layer-norm --disable-mem-efficient-ln --no-rope-fusion", _FUSION),
+    ("--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-rope-fusion", _FUSION),
+    ("--no-persist-layer-norm --disable-mem-efficient-ln", _FUSION),
+    ("--no-bias-dropout-fusion --no-gradient-accumulation-fusion", _NOT_FUSED),
     ("--no-async-tensor-model-parallel-allreduce --no-scatter-gather-tensors-in-pipeline", _COMMUNICATION),
     ("--no-contiguous-buffers-in-local-ddp --use-contiguous-buffers-in-ddp --overlap-p2p-communication", _STATE),
     ("--DDP-impl", _STATE, 1),
@@ -97,6 +99,10 @@ _RETRO = _OTHER_MODEL + ", not Retro"
 _DISTIL = "distillation is not built"
 _FP8 = "fp8 is not built; use --bf16"
 _DATA = "one --data-path is cut into train, validation and test by --split"
+_FUSED_ADAM = (
+    "--fused-kernels auto takes a fused Adam on CUDA; to have DeepSpeed's compiled and used, ask for it in "
+    '--deepspeed_config: {"optimizer": {"type": "Adam"}}'
+)
 _OFFLOAD = "set zero_optimization.offload_optimizer or offload_param in --deepspeed_config"
 _PROFILE = "use torch's profiler or flops_profiler in --deepspeed_config"
 _SAVES = "a save without this could not be resumed exactly, and every save here can"
@@ -114,7 +120,7 @@ REFUSED = _table(
     ("--cpu-optimizer --cpu_torch_adam", _OFFLOAD),
     ("--remote-device", _OFFLOAD, 1, ("none",)),
     ("--use-pin-memory", _OFFLOAD),
-    ("--ds_fused_adam", 'ask for it in --deepspeed_config: {"optimizer": {"type": "Adam"}}'),
+    ("--ds_fused_adam", _FUSED_ADAM),
     ("--partition-activations --checkpoint-in-cpu", "not built: it would keep memory low as asked only if it were"),
     ("--scattered-embeddings --split-transformers --memory-centric-tiled-linear", "not built"),
     ("--tile-factor", "not built: it belongs to --memory-centric-tiled-linear", 1, ("1",)),

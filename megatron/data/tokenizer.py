@@ -45,7 +45,27 @@ def build_tokenizer(
     tokenizer_model: str | Path | None = None,
     vocab_size: int | None = None,
 ) -> Tokenizer:
-    """The tokenizer named by --tokenizer-type. `vocab_size` is for NullTokenizer only."""
+    """The tokenizer named by --tokenizer-type. `vocab_size` is a NullTokenizer's; another one must not be larger.
+    Raises TokenizerError."""
+    tokenizer = _build(tokenizer_type, vocab_file, merge_file, tokenizer_model, vocab_size)
+    if tokenizer_type != "NullTokenizer" and vocab_size is not None and vocab_size < tokenizer.vocab_size:
+        raise TokenizerError(
+            "the vocabulary has no room for the tokenizer's tokens",
+            found=f"a vocabulary of {vocab_size} with a tokenizer of {tokenizer.vocab_size}",
+            expected=f"at least {tokenizer.vocab_size}",
+            where="--vocab-size, or --model-preset, which sets it",
+            do=f"give --vocab-size {tokenizer.vocab_size}, or the tokenizer that the model was made for",
+        )
+    return tokenizer
+
+
+def _build(
+    tokenizer_type: str,
+    vocab_file: str | Path | None,
+    merge_file: str | Path | None,
+    tokenizer_model: str | Path | None,
+    vocab_size: int | None,
+) -> Tokenizer:
     if tokenizer_type == "GPT2BPETokenizer":
         return GPT2BPETokenizer(
             _existing_file(vocab_file, "--vocab-file", tokenizer_type),

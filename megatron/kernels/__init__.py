@@ -1,1 +1,1 @@
-"""Fused kernels where the machine has them, plain torch elsewhere: one function per operation."""
+"""Fused kernels where the machine has them, plain torch elsewhere: one function per operation (see kernels.py)."""

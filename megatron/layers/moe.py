@@ -49,7 +49,7 @@ class MoeMlp(nn.Module):
         sequence."""
         context = self.context
         whole_bsh = whole_sequence(x_bsh, context)
-        routing = self.router(whole_bsh)
+        routing = self.router.route(whole_bsh)
         x_nh = copy_to_tp(whole_bsh, context).flatten(0, 1)
         gates_nk = copy_to_tp(routing.gates_nk, context).to(x_nh.dtype)
         dispatch = Dispatch(routing.experts_nk, self.experts.num_experts, context)

@@ -4,7 +4,7 @@ The one idea: everything is counted by sequence. The load balancing loss is a pr
 limit on a sum; taken over a micro batch they would depend on how sequences are dealt to micro batches and ranks. Over
 each sequence, averaged over sequences, they do not.
 
-    routing = Router(model, num_experts, context)(x_bsh)
+    routing = Router(model, num_experts, context).route(x_bsh)
     routing.experts_nk, routing.gates_nk        # of n = b * s tokens, k experts each
     routing.loss                                # its gradient reaches the router through RouterLedger.attached
 
@@ -47,26 +47,32 @@ class Router(nn.Module):
         layout = Layout.replicate((num_experts, model.hidden_size))
         self.weight = declare(layout, context, normal(model.init_method_std), is_decayed=True)
 
-    def forward(self, x_bsh: Tensor) -> Routing:
-        """`x_bsh` is equal on all tp ranks. Collective over sp."""
-        model, topk = self.model, self.model.topk
+    def forward(self, x_bsh: Tensor) -> Tensor:
+        """The logits, fp32 (fp64 for fp64), [b, s, experts]. Nothing else: ZeRO-3 brings the weight back for backward
+        when it sees a tensor of what forward returned."""
         wide = x_bsh if x_bsh.dtype == torch.float64 else x_bsh.float()
-        if self.training and model.moe_router_jitter:
+        if self.training and self.model.moe_router_jitter:
             # From the stream that is equal on all tp ranks.
-            wide = wide * torch.empty_like(wide).uniform_(1 - model.moe_router_jitter, 1 + model.moe_router_jitter)
-        logits_bse = F.linear(wide, self.weight.to(wide.dtype))
+            jitter = self.model.moe_router_jitter
+            wide = wide * torch.empty_like(wide).uniform_(1 - jitter, 1 + jitter)
+        return F.linear(wide, self.weight.to(wide.dtype))
+
+    def route(self, x_bsh: Tensor) -> Routing:
+        """`x_bsh` is equal on all tp ranks. Collective over sp."""
+        model, topk, logits_bse = self.model, self.model.topk, self(x_bsh)
+        tiny = torch.finfo(logits_bse.dtype).tiny
         if model.moe_router_score_function == "softmax":
             scores_bse = probs_bse = logits_bse.softmax(-1)
         else:
             scores_bse = logits_bse.sigmoid()
-            probs_bse = scores_bse / scores_bse.sum(-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
+            probs_bse = scores_bse / scores_bse.sum(-1, keepdim=True).clamp(min=tiny)
         gates_bsk, experts_bsk = scores_bse.topk(topk, dim=-1)
         if model.moe_normalize_topk and topk > 1:
-            gates_bsk = gates_bsk / gates_bsk.sum(-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
+            gates_bsk = gates_bsk / gates_bsk.sum(-1, keepdim=True).clamp(min=tiny)
         chosen_bske = F.one_hot(experts_bsk, self.num_experts)
         counts_be = self._over_sequence(chosen_bske.sum((1, 2)))
         length = x_bsh.shape[1] * self.context.sp_size
-        share_be = counts_be.to(wide.dtype) / (length * topk)
+        share_be = counts_be.to(logits_bse.dtype) / (length * topk)
         balance = self.num_experts * (share_be * probs_bse.mean(1)).sum(-1).mean()
         z = logits_bse.logsumexp(-1).square().mean()
         kept_bsk = self._within_capacity(experts_bsk, chosen_bske, length)

@@ -57,7 +57,7 @@ class GPT(nn.Module):
     def forward(self, tokens_bs: Tensor, labels_bs: Tensor, loss_mask_bs: Tensor | None = None) -> Tensor:
         """The scalar loss, equal on all tp ranks (see `mean_loss`). Token ids are int64; the mask is 0 or 1. Under
         sequence parallelism over sp, all three are this rank's chunk of the sequences."""
-        nll_bs = cross_entropy(self._logits_here(tokens_bs), labels_bs, self.vocabulary)
+        nll_bs = cross_entropy(self._logits_here(tokens_bs), labels_bs, self.vocabulary, self.kernels)
         return mean_loss(nll_bs, loss_mask_bs, self.vocabulary.context)
 
     def logits(self, tokens_bs: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class _Loss:
     def __call__(self, logits_bsv: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Consumes the logits."""
         labels_bs, loss_mask_bs = batch
-        nll_bs = cross_entropy(logits_bsv, labels_bs, self.vocabulary)
+        nll_bs = cross_entropy(logits_bsv, labels_bs, self.vocabulary, self.kernels)
         return mean_loss(nll_bs, loss_mask_bs, self.vocabulary.context)
 
 

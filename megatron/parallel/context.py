@@ -145,7 +145,7 @@ def build_context(topology: Topology, sequence_parallel: bool = False) -> Parall
         if topology.ep_size == 1 and axis in ("ep", "edp", "ep_tp"):
             continue  # experts lie as everything else
         for ranks in topology.groups(axis):
-            if len(ranks) == 1:
+            if len(ranks) == 1 and axis != "edp":  # which DeepSpeed wants in any case
                 continue
             group = dist.new_group(ranks)
             if rank in ranks:

@@ -16,11 +16,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 import megatron
 from megatron.config.config import Config
 from megatron.config.model import ModelConfig
 from megatron.data.tokenizer import build_tokenizer
+from megatron.kernels.kernels import choose
+from megatron.layers.router_ledger import RouterLedger
 from megatron.model.build import build_model, parameter_layouts
 from megatron.model.flops import flops_per_token, num_parameters
 from megatron.parallel.context import ParallelContext, build_context
@@ -30,6 +33,7 @@ from megatron.training.agreement import stops_all_ranks
 from megatron.training.batches import Batches
 from megatron.training.ds_config import deepspeed_config
 from megatron.training.engine import build_engine, partitioned_construction
+from megatron.training.expert_groups import register_expert_groups
 from megatron.training.launch import LaunchInfo
 from megatron.training.live_run import LiveRun
 from megatron.training.loading import LoadOptions, load, progress_of
@@ -70,24 +74,33 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
 
     context = build_context(topology, config.parallel.sequence_parallel)
     streams = RandomStreams(config.run.seed, context)
+    register_expert_groups(context, zero_stage)
+    kernels = choose(config.run.fused_kernels, get_accelerator().device_name())
+    log.info("kernels: %s", kernels.described())
+    ledger = RouterLedger()
     with stops_all_ranks("reading the dataset"):
         batches = Batches(config, context, eod=tokenizer.eod, start=_start(config, plan))
     mpu = Mpu(context)
     construction = partitioned_construction(ds_config, mpu)
-    model = build_model(config.model, config.parallel, context, streams, config.run.seed, construction)
+    model = build_model(
+        config.model, config.parallel, context, streams, config.run.seed, construction, kernels, ledger
+    )  # fmt: skip
     with stops_all_ranks("building the model"):
         layouts = parameter_layouts(model)
         refuse_buffers(model)
     freeze(model, config.optimizer.freeze_parameters, context)
     with stops_all_ranks("reading the checkpoint's parameter groups"):
         late = _late(config, plan)
-    engine = build_engine(config.optimizer, model, context, mpu, ds_config, late)
+    engine = build_engine(
+        config.optimizer, model, context, mpu, ds_config, late, fused_kernels=config.run.fused_kernels
+    )
     schedule = LearningRateSchedule(config.optimizer, config.train_iters, config.run.global_batch_size)
     schedule.attach(engine.optimizer)
     live = LiveRun.of(
         engine, context, layouts, streams, schedule,
         model=_identity(config.model),
         train_order=batches.train_order(),
+        ledger=ledger,
         padded_vocab_size=config.model.padded_vocab_size(topology.tp_size),
     )  # fmt: skip
     log.info(
@@ -168,13 +181,30 @@ def _load_options(config: Config) -> LoadOptions:
 
 
 def _identity(model: ModelConfig) -> dict[str, Any]:
-    """What a Source must agree on: the values that decide the atomic parameters and the function they compute."""
-    names = (
-        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads",
-        "max_position_embeddings", "vocab_size", "normalization", "layernorm_epsilon", "swiglu",
-        "use_rotary_position_embeddings", "untie_embeddings_and_output_weights", "add_bias_linear",
-    )  # fmt: skip
-    return {name: getattr(model, name) for name in names}
+    """What a Source must agree on: the values that decide the atomic parameters and the function they compute. Of
+    parts that the model does not have, none."""
+    names = [
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "kv_channels",
+        "vocab_size", "normalization", "layernorm_epsilon", "swiglu", "use_rotary_position_embeddings", "positions",
+        "untie_embeddings_and_output_weights", "add_bias_linear", "qk_layernorm", "embed_layernorm",
+        "use_parallel_residual", "has_qkv_bias", "has_attention_output_bias", "add_output_layer_bias",
+    ]  # fmt: skip
+    if model.positions == "learned_absolute":
+        names.append("max_position_embeddings")
+    if model.positions == "rope":
+        names += ["rope_theta", "rotary_percent", "rope_scaling_type"]
+        names += ["rope_scaling_factor"] if model.rope_scaling_type else []
+        if model.rope_scaling_type == "llama3":
+            names += ["rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_position_embeddings"]
+    identity = {name: getattr(model, name) for name in names}
+    if model.has_experts:
+        identity["num_experts"] = [model.num_experts_of(layer) for layer in range(model.num_layers)]
+        names = (
+            "topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_score_function",
+            "moe_normalize_topk",
+        )  # fmt: skip
+        identity |= {name: getattr(model, name) for name in names}
+    return identity
 
 
 def _describe(

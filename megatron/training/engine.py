@@ -18,6 +18,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -28,7 +30,26 @@ from megatron.model.build import parameter_groups
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.mpu import Mpu
 from megatron.training.agreement import gathered
+from megatron.training.expert_groups import has_dealt_experts, mark_expert_groups
 from megatron.training.optimizers import build_optimizer
+
+
+class _ExpertParallel:
+    """What DeepSpeed's engine does for its own MoE class, for any layer with parameters that ranks hold different
+    values of. ZeRO-3 needs no such word, and would refuse it."""
+
+    def _configure_distributed_model(self, model: torch.nn.Module) -> None:
+        super()._configure_distributed_model(model)
+        self.has_moe_layers = self.zero_optimization_stage() < 3 and has_dealt_experts(self.module)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """Files as of any model; what only some expert-parallel ranks have is saved beside them (training/saving.py).
+        DeepSpeed's files for experts know its own class only."""
+        has_moe_layers, self.has_moe_layers = self.has_moe_layers, False
+        try:
+            return super().save_checkpoint(*args, **kwargs)
+        finally:
+            self.has_moe_layers = has_moe_layers
 
 
 class _Fp32GradNorm:
@@ -55,23 +76,22 @@ class _Fp32GradNorm:
 
     def _reduced_grad_norm(self) -> float:
         """L2 norm of the whole model's gradient, each element counted once. Collective over the world."""
-        square = 0.0
+        context, square = self.context, 0.0
         for param in self.module.parameters():
-            is_copy = getattr(param, "ds_pipe_replicated", False) or (
-                self.context.tp_rank > 0 and not param.model_parallel
-            )
+            is_copy = getattr(param, "ds_pipe_replicated", False) or (context.tp_rank > 0 and not param.model_parallel)
             if param.grad is not None and not is_copy:
-                square += param.grad.double().norm().item() ** 2
+                num_holders = context.edp_size if is_moe_param(param) else context.zero_size
+                square += param.grad.double().norm().item() ** 2 / num_holders
         total = torch.tensor(square, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return math.sqrt(total.item() / self.dp_world_size)
+        return math.sqrt(total.item())
 
 
-class PlainEngine(_Fp32GradNorm, DeepSpeedEngine):
+class PlainEngine(_ExpertParallel, _Fp32GradNorm, DeepSpeedEngine):
     """DeepSpeed's engine for a model without pipeline stages."""
 
 
-class PipeEngine(_Fp32GradNorm, PipelineEngine):
+class PipeEngine(_ExpertParallel, _Fp32GradNorm, PipelineEngine):
     """DeepSpeed's engine for a PipelineModule."""
 
 
@@ -96,9 +116,11 @@ def build_engine(
     mpu: Mpu,
     ds_config: dict[str, Any],
     late: Mapping[str, str] | None = None,
+    fused_kernels: str = "torch",
 ) -> PlainEngine | PipeEngine:
     """Collective over the world. `ds_config` is the merged dictionary of `ds_config.deepspeed_config`; `mpu` the one
-    that a plain model was constructed with (a pipeline has its own); `late` as `parameter_groups` takes it."""
+    that a plain model was constructed with (a pipeline has its own); `late` as `parameter_groups` takes it;
+    `fused_kernels` is --fused-kernels."""
     block = ds_config.get("optimizer")
     groups = parameter_groups(
         model,
@@ -107,7 +129,9 @@ def build_engine(
         has_decoupled=optimizer.decoupled_lr is not None,
         late=late,
     )
-    client_optimizer = build_optimizer(optimizer, groups, block)
+    mark_expert_groups(groups)
+    fused = fused_kernels if _steps_on_cuda(ds_config) else "torch"
+    client_optimizer = build_optimizer(optimizer, groups, block, fused)
     if client_optimizer is not None:
         ds_config = {key: value for key, value in ds_config.items() if key != "optimizer"}
     is_pipelined = isinstance(model, PipelineModule)
@@ -129,6 +153,13 @@ def build_engine(
     return engine
 
 
+def _steps_on_cuda(ds_config: Mapping[str, Any]) -> bool:
+    """The optimizer's tensors are there, not offloaded to the host's memory."""
+    offloads = (ds_config["zero_optimization"].get(key) or {} for key in ("offload_optimizer", "offload_param"))
+    is_offloaded = any(offload.get("device", "none") != "none" for offload in offloads)
+    return get_accelerator().device_name() == "cuda" and not is_offloaded
+
+
 def _align_group_norms(optimizer: Any) -> None:
     """DeepSpeed's ZeRO-1 reduces one norm per parameter group over the stages (stage_1_and_2.py, scaled_global_norm),
     and waits forever for a stage that has fewer: without biases to train, or without the vocabulary. Such a stage
@@ -139,18 +170,30 @@ def _align_group_norms(optimizer: Any) -> None:
     num_missing = max(gathered(num_groups)) - num_groups
     if num_missing == 0:
         return
-    norm_of_own = optimizer.scaled_global_norm
+
+    def norm_of(gradients: list[torch.Tensor], params: list[torch.nn.Parameter]) -> torch.Tensor:
+        if optimizer.cpu_offload:
+            return optimizer.complete_grad_norm_calculation_for_cpu_offload(params)
+        return optimizer.get_grad_norm_direct(gradients, params)
 
     def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
-        norms = [norm_of_own(norm_type)]
-        for _ in range(num_missing):
-            if optimizer.cpu_offload:
-                norms.append(optimizer.complete_grad_norm_calculation_for_cpu_offload([]))
-            else:
-                norms.append(optimizer.get_grad_norm_direct([], []))
+        own = range(num_groups)
+        norms = [norm_of(optimizer.averaged_gradients.get(i, []), optimizer.params_in_partition[i]) for i in own]
+        if optimizer.has_moe_layers:
+            optimizer._average_expert_grad_norms(norms)
+        norms += [norm_of([], []) for _ in range(num_missing)]
+        # All at once, as the other stages do: roots of sums of roots would be rounded otherwise, and then copies of a
+        # tied weight would be clipped otherwise.
         return combine_grad_norm_groups(norms, norm_type=norm_type)
 
     optimizer.scaled_global_norm = scaled_global_norm
+
+
+def backward_scale(engine: PlainEngine | PipeEngine) -> float:
+    """The gradient that backward gives one micro batch's mean loss (deepspeed/runtime/engine.py, backward)."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scale = 1.0 if scaler is None else float(scaler.loss_scale)
+    return scale / engine.gradient_accumulation_steps()
 
 
 def train_step(engine: PlainEngine | PipeEngine, micro_batches: Iterator[Mapping[str, torch.Tensor]]) -> float:

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from megatron.parallel.context import ParallelContext
 from megatron.training.optimizer_states import OptimizerStates, UnsupportedOptimizerError
 from megatron.ucp.fragment import EMPTY, shard_runs, whole_runs
-from megatron.ucp.layout import Layout, ShardRank
+from megatron.ucp.layout import Layout
 
 MASTER = "fp32"
 """Name of the master weight among the states, as on disk."""
@@ -129,7 +129,7 @@ class EngineState(OptimizerStates):
         self._step_homes: dict[int, str | None] = {}
         self.wrapper = type(engine.optimizer).__name__
         self.base: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-        self.shard_rank = ShardRank(tp_rank=context.tp_rank, tp_size=context.tp_size)
+        self.shard_rank = context.shard_rank
 
     @cached_property
     def is_replicated(self) -> bool:
@@ -169,11 +169,12 @@ class EngineState(OptimizerStates):
         return OwnedInterval(name, group, runs=runs, counted_runs=counted, **vars(fragment))
 
     def _runs(self, name: str, start: int, numel: int, is_replicated: bool) -> tuple[Any, Any]:
-        """(all, those counted here) of an interval of this rank's shard, of which every data-parallel rank has a copy
-        or not."""
+        """(all, those counted here) of an interval of this rank's shard, of which every data-parallel rank (of experts:
+        of the same ones) has a copy or not."""
         layout, context, stop = self.layouts[name], self.context, start + numel
         runs = shard_runs(layout, self.shard_rank, start, stop)
-        if context.pp_rank != min(self.pp_stages[name]) or (context.zero_rank > 0 and is_replicated):
+        copy = context.edp_rank if layout.is_cut_over("ep") else context.zero_rank
+        if context.pp_rank != min(self.pp_stages[name]) or (copy > 0 and is_replicated):
             return runs, EMPTY
         return runs, shard_runs(layout, self.shard_rank, start, stop, owned=True)
 

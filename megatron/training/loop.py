@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron.config.config import Config
 from megatron.training.batches import Batches
-from megatron.training.engine import evaluate, train_step
+from megatron.training.engine import backward_scale, evaluate, train_step
 from megatron.training.live_run import LiveRun
 from megatron.training.metrics import Rate, StepMetrics, Throughput, console_line, duration
 from megatron.training.progress import Progress
@@ -105,6 +105,7 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
     skipped_before = engine.skipped_steps
     try:
         with _explained_loss_scale(progress.iteration + 1):
+            run.live.ledger.scale = backward_scale(engine)
             loss = train_step(engine, train)
     except StopIteration as error:
         raise OutOfSamplesError(

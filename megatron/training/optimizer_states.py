@@ -20,6 +20,11 @@ import torch
 from megatron.parallel.context import ParallelContext
 from megatron.training.optimizer_probe import STEP, is_elementwise, kept_states, kind_of_state
 
+_HOW = ("fused", "foreach", "capturable", "differentiable")
+"""Of torch's optimizers: which implementation steps, which is the machine's choice (--fused-kernels), not the run's."""
+_NO_HYPER_PARAMETERS = ("params", "name", STEP, "moe")
+"""In torch's parameter groups; "moe" is DeepSpeed's mark of what expert-parallel ranks hold different values of."""
+
 
 class UnsupportedOptimizerError(RuntimeError):
     """An optimizer whose state cannot be found, or not be carried from one topology to another, or whose training would
@@ -182,7 +187,7 @@ class OptimizerStates(ABC):
     def hyper_parameters(self) -> dict[str, dict[str, Any]]:
         """Every group's hyper-parameters by the group's name."""
         return {
-            group["name"]: {key: _plain(value) for key, value in group.items() if key not in ("params", "name", STEP)}
+            group["name"]: {key: _plain(value) for key, value in group.items() if key not in _NO_HYPER_PARAMETERS}
             for group in self.base.param_groups
         }
 
@@ -190,6 +195,8 @@ class OptimizerStates(ABC):
         """In place and by name: group indices differ between topologies (a stage drops its empty groups)."""
         for group in self.base.param_groups:
             for key, value in groups.get(group["name"], {}).items():
+                if key in _HOW:
+                    continue
                 group[key] = tuple(value) if isinstance(value, list) else value
 
 

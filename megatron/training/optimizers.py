@@ -9,7 +9,7 @@ rank has whole matrices (config/run_checks.py).
 
 | --optimizer | class | states |
 |---|---|---|
-| adam | torch.optim.AdamW | exp_avg, exp_avg_sq, step |
+| adam | torch.optim.AdamW; on CUDA one that `fused_adam` finds | exp_avg, exp_avg_sq, step |
 | sgd | torch.optim.SGD | momentum_buffer |
 | lion | Lion | exp_avg |
 | adagrad | Adagrad | sum |
@@ -19,9 +19,12 @@ rank has whole matrices (config/run_checks.py).
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,10 +40,13 @@ Closure = Callable[[], float] | None
 
 
 def build_optimizer(
-    config: OptimizerConfig, groups: Groups, block: Mapping[str, Any] | None = None
+    config: OptimizerConfig, groups: Groups, block: Mapping[str, Any] | None = None, fused: str = "torch"
 ) -> torch.optim.Optimizer | None:
     """The one that --optimizer names, over the groups of `parameter_groups`; or that "optimizer" in the DeepSpeed JSON
-    names, `block`. None where DeepSpeed itself is to build what that names."""
+    names, `block`. None where DeepSpeed itself is to build what that names.
+
+    `fused` is --fused-kernels where the optimizer's tensors will be on CUDA; elsewhere (CPU, offload) "torch".
+    """
     groups = [dict(group) for group in groups]
     if block is not None:
         kind = BUILT_HERE.get(block["type"].lower())
@@ -59,7 +65,40 @@ def build_optimizer(
         dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         return Muon(groups, dtype, config.muon_momentum, lr=lr, betas=betas, eps=config.adam_eps, weight_decay=decay)
     # Megatron's "adam" decouples weight decay.
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.adam_eps, weight_decay=decay)
+    kind = fused_adam(fused)
+    return kind(groups, lr=lr, betas=betas, eps=config.adam_eps, weight_decay=decay)
+
+
+def fused_adam(choice: str) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW that reads and writes each state once, as --fused-kernels says.
+
+    | choice | class |
+    |---|---|
+    | auto, apex | Apex's FusedAdam if importable with its compiled amp_C; else DeepSpeed's if compiled when DeepSpeed
+    was installed (DS_BUILD_FUSED_ADAM=1); else torch's with fused=True |
+    | triton | torch's with fused=True, a CUDA kernel; Triton would add nothing |
+    | torch | torch's |
+
+    DeepSpeed's is not compiled for a run that did not ask: that takes minutes and fails where nvcc's CUDA is not
+    torch's. They differ in rounding, and where they count steps (optimizer_probe.py finds it): a run may change from
+    one to another at a resume.
+    """
+    if choice == "torch":
+        return torch.optim.AdamW
+    if choice != "triton":
+        if _importable("amp_C") is not None and hasattr(apex := _importable("apex.optimizers"), "FusedAdam"):
+            return partial(apex.FusedAdam, adam_w_mode=True)
+        compiled = getattr(_importable("deepspeed.git_version_info"), "installed_ops", {})
+        if compiled.get("fused_adam"):
+            return partial(importlib.import_module("deepspeed.ops.adam").FusedAdam, adam_w_mode=True)
+    return partial(torch.optim.AdamW, fused=True)
+
+
+def _importable(module: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
 
 
 class Lion(torch.optim.Optimizer):

@@ -58,8 +58,13 @@ def state_digests(state: EngineState) -> dict[str, dict[str, str]]:
     device = state.engine.device
     counted = _summed(counted.to(device), None)
     num_holders = _summed(num_holders.to(device), None).cpu()
-    pieces = _summed(pieces.to(device), state.context.zero_group, state.context.zero_size)
-    _check_copies(state, names, kinds, wholes.to(device) + pieces, counted)
+    wholes, context = wholes.to(device), state.context
+    # Of experts a rank that has all of its shard still has only some.
+    over_ep = _summed(wholes.clone(), context.ep_group, context.ep_size)
+    is_dealt = torch.tensor([state.layouts[name].is_cut_over("ep") for name in names], device=device)
+    held = torch.where(is_dealt[:, None, None], over_ep, wholes)
+    held += _summed(pieces.to(device), context.zero_group, context.zero_size)
+    _check_copies(state, names, kinds, held, counted)
     counted = counted.cpu()
     return {
         name: {
@@ -96,7 +101,7 @@ def _check_copies(
     state: EngineState, names: list[str], kinds: tuple[str, ...], held: torch.Tensor, counted: torch.Tensor
 ) -> None:
     """Every copy of a parameter, summed over the ranks that share it, must have the digest that is saved. `held` is
-    summed over the data-parallel ranks where they hold pieces."""
+    summed over the data-parallel ranks where they hold pieces, and over those that share experts."""
     context = state.context
     over_tp = _summed(held.clone(), context.tp_group, context.tp_size)
     diverged = []

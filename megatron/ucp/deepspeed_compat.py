@@ -55,7 +55,7 @@ def universal_checkpoint_info(
             lists[REPLICATED].append(pattern)
         else:
             cut = next(cut for cut in layout.cuts if cut.axis == "tp")
-            if len(cut.parts) > 1:
+            if len(cut.parts) > 1 or cut.dim > 1:
                 shape = [n if d != cut.dim else tuple(p.size for p in cut.parts) for d, n in enumerate(layout.shape)]
                 sub_params.append({"patterns": [pattern], "shape": tuple(shape), "partition_dim": cut.dim})
                 if tp_size is not None:

@@ -42,8 +42,8 @@ def plan(source: Source, target: Topology, zero_stage: int = 1) -> list[RankRead
     }
     for rank in reads:
         coords = target.coords(rank.rank)
+        shard_rank = ShardRank(coords.tp, target.tp_size, target.ep_rank(coords), target.ep_size)
         zero = target.zero_rank(coords), target.zero_size
-        shard_rank = ShardRank(coords.tp, target.tp_size)
         for name, layout, start, stop in _owned(source, stages[coords.pp], shard_rank, zero, zero_stage):
             runs = shard_runs(layout, shard_rank, start, stop)
             for state in parameters[name].states:
@@ -69,18 +69,20 @@ def _owned(
     source: Source, names: list[str], rank: ShardRank, zero: tuple[int, int], zero_stage: int
 ) -> Iterator[tuple[str, Layout, int, int]]:
     """Intervals of each parameter's shard that the rank reads: those in its optimizer, and all that is frozen."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, bool], list[str]] = {}
     for name in names:
         info = source.manifest.parameters[name]
         if info.is_trainable:
-            groups.setdefault(info.group, []).append(name)
+            groups.setdefault((info.group, info.layout.is_cut_over("ep")), []).append(name)
         else:  # no optimizer has it, so nobody shares it out
             layout = info.layout.without_padding()
             yield name, layout, 0, math.prod(layout.shard_shape(rank))
-    for members in groups.values():
+    for (_, is_dealt), members in groups.items():
         layouts = {name: source.manifest.parameters[name].layout.without_padding() for name in members}
         sizes = {name: math.prod(layout.shard_shape(rank)) for name, layout in layouts.items()}
         index, count = zero if zero_stage else (0, 1)
+        if is_dealt and zero_stage:
+            index, count = index // rank.ep_size, count // rank.ep_size
         size = -(-sum(sizes.values()) // count)
         first, last, offset = index * size, (index + 1) * size, 0
         for name in members:

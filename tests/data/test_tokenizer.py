@@ -50,6 +50,14 @@ def test_null_tokenizer():
     assert tokenizer.tokenize("5 99") == [5, 99] and tokenizer.detokenize([5, 99]) == "5 99"
 
 
+def test_a_vocabulary_must_have_room_for_the_tokenizer():
+    files = (DATA / "gpt2-vocab.json", DATA / "gpt2-merges.txt")
+    assert build_tokenizer("GPT2BPETokenizer", *files, vocab_size=128256).vocab_size == 50257
+    assert build_tokenizer("GPT2BPETokenizer", *files, vocab_size=50257).eod == 50256
+    with pytest.raises(TokenizerError, match="a vocabulary of 49152 with a tokenizer of 50257"):
+        build_tokenizer("GPT2BPETokenizer", *files, vocab_size=49152)
+
+
 def test_hf_tokenizer_from_a_folder(tmp_path, gpt2):
     from transformers import GPT2TokenizerFast
 

@@ -1,11 +1,15 @@
 """Vocabulary-parallel cross entropy against torch's: values and gradients, padding, precision, in-place behaviour."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.ranks import run_ranks
-from megatron.layers import cross_entropy as module
+from megatron.kernels import reference
+from megatron.kernels.kernels import TORCH
 from megatron.layers.cross_entropy import cross_entropy, mean_loss
 from megatron.layers.vocabulary import Vocabulary
 from megatron.parallel.context import ParallelContext, build_context
@@ -66,25 +70,64 @@ def test_a_label_outside_the_vocabulary_gives_nan_and_not_a_wrong_number(tp_size
         assert found.isnan().nonzero().tolist() == [[0, 3], [1, 2]]
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch):
-    given, _, _ = _case(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_of_rows_change_nothing(monkeypatch, dtype):
+    given, _, _ = _case(dtype)
     given = *given[:2], given[2].float()
     whole = _parallel(0, 1, *given, 128, None)
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", 300)
+    monkeypatch.setattr(reference, "LOGITS_AT_ONCE_CPU", 300)
     for expected, found in zip(whole, _parallel(0, 1, *given, 128, None)):
         assert torch.equal(expected, found)
 
 
-def test_low_precision_logits_give_an_fp32_loss():
-    given, nll, grad = _case(torch.bfloat16)
-    found, found_grad, _ = _parallel(0, 1, *given[:2], given[2].float(), 128, None)
-    assert found.dtype == torch.float32 and found_grad.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), nll, rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_logits_give_an_fp32_loss(dtype, tp_size):
+    given, nll, grad = _case(dtype)
+    results = run_ranks(tp_size, _parallel, *given[:2], given[2].float(), 128, None)
+    found_grad = torch.cat([part for _, part, _ in results], -1)
+    assert found_grad.dtype == dtype and all(not padding.any() for _, _, padding in results)
     torch.testing.assert_close(found_grad.double(), grad, rtol=1e-2, atol=1e-5)
+    for found, _, _ in results:
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), nll, rtol=1e-5, atol=1e-4)
 
 
-def test_logits_are_consumed_and_backward_runs_once():
-    given, _, _ = _case(torch.float32)
+class _LargestFloats(TorchDispatchMode):
+    """Elements of the largest fp32 tensor that any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            if torch.is_tensor(tensor) and tensor.dtype == torch.float32:
+                self.numel = max(self.numel, tensor.numel())
+        return found
+
+
+def _largest_floats(step, *args) -> int:
+    with _LargestFloats() as largest:
+        step(*args)
+    return largest.numel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_fp32_copy_of_low_precision_logits(dtype, monkeypatch):
+    monkeypatch.setattr(reference, "LOGITS_AT_ONCE_CPU", 300)
+    given, _, _ = _case(dtype)
+    assert _largest_floats(_parallel, 0, 1, *given[:2], given[2].float(), 101, None) == 2 * 101
+    # the checker itself: a kernel that copies is noticed
+    copying = replace(
+        TORCH, cross_entropy_statistics=lambda logits, *args: TORCH.cross_entropy_statistics(logits.float(), *args)
+    )
+    copied = given[0].clone()
+    assert _largest_floats(cross_entropy, copied, given[1], Vocabulary(101, 101, ALONE), copying) == 2 * 7 * 101
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_are_consumed_and_backward_runs_once(dtype):
+    given, _, _ = _case(dtype)
     vocabulary = Vocabulary(101, 101, ParallelContext.single())
     logits = given[0].clone().requires_grad_() * 1.0
     address = logits.data_ptr()

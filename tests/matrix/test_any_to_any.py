@@ -10,43 +10,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import FIG_7A, FIG_7B, FIG_8, MODEL, PAIRS, PAPER, SOURCES, SQUARES, TARGETS, Cell, cell, sources_of
-from matrix.recording import Curves, command_line, train, write_dataset
+from matrix.recording import command_line, train, write_dataset
+from matrix.sources import NUM_STEPS, TAG, Sources, take_every_source
 from matrix.taking import assert_same_tensors, take_all
 from megatron.ucp.convert import convert
-
-NUM_STEPS = 3
-TAG = f"global_step{NUM_STEPS}"
-
-
-class Source(NamedTuple):
-    native: Path
-    universal: Path
-    curves: Curves
-
-
-class Sources:
-    """Each trained, saved and converted when it is first asked for."""
-
-    def __init__(self, folder: Path, data: Path):
-        self.folder, self.data, self._made = folder, data, {}
-
-    def __getitem__(self, source: Cell) -> Source:
-        if source not in self._made:
-            folder = self.folder / source.name
-            argv = command_line(
-                self.data, **MODEL, **source.flags, iters=NUM_STEPS, save=folder, save_interval=NUM_STEPS
-            )
-            curves = run_ranks(source.world_size, train, argv)[0]
-            convert(folder / TAG, folder / f"{TAG}_universal", num_workers=1)
-            self._made[source] = Source(folder / TAG, folder / f"{TAG}_universal", curves)
-        return self._made[source]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +29,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, data) -> Sources:
-    return Sources(tmp_path_factory.mktemp("sources"), data)
+    return Sources(tmp_path_factory.mktemp("sources"), data, MODEL)
 
 
 def test_the_matrix_is_whole():
@@ -73,25 +46,13 @@ def test_the_matrix_is_whole():
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"to-{target.name}")
 def test_every_source_into(target: Cell, sources, data, tmp_path):
-    plans, taken_from = [], []
-    for source in sources_of(target):
-        made = sources[source]
-        # U' of every pair of the paper and of many degrees; of a square's Targets once.
-        is_saved = PAIRS[source, target] not in list(SQUARES)[:-1] or source == sources_of(target)[-1]
-        again = tmp_path / source.name if is_saved else None
-        plans += [("direct", str(made.native), None), ("universal", str(made.universal), again and str(again))]
-        taken_from += [source, source]
-    argv = command_line(data, **MODEL, **target.flags, seed=99)
-    for by_rank in run_ranks(target.world_size, take_all, argv, plans):
-        for source, (kind, _, _), taken in zip(taken_from, plans, by_rank, strict=True):
-            where = f"{kind} from {source.name}"
-            assert taken.digests == sources[source].curves.digests, where
-            assert taken.steps <= {float(NUM_STEPS)}, where
-            assert (taken.iteration, taken.samples) == (NUM_STEPS, NUM_STEPS * MODEL["global_batch_size"]), where
-    for source, (_, _, again) in zip(taken_from, plans, strict=True):
-        if again is not None:
-            convert(Path(again) / TAG, Path(again) / "universal", num_workers=1)
-            assert_same_tensors(sources[source].universal, Path(again) / "universal")
+    # U' of every pair of the paper and of many degrees; of a square's Targets once.
+    saved = {
+        source
+        for source in sources_of(target)
+        if PAIRS[source, target] not in list(SQUARES)[:-1] or source == sources_of(target)[-1]
+    }
+    take_every_source(target, sources_of(target), saved, sources, tmp_path)
 
 
 def test_sources_trained_the_same_trajectory(sources):

@@ -69,7 +69,7 @@ SOURCES = {
     "tp2pp1dp1-cut-z2": ("tp1pp1dp4-z2", "tp1pp2dp1-z0"),
     "tp1pp2dp1sp2-z1": ("tp3pp1dp1-z3", "tp1pp1dp4-z1"),
 }
-"""A dozen journeys, each from a half-way save: Source -> Targets. Those of four ranks go by way of a universal folder."""
+"""A dozen journeys, each from a half-way save: Source -> Targets; those of four ranks by way of a universal folder."""
 JOURNEYS = [(cell(source), cell(target)) for source, targets in SOURCES.items() for target in targets]
 
 

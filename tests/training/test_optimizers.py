@@ -402,7 +402,7 @@ def _with_stand_in(rank: int, world_size: int, kind: str | None, body: str, *arg
     from megatron.training import engine
 
     if kind is not None:
-        engine.build_optimizer = lambda config, groups, block: STAND_INS[kind](groups)
+        engine.build_optimizer = lambda config, groups, *_: STAND_INS[kind](groups)
     return {"train": train, "take_all": take_all, "save": _save_at_the_end}[body](rank, world_size, *arguments)
 
 

@@ -410,7 +410,7 @@ def test_a_table_in_another_order_is_not_believed_without_a_reason(tmp_path):
         open_source(tmp_path / "n")
 
 
-def test_experts_without_a_manifest_are_refused(tmp_path):
+def test_a_file_of_an_expert_beside_a_dense_save_is_refused(tmp_path):
     write_native(tmp_path / "n", STATE, Topology(), 1, parameters=MODEL, with_manifest=False)
     torch.save({}, tmp_path / "n/layer_0_expert_0_mp_rank_00_model_states.pt")
     with pytest.raises(UnsupportedCheckpointError, match="experts"):

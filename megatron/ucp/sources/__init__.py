@@ -15,6 +15,8 @@ from megatron.ucp.file_table import require_sizes
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import MODEL_FILE, ZERO_FILE
+from megatron.ucp.sources.deepspeed_moe import open_moe
+from megatron.ucp.sources.expert_files import has_experts
 from megatron.ucp.sources.foreign import open_foreign
 from megatron.ucp.sources.source import Piece, Source
 from megatron.ucp.sources.universal import UniversalSource, infer_manifest
@@ -71,7 +73,7 @@ def open_source(folder: str | Path, tag: str | None = None, column_parallel: tup
         return source
     if kind == "universal":
         return UniversalSource(folder, infer_manifest(folder))
-    return open_foreign(folder, column_parallel)
+    return (open_moe if has_experts(folder) else open_foreign)(folder, column_parallel)
 
 
 def _kind(folder: Path) -> str | None:

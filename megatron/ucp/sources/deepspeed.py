@@ -10,6 +10,9 @@ ZeRO-0 keeps whole shards: weights by name ("module", or layer files in a pipeli
 `manifest.zero0_order` names. ZeRO-3 cuts every parameter by itself, in the order of `manifest.zero3_order`. Frozen
 parameters lie with the weights, under ZeRO-3 cut likewise, in each rank's model states.
 
+Expert-parallel ranks are ZeRO ranks that hold different experts under the same names: a file's ZeRO rank says which.
+What ZeRO does not partition lies in a file of its own for each of them.
+
 Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dict, _create_param_mapping), stage3.py
 (_rigid_state_dict), runtime/bf16_optimizer.py, runtime/engine.py (_get_rank_zero_ckpt_name), runtime/pipe/module.py.
 """
@@ -25,12 +28,14 @@ from typing import Any
 import torch
 
 from megatron.ucp.errors import CorruptFileError, ManifestError, SourceError, listed
+from megatron.ucp.experts import experts_of_shard
 from megatron.ucp.fragment import Runs, clip_local, shard_runs
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest
 from megatron.ucp.sources.agreement import require_agreement
 from megatron.ucp.sources.deepspeed_files import find_files
 from megatron.ucp.sources.source import FileCache, Piece
+from megatron.ucp.topology import Topology
 
 FROZEN = "frozen_param_fragments"
 
@@ -47,7 +52,12 @@ class Fragment:
 
 
 Fragments = dict[tuple[str, int], list[Fragment]]
-"""(name, mp_rank) -> who holds which part, in rank order."""
+"""(name, shard number) -> who holds which part, in rank order. The number is the mp_rank; shards of later ep ranks are
+numbered on after all mp_ranks (see `shard_number`)."""
+
+
+def shard_number(topology: Topology, mp_rank: int, ep_rank: int = 0) -> int:
+    return mp_rank + topology.pp_size * topology.tp_size * ep_rank
 
 
 class DeepSpeedSource:
@@ -93,18 +103,17 @@ class DeepSpeedSource:
     def pieces(self, name: str, state: str) -> list[Piece]:
         info = _find(self.manifest, name, state)
         layout = info.layout_of(state)
-        tp_size = self.manifest.topology.tp_size
+        ranks = shard_ranks(self.manifest.topology, layout)
         pieces: list[Piece] = []
         for index, pp in enumerate(sorted(info.pp_stages)):
-            for tp in range(tp_size):
-                copy = index * tp_size + tp
-                rank = ShardRank(tp, tp_size)
-                for file, key, offset, start, stop in self._holders(name, state, pp, tp):
+            for number, rank in enumerate(ranks):
+                copy = index * len(ranks) + number
+                for file, key, offset, start, stop in self._holders(name, state, pp, rank):
                     if layout.is_averaged or index:
                         pieces.append(Piece(file, key, self._runs(layout, rank, None, start, stop), offset, copy))
                         continue
                     pieces.append(Piece(file, key, self._runs(layout, rank, True, start, stop), offset))
-                    if tp:  # tp rank 0 owns all it holds
+                    if rank.tp_rank:  # tp rank 0 owns all it holds
                         replica = self._runs(layout, rank, False, start, stop)
                         pieces.append(Piece(file, key, replica, offset, copy))
         return [piece for piece in pieces if len(piece.runs)]
@@ -159,23 +168,24 @@ class DeepSpeedSource:
             whole = self._shard_runs[key] = shard_runs(layout, rank, owned=owned)
         return whole if stop is None else clip_local(whole, start, stop)
 
-    def _holders(self, name: str, state: str, pp: int, tp: int):
-        """(file, key, offset, start, stop): who holds which part of the (pp, tp) shard."""
+    def _holders(self, name: str, state: str, pp: int, rank: ShardRank):
+        """(file, key, offset, start, stop): who holds which part of the rank's shard on a stage."""
         topology = self.manifest.topology
-        mp_rank = topology.mp_rank(pp=pp, tp=tp)
+        mp_rank = topology.mp_rank(pp=pp, tp=rank.tp_rank)
         info = self.manifest.parameters[name]
         if not info.is_trainable and self.manifest.zero_stage == 3:
-            numel = math.prod(info.layout.shard_shape(ShardRank(tp, topology.tp_size)))
-            for zero_rank in range(topology.zero_size):
-                start, stop = stage3_interval(numel, zero_rank, topology.zero_size)
+            numel = math.prod(info.layout.shard_shape(rank))
+            zero_ranks = range(rank.ep_rank, topology.zero_size, rank.ep_size)
+            for index, zero_rank in enumerate(zero_ranks):
+                start, stop = stage3_interval(numel, index, len(zero_ranks))
                 yield self.files.models[zero_rank, mp_rank], (FROZEN, name), 0, start, stop
             return
         if not self.manifest.is_partitioned or not info.is_trainable:
             # A tied weight is in the layer file of its first stage only.
             if state != "fp32" or not self.manifest.is_pipelined or pp == min(info.pp_stages):
-                yield (*self._whole(name, state, mp_rank, tp), 0, 0, None)
+                yield (*self._whole(name, state, mp_rank, rank), 0, 0, None)
             return
-        for f in self.fragments().get((name, mp_rank), []):
+        for f in self.fragments().get((name, shard_number(topology, mp_rank, rank.ep_rank)), []):
             yield f.file, self._key(f.group, state), f.offset, f.start, f.stop
 
     def _key(self, group: int, state: str) -> tuple[str | int, ...]:
@@ -193,7 +203,10 @@ class DeepSpeedSource:
         optimizer = self._cache.load(self.files.zeros[0, 0]).get("optimizer_state_dict", {})
         return isinstance(optimizer.get("base_optimizer_state"), list)
 
-    def _whole(self, name: str, state: str, mp_rank: int, tp: int) -> tuple[Path, tuple[str | int, ...]]:
+    def _whole(self, name: str, state: str, mp_rank: int, rank: ShardRank) -> tuple[Path, tuple[str | int, ...]]:
+        if rank.ep_size > 1:
+            file = self.files.experts[rank.ep_rank, mp_rank]
+            return file, ("module", name) if state == "fp32" else ("optimizer", name, state)
         if state == "fp32":
             layers = self.manifest.pipeline_layers
             owners = [i for i, prefix in enumerate(layers) if prefix is not None and name.startswith(prefix + ".")]
@@ -201,7 +214,7 @@ class DeepSpeedSource:
                 if not owners:
                     raise SourceError("pipeline_layers of ucp.json names no layer with this parameter", found=name)
                 layer = max(owners, key=lambda i: (len(layers[i]), -i))
-                return self.files.layers[layer, tp], (name[len(layers[layer]) + 1 :],)
+                return self.files.layers[layer, rank.tp_rank], (name[len(layers[layer]) + 1 :],)
             file = self.files.model(mp_rank)
             # ZeRO-2 lists frozen parameters by themselves too, whatever form the program gave to "module".
             return file, (FROZEN if name in (self._cache.load(file).get(FROZEN) or {}) else "module", name)
@@ -214,7 +227,7 @@ class DeepSpeedSource:
         try:
             for name, parts in self.manifest.fragments.items():
                 for mp_rank, zero_rank, group, offset, numel in parts:
-                    before = fragments.setdefault((name, mp_rank), [])
+                    before = fragments.setdefault((name, self._shard(name, mp_rank, zero_rank)), [])
                     start = before[-1].stop if before else 0
                     file = self.files.zeros[zero_rank, mp_rank]
                     before.append(Fragment(file, group, offset, start, start + numel))
@@ -225,12 +238,12 @@ class DeepSpeedSource:
     def _own_tables(self) -> Fragments:
         """From every file's own table."""
         fragments: Fragments = {}
-        for (_, mp_rank), file in sorted(self.files.zeros.items()):
+        for (zero_rank, mp_rank), file in sorted(self.files.zeros.items()):
             try:
                 groups = self._cache.load(file)["optimizer_state_dict"]["param_slice_mappings"]
                 for group, mapping in enumerate(groups):
                     for name, address in mapping.items():
-                        before = fragments.setdefault((name, mp_rank), [])
+                        before = fragments.setdefault((name, self._shard(name, mp_rank, zero_rank)), [])
                         start = before[-1].stop if before else 0
                         stop = start + address.numel
                         before.append(Fragment(file, group, address.start, start, stop))
@@ -243,16 +256,36 @@ class DeepSpeedSource:
         topology = self.manifest.topology
         fragments: Fragments = {}
         for (zero_rank, mp_rank), file in sorted(self.files.zeros.items()):
-            rank = ShardRank(mp_rank % topology.tp_size, topology.tp_size)
             for group, names in enumerate(self.manifest.zero3_order[mp_rank]):
                 offset = 0
                 for name in names:
-                    numel = math.prod(_find(self.manifest, name, "fp32").layout.shard_shape(rank))
-                    start, stop = stage3_interval(numel, zero_rank, topology.zero_size)
+                    rank = self._rank(name, mp_rank % topology.tp_size, zero_rank)
+                    numel = math.prod(self.manifest.parameters[name].layout.shard_shape(rank))
+                    index, count = zero_rank // rank.ep_size, topology.zero_size // rank.ep_size
+                    start, stop = stage3_interval(numel, index, count)
                     if stop > start:
-                        fragments.setdefault((name, mp_rank), []).append(Fragment(file, group, offset, start, stop))
-                    offset += -(-numel // topology.zero_size)
+                        key = name, shard_number(topology, mp_rank, rank.ep_rank)
+                        fragments.setdefault(key, []).append(Fragment(file, group, offset, start, stop))
+                    offset += -(-numel // count)
         return fragments
+
+    def _rank(self, name: str, tp: int, zero_rank: int) -> ShardRank:
+        """Of the shard of which the file of a ZeRO rank has a part. ep_size is 1 for what is not dealt to ep ranks."""
+        topology = self.manifest.topology
+        info = _find(self.manifest, name, "fp32")
+        ep_size = topology.ep_size if info.layout.is_cut_over("ep") else 1
+        return ShardRank(tp, topology.tp_size, zero_rank % ep_size, ep_size)
+
+    def _shard(self, name: str, mp_rank: int, zero_rank: int) -> int:
+        if name not in self.manifest.parameters:  # told with all others (_check_names)
+            return mp_rank
+        return shard_number(self.manifest.topology, mp_rank, self._rank(name, 0, zero_rank).ep_rank)
+
+
+def shard_ranks(topology: Topology, layout: Layout) -> list[ShardRank]:
+    """Of every shard of a parameter on one stage. ep_size is 1 for what is not dealt to ep ranks."""
+    ep_size = topology.ep_size if layout.is_cut_over("ep") else 1
+    return [ShardRank(tp, topology.tp_size, ep, ep_size) for ep in range(ep_size) for tp in range(topology.tp_size)]
 
 
 def stage3_interval(numel: int, zero_rank: int, zero_size: int) -> tuple[int, int]:
@@ -279,18 +312,20 @@ def _check_names(manifest: Manifest, fragments: Fragments) -> None:
         if not info.is_trainable:
             continue
         for pp in info.pp_stages:
-            for tp in range(topology.tp_size):
-                key = name, topology.mp_rank(pp=pp, tp=tp)
+            for rank in shard_ranks(topology, info.layout):
+                mp_rank = topology.mp_rank(pp=pp, tp=rank.tp_rank)
+                key = name, shard_number(topology, mp_rank, rank.ep_rank)
                 expected.add(key)
                 held = fragments.get(key, [])
                 found = held[-1].stop if held else 0
-                numel = math.prod(info.layout.shard_shape(ShardRank(tp, topology.tp_size)))
+                numel = math.prod(info.layout.shard_shape(rank))
                 if found != numel:
                     files = listed({fragment.file.name for fragment in held}, 4) or "no file"
-                    faults.append(f"{name} on mp_rank {key[1]}: {found} elements, expected {numel}; in {files}")
+                    what = f"{name}{experts_of_shard(info.layout, rank)}"
+                    faults.append(f"{what} on mp_rank {mp_rank}: {found} elements, expected {numel}; in {files}")
     faults += [
-        f"{name} on mp_rank {mp}: not in the manifest; in {fragments[name, mp][0].file.name}"
-        for name, mp in set(fragments) - expected
+        f"{name} on mp_rank {number}: not in the manifest; in {fragments[name, number][0].file.name}"
+        for name, number in set(fragments) - expected
     ]
     if faults:
         raise SourceError("the files and the manifest disagree", found=faults)

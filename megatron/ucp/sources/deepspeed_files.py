@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.ucp.errors import MissingFileError, SourceError, listed
+from megatron.ucp.experts import experts_in_files
 from megatron.ucp.manifest import Manifest
 
 ZERO_FILE = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 STAGE3_MODEL_FILE = re.compile(r"^zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt$")
 MODEL_FILE = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
+EXPERT_FILE = re.compile(r"^expp_rank_(\d+)_mp_rank_(\d+)_expert_states\.pt$")
+"""Ours, not DeepSpeed's: what each ep rank has of experts that ZeRO does not partition."""
 LAYER_FILE = re.compile(r"^layer_(\d+)(?:-model_(\d+))?-model_states\.pt$")
 """Without a topology that names tensor parallelism DeepSpeed leaves the second number out."""
 
@@ -33,6 +36,8 @@ class Files:
     """Model states; zero rank 0 only, except under ZeRO-3."""
     layers: dict[tuple[int, int], Path]
     """By (layer, tp rank)."""
+    experts: dict[tuple[int, int], Path]
+    """By (ep rank, mp_rank)."""
 
     def model(self, mp_rank: int) -> Path:
         return self.models[0, mp_rank]
@@ -54,10 +59,12 @@ def find_files(folder: Path, manifest: Manifest) -> Files:
     if manifest.is_pipelined and (has_frozen or not manifest.is_partitioned):
         layers = {(i, tp) for i, p in enumerate(manifest.pipeline_layers) if p for tp in range(topology.tp_size)}
         missing += [f"layer_{i:02d}-model_{tp:02d}-model_states.pt" for i, tp in layers - set(found.layers)]
+    missing += _missing_expert_files(manifest, found)
     if missing:
+        experts = experts_in_files(manifest, missing)
         raise MissingFileError(
             f"{len(missing)} file(s) of the checkpoint are missing",
-            found=f"missing: {listed(missing)}",
+            found=f"missing: {listed(missing)}" + (f"; with them {listed(experts)}" if experts else ""),
             expected=f"one file per rank of {topology}, ZeRO-{manifest.zero_stage}",
             where=folder,
             do="bring the files of every node into this folder",
@@ -74,9 +81,27 @@ def find_files(folder: Path, manifest: Manifest) -> Files:
     return found
 
 
+def _missing_expert_files(manifest: Manifest, found: Files) -> list[str]:
+    topology = manifest.topology
+    dealt = [info for info in manifest.parameters.values() if info.layout.is_cut_over("ep")]
+    is_here = not manifest.is_partitioned or (manifest.zero_stage < 3 and any(not info.is_trainable for info in dealt))
+    if topology.ep_size == 1 or not is_here:
+        return []
+    stages = {pp for info in dealt for pp in info.pp_stages}
+    needed = {
+        (ep, topology.mp_rank(pp=pp, tp=tp))
+        for ep in range(topology.ep_size) for pp in stages for tp in range(topology.tp_size)
+    }  # fmt: skip
+    return [expert_file(ep, mp) for ep, mp in sorted(needed - set(found.experts))]
+
+
+def expert_file(ep_rank: int, mp_rank: int) -> str:
+    return f"expp_rank_{ep_rank}_mp_rank_{mp_rank:02d}_expert_states.pt"
+
+
 def list_files(folder: Path) -> Files:
     """DeepSpeed's files in the folder. Raises SourceError where two are of the same rank."""
-    zeros, models, stage3, layers = {}, {}, {}, {}
+    zeros, models, stage3, layers, experts = {}, {}, {}, {}, {}
     doubled: list[str] = []
     for path in folder.iterdir():
         for pattern, table in (
@@ -84,6 +109,7 @@ def list_files(folder: Path) -> Files:
             (MODEL_FILE, models),
             (STAGE3_MODEL_FILE, stage3),
             (LAYER_FILE, layers),
+            (EXPERT_FILE, experts),
         ):
             if match := pattern.match(path.name):
                 numbers = [int(number or 0) for number in match.groups()]
@@ -98,4 +124,4 @@ def list_files(folder: Path) -> Files:
             where=folder,
             do="a folder holds one save: move the files of the others away",
         )
-    return Files(*(dict(sorted(table.items())) for table in (zeros, stage3 or models, layers)))
+    return Files(*(dict(sorted(table.items())) for table in (zeros, stage3 or models, layers, experts)))

@@ -2,7 +2,8 @@
 
 The one idea: the model states list every parameter in the order in which it lies in the flat tensors (`param_shapes`),
 so that names, shapes, groups and places follow; how tensor-parallel shards fit together is said by DeepSpeed's
-patterns. What the files leave open is refused with the reason, never guessed.
+patterns. What the files leave open is refused with the reason, never guessed. Saves with experts are read by
+deepspeed_moe.py, which builds on this.
 
     source = open_foreign("megatron_deepspeed/global_step100", column_parallel=(r".*h_to_4h.*",))
 
@@ -13,7 +14,7 @@ runtime/zero/stage3.py (_create_fp16_partitions_with_defragmentation, _rigid_sta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,44 +25,51 @@ from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError,
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.agreement import require_agreement
-from megatron.ucp.sources.deepspeed import DeepSpeedSource, Fragments
+from megatron.ucp.sources.deepspeed import DeepSpeedSource, Fragment, Fragments
 from megatron.ucp.sources.deepspeed_files import Files, find_files, list_files
 from megatron.ucp.sources.flat_order import flat_fragments, sub_groups
 from megatron.ucp.sources.layer_files import Shapes, frozen_in_layers, is_weight
-from megatron.ucp.sources.source import FileCache
+from megatron.ucp.sources.source import FileCache, Source
 from megatron.ucp.sources.universal import common_from_model_states, group_values
 from megatron.ucp.topology import Topology
 
 _NUM_COMPARED = 16
 
 
-def open_foreign(folder: str | Path, column_parallel: tuple[str, ...] = ()) -> DeepSpeedSource:
+def open_foreign(folder: str | Path, column_parallel: tuple[str, ...] = ()) -> Source:
     """Opens every file. Raises, before any tensor is read, MissingFileError, CorruptFileError, SourceError (the files
     contradict each other) or UnsupportedCheckpointError."""
-    return _Reader(Path(folder), column_parallel).source()
+    return ForeignReader(Path(folder), column_parallel).source()
 
 
-class _Reader:
+class ForeignReader:
     """One folder, all of its files opened; each method answers one question about it."""
 
     def __init__(self, folder: Path, column_parallel: tuple[str, ...]):
         self.folder, self.column_parallel, self.cache = folder, column_parallel, FileCache()
         found = list_files(folder)
-        _check_kind(folder, found)
-        self._open_all(found)
+        self._check_kind(found)
+        self._open_all((*found.zeros.values(), *found.models.values(), *found.layers.values()))
         first = self.cache.load(found.zeros[min(found.zeros)])["optimizer_state_dict"]
         self.stage = int(first.get("zero_stage", 1))
         self.topology = self._topology(found, first)
         require_agreement(folder, self.cache, found, self.topology.tp_size)
-        self.files = find_files(folder, Manifest("native", self.topology, {}, zero_stage=self.stage))
+        self.files = self._complete(found)
         self.models = {mp: self.cache.load(self.files.model(mp)) for mp in range(self.num_mp)}
         self.is_pipelined = bool(self.files.layers)
+        self._check_experts_are_there()
 
     @property
     def num_mp(self) -> int:
         return self.topology.pp_size * self.topology.tp_size
 
-    def source(self) -> DeepSpeedSource:
+    def source(self) -> Source:
+        manifest = self.manifest()
+        source = DeepSpeedSource(self.folder, manifest, {} if self.stage == 3 else self._corrections(), self.cache)
+        self._check_weights(source.fragments())
+        return source
+
+    def manifest(self) -> Manifest:
         trainable = self._by_stage({mp: _trainable_shapes(content) for mp, content in self.models.items()})
         frozen = self._by_stage({mp: self._frozen_shapes(mp) for mp in self.models}) | self._frozen_in_layers(trainable)
         layouts = self._layouts({**trainable, **frozen})
@@ -71,7 +79,7 @@ class _Reader:
             parameters[name] = ParameterInfo(layouts[name], pp_stages=tuple(sorted(stages)), is_trainable=False)
         groups = [group for mp in self.models for group in self._groups(mp).items()]
         layer_numbers = range(max((layer for layer, _ in self.files.layers), default=-1) + 1)
-        manifest = Manifest(
+        return Manifest(
             kind="native",
             topology=self.topology,
             parameters=parameters,
@@ -83,15 +91,35 @@ class _Reader:
             pipeline_layers=[str(i) if (i, 0) in self.files.layers else None for i in layer_numbers],
             saved_by={"deepspeed": str(self.models[0].get("ds_version", ""))},
         )
-        source = DeepSpeedSource(self.folder, manifest, {} if self.stage == 3 else self._corrections(), self.cache)
-        self._check_weights(source.fragments())
-        return source
 
     # -- are these the files of one save? -----------------------------------------------------------------------
 
-    def _open_all(self, found: Files) -> None:
+    def _check_kind(self, found: Files) -> None:
+        if not found.models:
+            raise MissingFileError("no model states (*mp_rank_*_model_states.pt)", where=self.folder)
+        if not found.zeros:
+            raise UnsupportedCheckpointError(
+                "ZeRO-0 keeps the optimizer's state by index, and without ucp.json nothing names the indices",
+                where=self.folder,
+                do="resume it with the program that saved it, under ZeRO-1, and save again",
+            )
+
+    def _complete(self, found: Files) -> Files:
+        return find_files(self.folder, Manifest("native", self.topology, {}, zero_stage=self.stage))
+
+    def _check_experts_are_there(self) -> None:
+        """They have files of their own, by which open_source would have known them."""
+        if experts := {mp: content["num_experts"] for mp, content in self.models.items() if content.get("num_experts")}:
+            raise MissingFileError(
+                "no file of an expert (layer_*_expert_*_mp_rank_*_model_states.pt)",
+                expected=[f"mp_rank {mp}: {numbers} experts" for mp, numbers in experts.items()],
+                where=self.folder,
+                do="bring the files of every node into this folder",
+            )
+
+    def _open_all(self, paths: Iterable[Path]) -> None:
         unreadable = {}
-        for path in (*found.zeros.values(), *found.models.values(), *found.layers.values()):
+        for path in paths:
             try:
                 self.cache.load(path)
             except CorruptFileError as error:
@@ -202,7 +230,7 @@ class _Reader:
         for mp, tables in order.items():
             base = self._base_state(self.files.zeros[0, mp])
             group_of = _flat_to_group(base, len(tables))
-            names_of_groups = list(self._groups(mp)) or [str(index) for index in range(len(tables))]
+            names_of_groups = self._group_names(mp) or [str(index) for index in range(len(tables))]
             for flat, names in enumerate(tables):
                 state = base[flat] if isinstance(base, list) else base["state"].get(flat, {})
                 tensors = tuple(k for k, v in state.items() if torch.is_tensor(v) and v.dim() > 0)
@@ -220,13 +248,19 @@ class _Reader:
         return {name: parameters[name] for name in trainable}
 
     def _groups(self, mp: int) -> dict[str, dict[str, Any]]:
-        """Hyper-parameters by the groups' names, or by their numbers where they have none or the same."""
+        """Hyper-parameters by the groups' names."""
+        return {
+            name: group_values(group) for name, group in zip(self._group_names(mp), self._param_groups(mp), strict=True)
+        }
+
+    def _group_names(self, mp: int) -> list[str]:
+        """Their numbers where they have none or the same."""
+        names = [str(group.get("name", index)) for index, group in enumerate(self._param_groups(mp))]
+        return names if len(set(names)) == len(names) else [str(index) for index in range(len(names))]
+
+    def _param_groups(self, mp: int) -> list[dict[str, Any]]:
         base = self._base_state(self.files.zeros[0, mp])
-        groups = [] if isinstance(base, list) else base["param_groups"]
-        names = [str(group.get("name", index)) for index, group in enumerate(groups)]
-        if len(set(names)) < len(names):
-            names = [str(index) for index in range(len(groups))]
-        return {name: group_values(group) for name, group in zip(names, groups, strict=True)}
+        return [] if isinstance(base, list) else base["param_groups"]
 
     def _base_state(self, file: Path) -> Any:
         optimizer = self.cache.load(file)["optimizer_state_dict"]
@@ -279,31 +313,43 @@ class _Reader:
         """What to believe instead of the files' own tables, which are wrong where the order of the parameters in them
         is not that of the flat tensors."""
         corrections: Fragments = {}
-        faults = []
+        faults: list[str] = []
         for mp, content in self.models.items():
-            files, optimizers = zip(*self._optimizers(mp), strict=True)
+            files = [file for file, _ in self._optimizers(mp)]
             for group, shapes in enumerate(content["param_shapes"]):
-                lengths = {name: math.prod(shape) for name, shape in shapes.items()}
-                tables = [optimizer["param_slice_mappings"][group] for optimizer in optimizers]
-                order = dict.fromkeys(n for t in tables for n in sorted(t, key=lambda name, t=t: t[name].start))
-                if list(order) == list(lengths):
-                    continue
-                faults += [
-                    f"{file.name} holds {listed(set(table) - set(lengths))}"
-                    for file, table in zip(files, tables, strict=True)
-                    if not set(table) <= set(lengths)
-                ]
-                if missing := set(lengths) - set(order):
-                    faults.append(f"no file of mp_rank {mp} holds {listed(missing)} of {self.files.model(mp).name}")
-                if not _may_be_reordered(content) and not faults:
-                    faults.append(f"mp_rank {mp}, group {group}: the parameters are in another order than listed")
-                if faults:
-                    continue
-                paddings = optimizers[0].get("param_alignment_paddings", {group: [0] * len(lengths)})[group]
-                flat = optimizers[0]["single_partition_of_fp32_groups"][group]
-                partition = flat.numel() + int(optimizers[0]["group_paddings"][group])
-                found = flat_fragments(lengths, paddings, partition, files, group)
-                corrections.update({(name, mp): fragments for name, fragments in found.items()})
+                if shapes:
+                    found = self._reordered(mp, group, shapes, files, faults)
+                    corrections.update({(name, mp): fragments for name, fragments in found.items()})
+        self._refuse_not_held(faults)
+        return corrections
+
+    def _reordered(
+        self, mp: int, group: int, shapes: Mapping[str, Any], files: Sequence[Path], faults: list[str]
+    ) -> dict[str, list[Fragment]]:
+        """The places of a group's parameters in these files, its partitions; empty where their own tables are right."""
+        lengths = {name: math.prod(shape) for name, shape in shapes.items()}
+        optimizers = [self.cache.load(file)["optimizer_state_dict"] for file in files]
+        tables = [optimizer["param_slice_mappings"][group] for optimizer in optimizers]
+        order = dict.fromkeys(n for t in tables for n in sorted(t, key=lambda name, t=t: t[name].start))
+        if list(order) == list(lengths):
+            return {}
+        faults += [
+            f"{file.name} holds {listed(set(table) - set(lengths))}"
+            for file, table in zip(files, tables, strict=True)
+            if not set(table) <= set(lengths)
+        ]
+        if missing := set(lengths) - set(order):
+            faults.append(f"no file of mp_rank {mp} holds {listed(missing)} of {self.files.model(mp).name}")
+        if not _may_be_reordered(self.models[mp]) and not faults:
+            faults.append(f"mp_rank {mp}, group {group}: the parameters are in another order than listed")
+        if faults:
+            return {}
+        paddings = optimizers[0].get("param_alignment_paddings", {group: [0] * len(lengths)})[group]
+        flat = optimizers[0]["single_partition_of_fp32_groups"][group]
+        partition = flat.numel() + int(optimizers[0]["group_paddings"][group])
+        return flat_fragments(lengths, paddings, partition, files, group)
+
+    def _refuse_not_held(self, faults: list[str]) -> None:
         if faults:
             raise SourceError(
                 "the optimizer states do not hold the parameters that the model states list",
@@ -311,25 +357,6 @@ class _Reader:
                 where=self.folder,
                 do="bring together the files of one save of one run",
             )
-        return corrections
-
-
-def _check_kind(folder: Path, found: Files) -> None:
-    if not found.models:
-        raise MissingFileError("no model states (*mp_rank_*_model_states.pt)", where=folder)
-    if not found.zeros:
-        raise UnsupportedCheckpointError(
-            "ZeRO-0 keeps the optimizer's state by index, and without ucp.json nothing names the indices",
-            where=folder,
-            do="resume it with the program that saved it, under ZeRO-1, and save again",
-        )
-    experts = [p.name for p in folder.iterdir() if p.name.startswith("expp_rank_") or "_expert_" in p.name]
-    if experts:
-        raise UnsupportedCheckpointError(
-            "experts are read only with a ucp.json: DeepSpeed names them by their place on each rank",
-            found=experts,
-            where=folder,
-        )
 
 
 def _trainable_shapes(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

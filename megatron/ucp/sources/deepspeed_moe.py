@@ -1,0 +1,380 @@
+"""Source: stock saves with experts of deepspeed.moe.layer.MoE, without a ucp.json.
+
+The one idea: dense parameters are read as in every foreign folder. Expert e of a layer is a parameter for itself, under
+its number in the whole layer; the optimizer's files know it by its number within a rank, so which ranks hold it is
+worked out from DeepSpeed's groups (expert_places.py) and then held against the weights in the experts' own files
+(expert_weights.py). ZeRO-1, ZeRO-2 and BF16_Optimizer here, ZeRO-0 in deepspeed_moe_zero0.py.
+
+    source = open_moe("run/global_step100")
+    source.pieces("layers.1.moe.deepspeed_moe.experts.deepspeed_experts.3.up.weight", "exp_avg")
+
+What it cannot see: weights and masters that were exchanged alike.
+Source of these conventions: deepspeed/runtime/engine.py (_save_moe_checkpoint), runtime/zero/stage_1_and_2.py
+(_configure_moe_settings: partition_count, real_dp_process_group), moe/utils.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.ucp.errors import MissingFileError, SourceError, UnsupportedCheckpointError, listed
+from megatron.ucp.layout import Layout
+from megatron.ucp.manifest import ParameterInfo
+from megatron.ucp.sources.deepspeed import DeepSpeedSource, Fragment
+from megatron.ucp.sources.deepspeed_files import Files, list_files
+from megatron.ucp.sources.deepspeed_moe_zero0 import open_moe_zero0
+from megatron.ucp.sources.expert_files import (
+    MoeLayer,
+    content_faults,
+    list_expert_files,
+    moe_layers,
+    require_expert_files,
+    split_name,
+    without_experts,
+)
+from megatron.ucp.sources.expert_places import ExpertPlaces, stage_places
+from megatron.ucp.sources.expert_source import STEP, ExpertPart, MoeSource
+from megatron.ucp.sources.expert_weights import weight_faults
+from megatron.ucp.sources.foreign import ForeignReader
+from megatron.ucp.sources.group_names import Seen, group_names
+from megatron.ucp.sources.layer_files import is_weight
+from megatron.ucp.topology import Topology
+
+
+def open_moe(folder: str | Path, column_parallel: tuple[str, ...] = ()) -> MoeSource:
+    """Opens every file. Raises, before any tensor is read, MissingFileError, CorruptFileError, SourceError (the files
+    contradict each other) or UnsupportedCheckpointError; where it is about experts, with their layers and numbers."""
+    if not list_files(Path(folder)).zeros:
+        return open_moe_zero0(folder)
+    return _MoeReader(Path(folder), column_parallel).source()
+
+
+@dataclass
+class _Expert:
+    """One parameter of one expert."""
+
+    layer: MoeLayer
+    number: int
+    rest: str
+    pp: int
+    group: int | None
+    """None: frozen."""
+    shards: list[tuple[int, ...]] = field(default_factory=list)
+    """Shapes, by tp shard."""
+    parts: list[ExpertPart] = field(default_factory=list)
+
+
+class _MoeReader(ForeignReader):
+    """`models` hold the model states without the experts, `saved` as they are in the files."""
+
+    def __init__(self, folder: Path, column_parallel: tuple[str, ...]):
+        self.expert_files = list_expert_files(folder)
+        super().__init__(folder, column_parallel)
+        self._open_all(self.expert_files.weights.values())
+        self.saved = self.models
+        self.models = {mp: without_experts(content) for mp, content in self.saved.items()}
+        self.listed = {mp: _listed_experts(content) for mp, content in self.saved.items()}
+        seen: Seen = {}
+        self.group_names = {mp: group_names(self._param_groups(mp), seen) for mp in self.saved}
+        self.layers: dict[int, list[MoeLayer]] = {}
+        self.places: dict[int, dict[int, ExpertPlaces]] = {}
+        for pp in range(self.topology.pp_size):
+            self.layers[pp], self.places[pp] = self._stage(pp, self.files)
+
+    def source(self) -> MoeSource:
+        self._check_expert_files()
+        experts = {**self._trained(), **self._frozen()}
+        self._check_expert_weights(experts)
+        dense = self._dense()
+        self._check_weights(dense.fragments())
+        layouts = self._expert_layouts(experts)
+        infos = {name: self._info(expert, layouts[name]) for name, expert in experts.items()}
+        ep_size = max((p.ep_size for places in self.places.values() for p in places.values()), default=1)
+        # Without expert tensor parallelism DeepSpeed's groups may span tp, which no topology of ours says.
+        topology = self.topology if self.topology.zero_size % ep_size else replace(self.topology, ep_size=ep_size)
+        parameters = {**dense.manifest.parameters, **infos}
+        manifest = replace(dense.manifest, topology=topology, parameters=parameters, fragments={})
+        parts = {name: expert.parts for name, expert in experts.items()}
+        return MoeSource(self.folder, manifest, dense, parts, self.cache)
+
+    # -- what there has to be -----------------------------------------------------------------------------------
+
+    def _stage(self, pp: int, files: Files) -> tuple[list[MoeLayer], dict[int, ExpertPlaces]]:
+        mp = pp * self.topology.tp_size
+        path, content = files.model(mp), self.cache.load(files.model(mp))
+        layers = moe_layers(content, path)
+        optimizer = next(self.cache.load(f) for (_, m), f in files.zeros.items() if m // self.topology.tp_size == pp)
+        return layers, stage_places(content, optimizer["optimizer_state_dict"], layers, self.topology, path)
+
+    def _check_experts_are_there(self) -> None:
+        """Not here: _check_expert_files names those that are not."""
+
+    def _topology(self, found: Files, first: Mapping[str, Any]) -> Topology:
+        """From the groups of dense parameters: those of experts are cut over fewer ranks or, with tensor parallelism,
+        over more."""
+        if "fp32_flat_groups" in first:
+            raise UnsupportedCheckpointError(
+                "ZeRO-3 with files of experts is AutoEP's, and only experts of deepspeed.moe.layer.MoE are read",
+                where=self.folder,
+                do="convert it with DeepSpeed's own ds_to_universal",
+            )
+        content = self.cache.load(found.models[min(found.models)])
+        tables, counts = content.get("param_shapes"), first.get("partition_count")
+        if not tables or not isinstance(counts, (list, tuple)) or len(counts) != len(tables):
+            raise UnsupportedCheckpointError(
+                "files of experts, but no partition_count for each group of param_shapes",
+                found=f"{len(tables or ())} group(s), partition_count {counts}",
+                where=self.folder,
+                do="DeepSpeed under ZeRO-0 with bf16 writes no param_shapes: save again under ZeRO-1",
+            )
+        dense = [n for n, table in zip(counts, tables, strict=True) if any(not split_name(name) for name in table)]
+        return super()._topology(found, {**first, "partition_count": dense or int(content["dp_world_size"])})
+
+    def _complete(self, found: Files) -> Files:
+        try:
+            return super()._complete(found)
+        except MissingFileError as error:
+            if lost := self._experts_of_missing(found):
+                raise MissingFileError(
+                    f"{error.what}, with the optimizer's states of experts",
+                    found=f"{error.found}; in them: {'; '.join(lost[:20])}",
+                    expected=error.expected,
+                    where=error.where,
+                    do=error.do,
+                ) from None
+            raise
+
+    def _experts_of_missing(self, found: Files) -> list[str]:
+        tp_size, lost = self.topology.tp_size, {}
+        stages = {pp for pp in range(self.topology.pp_size) if (0, pp * tp_size) in found.models}
+        for pp in sorted(stages & {mp // tp_size for _, mp in found.zeros}):
+            layers, places = self._stage(pp, found)
+            for z in range(self.topology.zero_size):
+                for tp in range(tp_size):
+                    for layer in layers if (z, pp * tp_size + tp) not in found.zeros else []:
+                        if place := places.get(layer.number):
+                            num_local = layer.num_experts // place.ep_size
+                            first = place.ep_rank(z, tp) * num_local
+                            lost |= dict.fromkeys(layer.title(n) for n in range(first, first + num_local))
+        return list(lost)
+
+    def _weight_files(self, pp: int, layer: MoeLayer, number: int) -> list[Path]:
+        """The file of an expert for each of its tp shards. The first rank that holds one has written it."""
+        return [self.expert_files.weights[layer.number, number, mp] for mp in self._writers(pp, layer, number)]
+
+    def _writers(self, pp: int, layer: MoeLayer, number: int) -> list[int]:
+        place = self.places[pp].get(layer.number)
+        tp_size = self.topology.tp_size
+        if place is None:
+            if tp_size > 1:
+                raise UnsupportedCheckpointError(
+                    f"nothing of the experts of layer {layer.number} ({layer.name}) is trained, so that under tensor "
+                    "parallelism the files do not say how they are cut",
+                    where=self.folder,
+                )
+            return [pp]
+        holders = place.holders(number // (layer.num_experts // place.ep_size))
+        return [pp * tp_size + shard[0][1] for shard in holders]
+
+    def _check_expert_files(self) -> None:
+        expected = {
+            (layer.number, number, mp): (layer, pp)
+            for pp, layers in self.layers.items()
+            for layer in layers
+            for number in range(layer.num_experts)
+            for mp in self._writers(pp, layer, number)
+        }
+        require_expert_files(self.folder, self.expert_files, {key: layer for key, (layer, _) in expected.items()})
+        faults = []
+        for (_, number, mp), (layer, pp) in sorted(expected.items(), key=lambda item: item[0]):
+            place = self.places[pp].get(layer.number)
+            num_local = layer.num_experts // place.ep_size if place else layer.num_experts
+            trained = self.listed[mp].get((layer.name, number % num_local), {})
+            path = self.expert_files.weights[layer.number, number, mp]
+            faults += content_faults(layer, number, path, self.cache.load(path), trained)
+        if faults:
+            raise SourceError(
+                "files of experts do not hold the expert that their name says",
+                found=faults,
+                where=self.folder,
+                do="copy them again from where they were saved, under the names that they had",
+            )
+
+    # -- parameters ---------------------------------------------------------------------------------------------
+
+    def _dense(self) -> DeepSpeedSource:
+        """With the tables of the dense parameters as the manifest's, for the files' own list experts too."""
+        rows: dict[str, list[list[int]]] = {}
+        for (z, mp), file in sorted(self.files.zeros.items(), key=lambda item: (item[0][1], item[0][0])):
+            for group, table in enumerate(self.cache.load(file)["optimizer_state_dict"]["param_slice_mappings"]):
+                for name, address in table.items():
+                    if not split_name(name):
+                        rows.setdefault(name, []).append([mp, z, group, int(address.start), int(address.numel)])
+        return DeepSpeedSource(self.folder, replace(self.manifest(), fragments=rows), self._corrections(), self.cache)
+
+    def _trained(self) -> dict[str, _Expert]:
+        """By global name: what the optimizer's files hold of the experts."""
+        experts: dict[str, _Expert] = {}
+        faults: list[str] = []
+        for pp, layers in self.layers.items():
+            by_name = {layer.name: layer for layer in layers}
+            for group, place in self._expert_groups(pp, by_name):
+                for ep_rank in range(place.ep_size):
+                    for tp, holders in enumerate(place.holders(ep_rank)):
+                        self._collect(experts, faults, by_name, (pp, group), ep_rank, tp, holders)
+        self._refuse_not_held(faults)
+        return experts
+
+    def _expert_groups(self, pp: int, layers: Mapping[str, MoeLayer]) -> Iterator[tuple[int, ExpertPlaces]]:
+        mp = pp * self.topology.tp_size
+        for group, table in enumerate(self.saved[mp]["param_shapes"]):
+            places = {self.places[pp][layers[parts[0]].number] for name in table if (parts := split_name(name))}
+            if len(places) > 1 or (places and self.models[mp]["param_shapes"][group]):
+                raise UnsupportedCheckpointError(
+                    "a parameter group holds experts beside dense parameters, or of several expert parallelisms",
+                    found=f"group {group} of mp_rank {mp}: {listed(table, 4)}",
+                    where=self.folder,
+                    do="use split_params_into_different_moe_groups_for_optimizer",
+                )
+            if places:
+                yield group, places.pop()
+
+    def _collect(
+        self,
+        experts: dict[str, _Expert],
+        faults: list[str],
+        layers: Mapping[str, MoeLayer],
+        pp_group: tuple[int, int],
+        ep_rank: int,
+        tp: int,
+        holders: Sequence[tuple[int, int]],
+    ) -> None:
+        """Adds what one group has of tp shard `tp` of the experts of one expert-parallel rank."""
+        pp, group = pp_group
+        first_mp = pp * self.topology.tp_size
+        shapes = self.saved[first_mp + tp]["param_shapes"][group]
+        files = [self.files.zeros[z, first_mp + t] for z, t in holders]
+        found = self._reordered(first_mp + tp, group, shapes, files, faults) or self._own_places(files, group)
+        for name, shape in shapes.items():
+            layer_name, local, rest = split_name(name)
+            layer = layers[layer_name]
+            number = ep_rank * (layer.num_experts // self.places[pp][layer.number].ep_size) + local
+            expert = experts.setdefault(layer.parameter(number, rest), _Expert(layer, number, rest, pp, group))
+            expert.shards.append(tuple(shape))
+            fragments = found.get(name, [])
+            expert.parts += [self._part(tp, fragment) for fragment in fragments]
+            num_found = sum(fragment.stop - fragment.start for fragment in fragments)
+            if num_found != math.prod(shape):
+                names = listed(file.name for file in files)
+                faults.append(f"{layer.title(number)}: {num_found} of {math.prod(shape)} elements of {rest} in {names}")
+
+    def _own_places(self, files: Sequence[Path], group: int) -> dict[str, list[Fragment]]:
+        """From the tables of the files, the partitions of one group in order."""
+        found: dict[str, list[Fragment]] = {}
+        for file in files:
+            table = self.cache.load(file)["optimizer_state_dict"]["param_slice_mappings"][group]
+            for name, address in table.items():
+                before = found.setdefault(name, [])
+                start = before[-1].stop if before else 0
+                before.append(Fragment(file, group, int(address.start), start, start + int(address.numel)))
+        return found
+
+    def _part(self, tp: int, fragment: Fragment) -> ExpertPart:
+        base = self._base_state(fragment.file)
+        inside = () if isinstance(base, list) else ("state",)
+        state = base[fragment.group] if isinstance(base, list) else base["state"].get(fragment.group, {})
+        path = ("optimizer_state_dict", "base_optimizer_state", *inside, fragment.group)
+        places = {key: (fragment.file, (*path, key)) for key, value in state.items() if _is_cut(value) or key == STEP}
+        places["fp32"] = fragment.file, ("optimizer_state_dict", "single_partition_of_fp32_groups", fragment.group)
+        return ExpertPart(tp, fragment.start, fragment.stop, fragment.offset, places)
+
+    def _frozen(self) -> dict[str, _Expert]:
+        """What the experts' files hold beside what is trained; buffers are no parameters."""
+        experts: dict[str, _Expert] = {}
+        for pp, layers in self.layers.items():
+            mp = pp * self.topology.tp_size
+            for layer in layers if "buffer_names" in self.saved[mp] else []:
+                trained = {
+                    rest for (name, _), shapes in self.listed[mp].items() if name == layer.name for rest in shapes
+                }
+                names = map(split_name, self.saved[mp]["buffer_names"])
+                buffers = {parts[2] for parts in names if parts and parts[0] == layer.name}
+                for number in range(layer.num_experts):
+                    for tp, path in enumerate(self._weight_files(pp, layer, number)):
+                        for key, value in self.cache.load(path).items():
+                            rest = split_name(key.lstrip("."))[2]
+                            if rest in trained | buffers or not is_weight(value):
+                                continue
+                            expert = _Expert(layer, number, rest, pp, None)
+                            expert = experts.setdefault(layer.parameter(number, rest), expert)
+                            expert.shards.append(tuple(value.shape))
+                            expert.parts.append(ExpertPart(tp, 0, value.numel(), 0, {"fp32": (path, (key,))}))
+        return experts
+
+    def _group_names(self, mp: int) -> list[str]:
+        return self.group_names[mp]
+
+    def _expert_layouts(self, experts: Mapping[str, _Expert]) -> dict[str, Layout]:
+        """Experts that tensor parallelism does not cut are whole, whatever patterns are meant for dense layers."""
+        whole = {name for name, e in experts.items() if len(e.shards) < self.topology.tp_size}
+        cut = self._layouts({name: {e.pp: e.shards} for name, e in experts.items() if name not in whole})
+        return {name: cut[name] if name in cut else Layout.unique(e.shards[0]) for name, e in experts.items()}
+
+    def _info(self, expert: _Expert, layout: Layout) -> ParameterInfo:
+        if expert.group is None:
+            return ParameterInfo(layout, pp_stages=(expert.pp,), is_trainable=False)
+        base = self._base_state(expert.parts[0].places["fp32"][0])
+        state = base[expert.group] if isinstance(base, list) else base["state"].get(expert.group, {})
+        names = self._group_names(expert.pp * self.topology.tp_size)
+        return ParameterInfo(
+            layout=layout,
+            group=names[expert.group] if names else str(expert.group),
+            states=("fp32", *(key for key, value in state.items() if _is_cut(value))),
+            step=None if state.get(STEP) is None else float(state[STEP]),
+            pp_stages=(expert.pp,),
+        )
+
+    def _check_expert_weights(self, experts: Mapping[str, _Expert]) -> None:
+        faults = []
+        for pp, layers in self.layers.items():
+            for layer in layers:
+                masters: dict[int, dict[str, list[ExpertPart]]] = {}
+                weights: dict[int, dict[tuple[str, int], tuple[Path, str]]] = {}
+                for expert in experts.values():
+                    if expert.layer is layer and expert.group is not None:
+                        masters.setdefault(expert.number, {})[expert.rest] = expert.parts
+                for number in masters:
+                    files = enumerate(self._weight_files(pp, layer, number))
+                    weights[number] = {
+                        (split_name(key.lstrip("."))[2], tp): (path, key)
+                        for tp, path in files
+                        for key in self.cache.load(path)
+                    }
+                faults += weight_faults(self.cache, layer, masters, weights)
+        if faults:
+            raise SourceError(
+                "the weights of experts are not those of the optimizer's states",
+                found=faults,
+                where=self.folder,
+                do="bring together the files of one save of one run, under the names that they had",
+            )
+
+
+def _listed_experts(content: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, tuple[int, ...]]]:
+    """(layer's name, number within the rank) -> shapes by name inside, of all that is trained."""
+    found: dict[tuple[str, int], dict[str, tuple[int, ...]]] = {}
+    for table in content["param_shapes"]:
+        for name, shape in table.items():
+            if parts := split_name(name):
+                found.setdefault(parts[:2], {})[parts[2]] = tuple(shape)
+    return found
+
+
+def _is_cut(value: Any) -> bool:
+    return torch.is_tensor(value) and value.dim() > 0

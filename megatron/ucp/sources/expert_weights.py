@@ -1,0 +1,57 @@
+"""Are the weights in the experts' own files those that the optimizer holds under the same numbers?
+
+The one idea: DeepSpeed saves every expert twice, as weights in a file that carries its number and as masters in the
+optimizer's files, where only the rank tells the number. Both have to agree; where they do not, the expert is named, and
+the one whose weights they are, if there is one. Only the beginning of large tensors is compared.
+
+    faults = weight_faults(cache, layer, masters, files)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from megatron.ucp.sources.expert_files import MoeLayer
+from megatron.ucp.sources.expert_source import ExpertPart
+from megatron.ucp.sources.source import FileCache
+
+_NUM_COMPARED = 4096
+"""Elements of each part of each parameter."""
+
+Weights = Mapping[tuple[str, int], tuple[Path, str]]
+"""(name inside the expert, tp shard) -> file and key."""
+
+
+def weight_faults(
+    cache: FileCache,
+    layer: MoeLayer,
+    masters: Mapping[int, Mapping[str, Sequence[ExpertPart]]],
+    weights: Mapping[int, Weights],
+) -> list[str]:
+    """One line for each expert of the layer whose weights are not its masters. Both by number of the expert."""
+    faults = []
+    for expert, held in weights.items():
+        files = _disagreeing(cache, masters.get(expert, {}), held)
+        if not files:
+            continue
+        others = [other for other in masters if other != expert and not _disagreeing(cache, masters[other], held)]
+        whose = f"; they are those of expert {others[0]}" if others else ""
+        faults.append(f"{layer.title(expert)}: the weights in {' and the masters in '.join(files)} differ{whose}")
+    return faults
+
+
+def _disagreeing(cache: FileCache, masters: Mapping[str, Sequence[ExpertPart]], held: Weights) -> list[str]:
+    """The two files that disagree; empty where none do."""
+    for rest, parts in masters.items():
+        for part in parts:
+            file, key = held[rest, part.tp]
+            stop = min(part.stop, part.start + _NUM_COMPARED)
+            weight = cache.tensor(file, (key,))[part.start : stop]
+            master_file, path = part.places["fp32"]
+            master = cache.tensor(master_file, path)[part.offset : part.offset + stop - part.start]
+            if not torch.equal(master.to(weight.dtype).nan_to_num(), weight.nan_to_num()):
+                return [file.name, master_file.name]
+    return []

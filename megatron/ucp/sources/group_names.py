@@ -1,0 +1,35 @@
+"""Names for the optimizer's parameter groups where DeepSpeed gives one name to several.
+
+The one idea: DeepSpeed names every group of experts "ep_size_N", whichever of the program's groups it came from, and
+divides large ones, on every pipeline stage otherwise. Groups of one name with equal hyper-parameters are one here; a
+second set of hyper-parameters under the same name is "ep_size_N.2".
+
+    seen = {}
+    group_names([{"name": "ep_size_2", "lr": 0.1}, {"name": "ep_size_2", "lr": 0.2}], seen)
+    # ["ep_size_2", "ep_size_2.2"]
+
+Source of the names: deepspeed/moe/utils.py (split_params_into_different_moe_groups_for_optimizer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megatron.ucp.sources.universal import group_values
+
+Seen = dict[str, list[dict[str, Any]]]
+"""Name -> the hyper-parameters found under it, in order; kept from one file to the next."""
+
+
+def group_names(groups: Iterable[Mapping[str, Any]], seen: Seen) -> list[str]:
+    """By index of the group; a group without a name has its index."""
+    names = []
+    for index, group in enumerate(groups):
+        name, values = str(group.get("name", index)), group_values(dict(group))
+        known = seen.setdefault(name, [])
+        if values not in known:
+            known.append(values)
+        place = known.index(values)
+        names.append(name if place == 0 else f"{name}.{place + 1}")
+    return names
