@@ -110,14 +110,6 @@ def _position_problems(model: ModelConfig) -> Iterator[Problem]:
             # Rounded up, or what is advised would not do either.
             fix=f"--rotary-percent of at least {math.ceil(2e4 / model.head_dim) / 1e4:g}",
         )
-    if model.rope_scaling_type is not None and model.positions != "rope":
-        yield Problem(
-            "only rotary positions can be stretched",
-            found=f"--rope-scaling-type {model.rope_scaling_type} with {model.positions} positions",
-            expected="--position-embedding-type rope",
-            flags=("--rope-scaling-type", "--use-rope-scaling", "--position-embedding-type"),
-            fix="add --use-rotary-position-embeddings, or drop the scaling",
-        )
     if model.rope_scaling_type is not None and model.rope_scaling_factor < 1:
         yield Problem(
             "rotary positions cannot be shrunk",

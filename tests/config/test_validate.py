@@ -153,8 +153,6 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("rotary-percent", {"use_rotary_position_embeddings": True, "rotary_percent": 0.3},
      ["nothing of a head is rotated", "0.3 of 4 features", "--rotary-percent of at least 0.5"]),
     ("rotary-percent-range", {"position_embedding_type": "rope", "rotary_percent": 1.5}, ["0 <= value <= 1"]),
-    ("rope-scaling", {"rope_scaling_type": "llama3"},
-     ["only rotary positions can be stretched", "learned_absolute", "add --use-rotary-position-embeddings"]),
     ("rope-factor", {"position_embedding_type": "rope", "rope_scaling_type": "ntk", "rope_scaling_factor": 0.5},
      ["--rope-scaling-factor 0.5", "1 or more"]),
     ("rope-llama3", {"position_embedding_type": "rope", "rope_scaling_type": "llama3", "rope_low_freq_factor": 4.0},

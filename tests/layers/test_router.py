@@ -61,7 +61,7 @@ def test_routing_is_the_plain_formulas(score, normalize, topk, factor):
     weight.requires_grad_(), x.requires_grad_()
     router = _router(model)
     own = x.detach().clone().requires_grad_()
-    routing, truth = router(own), route(model, weight, x)
+    routing, truth = router.route(own), route(model, weight, x)
     assert routing.experts_nk.view(4, LENGTH, topk).tolist() == truth.experts
     assert (routing.experts_nk == -1).any() == (factor is not None)
     torch.testing.assert_close(routing.gates_nk.view_as(truth.gates), truth.gates, **CLOSE)
@@ -81,16 +81,16 @@ def test_even_use_has_a_load_balancing_loss_of_one():
     router = _router(_model(topk=1))
     router.weight.data = torch.eye(NUM_EXPERTS, HIDDEN, dtype=torch.float64)
     x = torch.eye(HIDDEN, dtype=torch.float64)[:NUM_EXPERTS].unsqueeze(0)  # each expert's own token
-    assert router(x).statistics["load balancing loss"].item() == pytest.approx(1.0)
+    assert router.route(x).statistics["load balancing loss"].item() == pytest.approx(1.0)
     x = 50.0 * x[:, :1].expand(1, NUM_EXPERTS, HIDDEN)  # all tokens to the first expert, and surely
-    assert router(x).statistics["load balancing loss"].item() == pytest.approx(NUM_EXPERTS)
+    assert router.route(x).statistics["load balancing loss"].item() == pytest.approx(NUM_EXPERTS)
 
 
 @pytest.mark.parametrize("factor", [None, 0.5])
 def test_grouping_into_micro_batches_changes_nothing(factor):
     model = _model(moe_train_capacity_factor=factor, moe_min_capacity=1)
     router, (_, x) = _router(model), _given()
-    whole, singly = router(x), [router(x[i : i + 1]) for i in range(4)]
+    whole, singly = router.route(x), [router.route(x[i : i + 1]) for i in range(4)]
     torch.testing.assert_close(torch.stack([routing.loss for routing in singly]).mean(), whole.loss, **CLOSE)
     assert torch.equal(torch.cat([routing.experts_nk for routing in singly]), whole.experts_nk)
 
@@ -99,7 +99,7 @@ def _chunk(rank, world_size, model):
     context = build_context(Topology(sp_size=world_size))
     own = _given()[1].chunk(world_size, 1)[rank].clone().requires_grad_()
     router = _router(model, context)
-    routing = router(own)
+    routing = router.route(own)
     grads = torch.autograd.grad(routing.loss, [router.weight, own])
     return routing.experts_nk.view(4, -1, model.topk), routing.loss.detach(), grads
 
@@ -109,7 +109,7 @@ def test_chunks_of_a_sequence_are_routed_as_the_whole(factor):
     """With the same choices kept; the mean over ranks of the loss, and of the router's gradient, is the whole's."""
     model = _model(moe_train_capacity_factor=factor, moe_min_capacity=1, topk=3)
     router, x = _router(model), _given()[1].requires_grad_()
-    whole = router(x)
+    whole = router.route(x)
     weight_grad, x_grad = torch.autograd.grad(whole.loss, [router.weight, x])
     results = run_ranks(2, _chunk, model)
     assert torch.equal(torch.cat([experts for experts, _, _ in results], 1), whole.experts_nk.view(4, LENGTH, 3))
@@ -121,8 +121,8 @@ def test_chunks_of_a_sequence_are_routed_as_the_whole(factor):
 def test_fault_a_loss_over_the_micro_batch_depends_on_the_grouping():
     """What the loss would be, were its two means taken over all sequences at once."""
     router, (_, x) = _router(_model(moe_z_loss_coeff=0.0)), _given()
-    as_one_sequence = router(x.reshape(1, 4 * LENGTH, HIDDEN)).loss
-    assert abs(as_one_sequence - router(x).loss) > 1e-3
+    as_one_sequence = router.route(x.reshape(1, 4 * LENGTH, HIDDEN)).loss
+    assert abs(as_one_sequence - router.route(x).loss) > 1e-3
 
 
 def test_capacity_in_evaluation():
@@ -130,7 +130,7 @@ def test_capacity_in_evaluation():
 
     def num_dropped(is_training, **changes):
         router = _router(_model(moe_min_capacity=1, **changes)).train(is_training)
-        return int((router(x).experts_nk == -1).sum())
+        return int((router.route(x).experts_nk == -1).sum())
 
     assert num_dropped(True, moe_train_capacity_factor=0.5) > 0
     both = {"moe_train_capacity_factor": 0.5, "moe_eval_capacity_factor": float(NUM_EXPERTS)}
@@ -144,7 +144,7 @@ def test_capacity_in_evaluation():
 def test_the_least_capacity():
     _, x = _given()
     counts = [
-        int((_router(_model(moe_train_capacity_factor=0.01, moe_min_capacity=least))(x).experts_nk >= 0).sum())
+        int((_router(_model(moe_train_capacity_factor=0.01, moe_min_capacity=least)).route(x).experts_nk >= 0).sum())
         for least in (1, 2)
     ]
     assert counts[0] < counts[1] <= 2 * NUM_EXPERTS * 4
@@ -156,9 +156,9 @@ def _jittered(rank, world_size, cut):
     streams.residual_dropout(torch.ones(4, 4), 0.5)  # where activations are cut, tp ranks draw differently
     router = _router(_model(moe_router_jitter=0.2), context)
     x = _given()[1]
-    found = [router(x).gates_nk.detach() for _ in range(2)]
+    found = [router.route(x).gates_nk.detach() for _ in range(2)]
     router.eval()
-    return [*found, router(x).gates_nk.detach()]
+    return [*found, router.route(x).gates_nk.detach()]
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -166,11 +166,11 @@ def test_jitter_is_equal_on_tp_ranks_and_only_in_training(cut):
     first, second = run_ranks(2, _jittered, cut)
     plain = _router(_model())
     x = _given()[1]
-    assert torch.equal(plain(x).gates_nk, plain(x).gates_nk)
+    assert torch.equal(plain.route(x).gates_nk, plain.route(x).gates_nk)
     for one, other in zip(first, second):
         assert torch.equal(one, other)
     assert not torch.equal(first[0], first[1])
-    assert torch.equal(first[2], plain(x).gates_nk)
+    assert torch.equal(first[2], plain.route(x).gates_nk)
 
 
 def test_choices_are_made_in_fp32():
@@ -179,7 +179,7 @@ def test_choices_are_made_in_fp32():
     router = Router(model, NUM_EXPERTS, ParallelContext.single())
     router.weight.data = torch.ones(NUM_EXPERTS, HIDDEN)
     router.weight.data[3] += 1e-3
-    routing = router(torch.ones(1, LENGTH, HIDDEN, dtype=torch.bfloat16))
+    routing = router.route(torch.ones(1, LENGTH, HIDDEN, dtype=torch.bfloat16))
     assert routing.experts_nk.unique().tolist() == [3] and routing.gates_nk.dtype == torch.float32
 
 
@@ -187,12 +187,12 @@ def test_choices_are_made_in_fp32():
 
 
 def _attached(router, ledger, x, layer=1):
-    return ledger.attached(x * 1.0, router(x), layer)
+    return ledger.attached(x * 1.0, router.route(x), layer)
 
 
 def test_the_loss_comes_with_the_ledgers_scale_whatever_comes_back():
     router, (_, x) = _router(_model()), _given()
-    (expected,) = torch.autograd.grad(router(x).loss, router.weight)
+    (expected,) = torch.autograd.grad(router.route(x).loss, router.weight)
     for scale, upstream in ((1.0, 1.0), (0.25, 1.0), (1024.0 / 8, 0.0)):
         ledger = RouterLedger()
         ledger.scale = scale
@@ -205,7 +205,7 @@ def test_the_loss_comes_with_the_ledgers_scale_whatever_comes_back():
 
 def test_statistics_are_means_over_micro_batches_since_the_last_call():
     router, ledger, (_, x) = _router(_model()), RouterLedger(), _given()
-    routings = [router(x[i : i + 1]) for i in range(4)]
+    routings = [router.route(x[i : i + 1]) for i in range(4)]
     for i in range(4):
         _attached(router, ledger, x[i : i + 1], layer=i % 2).sum().backward()
     seen = ledger.taken()
