@@ -218,3 +218,54 @@ def test_mean_loss_and_gradients_are_those_of_one_process(topology, is_cut, name
         found = merged([r[name][1] for r in results], [r[name][2] for r in results], as_dp)
         for param_name, grad in merged([grads], [layouts], Topology()).items():
             torch.testing.assert_close(found[param_name], grad, rtol=1e-4, atol=1e-5)
+
+
+# -- recomputation, low precision -------------------------------------------------------------------------------------
+
+RECOMPUTED = ["LLaMA 3", "Mixtral", "BLOOM", "all at once"]
+
+
+def _with_dropout(rank, world_size, topology, is_cut):
+    context, found = build_context(topology, is_cut), {}
+    for name in RECOMPUTED:
+        for granularity in (None, "full", "selective"):
+            changes = {**MODELS[name], "hidden_dropout": 0.2, "attention_dropout": 0.3, "moe_router_jitter": 0.1}
+            ledger, parallel = RouterLedger(), ParallelConfig(no_pipeline_parallel=True)
+            model = build_model(
+                config(**changes, recompute_granularity=granularity), parallel, context, RandomStreams(1, context),
+                seed=1234, ledger=ledger,
+            )  # fmt: skip
+            loss = model(*batch(2, seed=3 + context.dp_rank))
+            loss.backward()
+            grads = [param.grad for param in model.parameters()]
+            found[name, granularity] = loss.item(), grads, ledger.taken()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("topology", "is_cut"), [(Topology(tp_size=2), True), (Topology(dp_size=2, ep_size=2), False)], ids=str
+)
+def test_recomputation_is_bitwise_with_dropout_and_jitter(topology, is_cut):
+    for result in run_ranks(topology.world_size, _with_dropout, topology, is_cut):
+        for name in RECOMPUTED:
+            loss, grads, seen = result[name, None]
+            assert tuple(sorted(seen)) == config(**MODELS[name]).moe_layers
+            for granularity in ("full", "selective"):
+                again, grads_again, seen_again = result[name, granularity]
+                assert again == loss
+                assert all(torch.equal(grad, other) for grad, other in zip(grads, grads_again))
+                assert str(seen_again) == str(seen)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bf16_the_loss_is_nearly_that_of_fp32(name):
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build(Topology(), config(**MODELS[name]), False)[0].to(dtype)
+        loss = model(*batch(seed=3))
+        loss.backward()
+        losses.append(loss.item())
+        assert loss.dtype == torch.float32
+        for param in model.parameters():
+            assert param.grad.dtype == dtype and param.grad.isfinite().all()
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[0] != losses[1]
