@@ -68,13 +68,13 @@ def _plain(name):
     return losses, before, merged(*zip(parameters(model)), Topology())
 
 
-def _pipelined(rank, world_size, names):
+def _pipelined(rank, world_size, names, router_loss=1.0):
     import deepspeed
 
     topology, found = Topology(pp_size=world_size), {}
     for name in names:
         ledger = RouterLedger()
-        ledger.scale = 1.0 / NUM_MICRO_BATCHES
+        ledger.scale = router_loss / NUM_MICRO_BATCHES
         model, context, _ = build(topology, config(**MODELS[name]), True, ledger=ledger)
         before = parameters(model)
         engine, *_ = deepspeed.initialize(
@@ -99,8 +99,11 @@ def _pipelines(pp_size):
 @pytest.mark.parametrize("pp_size", [1, 2])
 def test_a_pipeline_trains_as_the_plain_model(pp_size, name):
     """The same names, layouts and first values; the loss before and after a step; the parameters after two."""
+    _check_pipeline(name, Topology(pp_size=pp_size), [result[name] for result in _pipelines(pp_size)])
+
+
+def _check_pipeline(name, topology, results):
     losses, before, after = _plain(name)
-    topology, results = Topology(pp_size=pp_size), [result[name] for result in _pipelines(pp_size)]
     first, last = (merged(*zip(*(result[i] for result in results)), topology) for i in (1, 2))
     assert set(first) == set(last) == set(before)
     for param_name, atom in before.items():
@@ -110,6 +113,12 @@ def test_a_pipeline_trains_as_the_plain_model(pp_size, name):
         assert found == pytest.approx(losses, abs=2e-6)
     layers_seen = [layer for *_, seen in results for layer in seen]
     assert tuple(layers_seen) == config(**MODELS[name]).moe_layers
+
+
+def test_fault_a_router_loss_of_another_scale_is_seen():
+    results = run_ranks(2, _pipelined, ["all at once"], float(NUM_MICRO_BATCHES))
+    with pytest.raises(AssertionError, match="not close"):
+        _check_pipeline("all at once", Topology(pp_size=2), [result["all at once"] for result in results])
 
 
 def test_entries_stand_where_their_parameters_are():
@@ -163,7 +172,7 @@ def test_flops_of_experts_are_those_a_token_is_sent_to():
 # -- expert parallelism, activations cut, sequences shared -------------------------------------------------------------
 
 
-def _loss_and_grads(rank, world_size, topology, names, is_cut):
+def _loss_and_grads(rank, world_size, topology, names, is_cut, fault=None):
     """Mean gradients as DeepSpeed takes them: of experts the sum over edp, of others that over dp x sp, by dp x sp."""
     context, found = build_context(topology, is_cut), {}
     for name in names:
@@ -179,7 +188,8 @@ def _loss_and_grads(rank, world_size, topology, names, is_cut):
             group = context.edp_group if is_dealt else context.zero_group
             if group is not None:
                 torch.distributed.all_reduce(param.grad, group=group)
-            grads[param_name] = param.grad / context.zero_size
+            has_fault = is_dealt and fault == "experts divided by edp"
+            grads[param_name] = param.grad / (context.edp_size if has_fault else context.zero_size)
         found[name] = loss.item(), grads, {n: p.atomic_layout for n, p in model.named_parameters()}
     return found
 
@@ -205,19 +215,27 @@ def _whole(names):
     ids=lambda value: str(value).replace(" ", "") if isinstance(value, Topology) else None,
 )
 def test_mean_loss_and_gradients_are_those_of_one_process(topology, is_cut, names):
-    whole = _whole(tuple(MODELS))
     results = run_ranks(topology.world_size, _loss_and_grads, topology, names, is_cut)
     for name in names:
-        loss, grads, layouts = whole[name]
-        losses = [result[name][0] for result in results]
-        assert sum(losses) / len(losses) == pytest.approx(loss, abs=2e-6)
-        if topology.sp_size > 1:  # for `merged` they are data parallel ranks: equal after the sum
-            as_dp = Topology(dp_size=topology.zero_size, tp_size=topology.tp_size, ep_size=topology.ep_size)
-        else:
-            as_dp = topology
-        found = merged([r[name][1] for r in results], [r[name][2] for r in results], as_dp)
-        for param_name, grad in merged([grads], [layouts], Topology()).items():
-            torch.testing.assert_close(found[param_name], grad, rtol=1e-4, atol=1e-5)
+        _check_gradients(name, topology, [result[name] for result in results])
+
+
+def _check_gradients(name, topology, results):
+    loss, grads, layouts = _whole(tuple(MODELS))[name]
+    losses = [found for found, _, _ in results]
+    assert sum(losses) / len(losses) == pytest.approx(loss, abs=2e-6)
+    # For `merged`, ranks of sp are data parallel ranks: equal after the sum.
+    as_dp = Topology(dp_size=topology.zero_size, tp_size=topology.tp_size, ep_size=topology.ep_size)
+    found = merged([result[1] for result in results], [result[2] for result in results], as_dp)
+    for param_name, grad in merged([grads], [layouts], Topology()).items():
+        torch.testing.assert_close(found[param_name], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_fault_experts_divided_as_nothing_else_is_seen():
+    topology = Topology(dp_size=2, ep_size=2)
+    results = run_ranks(2, _loss_and_grads, topology, ("Mixtral",), False, "experts divided by edp")
+    with pytest.raises(AssertionError, match="not close"):
+        _check_gradients("Mixtral", topology, [result["Mixtral"] for result in results])
 
 
 # -- recomputation, low precision -------------------------------------------------------------------------------------
