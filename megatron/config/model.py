@@ -220,7 +220,7 @@ class ModelConfig:
 
     def capacity_factor(self, is_training: bool) -> float | None:
         """None: an expert takes every token that is sent to it."""
-        if not self.moe_token_dropping or self.moe_train_capacity_factor is None:
+        if not self.moe_token_dropping:
             return None
         if is_training or self.moe_eval_capacity_factor is None:
             return self.moe_train_capacity_factor

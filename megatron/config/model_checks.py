@@ -19,17 +19,19 @@ from megatron.config.run import RunConfig
 
 def legal_tensor_sizes(model: ModelConfig) -> list[int]:
     """Tensor parallel sizes into which this model can be cut: whole query heads on every rank, evenly or not, and where
-    a rank has whole key/value heads, all the query heads that share them."""
-    return [size for size in range(1, model.num_attention_heads + 1) if _is_legal_cut(model, size)]
+    a rank has whole key/value heads, all the query heads that share them. Fewer key/value heads than ranks are kept in
+    parts (layers/heads.py), of which each rank needs one."""
+    kv_features = model.num_key_value_heads * model.head_dim
+    return list(range(1, min(model.num_attention_heads, kv_features, *_mlp_widths(model)) + 1))
 
 
-def _is_legal_cut(model: ModelConfig, tp_size: int) -> bool:
+def _mlp_widths(model: ModelConfig) -> list[int]:
     widths = [model.ffn_hidden_size]
     if model.has_experts:
         widths.append(model.moe_ffn_hidden_size)
         if model.moe_shared_expert_intermediate_size:
             widths.append(model.moe_shared_expert_intermediate_size)
-    return tp_size <= model.num_attention_heads and tp_size <= min(widths)
+    return widths
 
 
 def legal_sequence_sizes(model: ModelConfig, tp_size: int) -> list[int]:
@@ -105,7 +107,8 @@ def _position_problems(model: ModelConfig) -> Iterator[Problem]:
             found=f"--rotary-percent {model.rotary_percent:g} of {model.head_dim} features",
             expected="at least 2 features",
             flags=("--rotary-percent",),
-            fix=f"--rotary-percent of at least {2 / model.head_dim:g}",
+            # Rounded up, or what is advised would not do either.
+            fix=f"--rotary-percent of at least {math.ceil(2e4 / model.head_dim) / 1e4:g}",
         )
     if model.rope_scaling_type is not None and model.rope_scaling_factor < 1:
         yield Problem(
@@ -153,7 +156,7 @@ def expert_problems(model: ModelConfig) -> Iterator[Problem]:
             found=f"--expert-interval {model.expert_interval} with --num-layers {model.num_layers}",
             expected="an interval of at most the blocks",
             flags=("--expert-interval", "--num-layers"),
-            fix="--expert-interval 1",
+            fix=f"--expert-interval of 1 to {model.num_layers}",
         )
     elif len(model.num_experts) not in (1, num_layers):
         yield Problem(
@@ -161,6 +164,7 @@ def expert_problems(model: ModelConfig) -> Iterator[Problem]:
             found=f"--num-experts {_words(model.num_experts)} for blocks {_words(model.moe_layers)}",
             expected=f"one number, or {num_layers}",
             flags=("--num-experts", "--expert-interval"),
+            fix=f"give one number for all, or one for each of the {num_layers} blocks",
         )
     fewest = min(n for n in model.num_experts if n > 1)
     if model.topk > fewest:
@@ -176,8 +180,8 @@ def expert_problems(model: ModelConfig) -> Iterator[Problem]:
         value = getattr(model, name)
         if value is not None and (value < 0 or (value == 0 and "capacity" in name)):
             yield Problem(
-                f"{flag_of(name)} is out of range", found=f"{value:g}", expected="a positive number",
-                flags=(flag_of(name),),
+                f"{flag_of(name)} is out of range", found=f"{value:g}",
+                expected="more than 0" if "capacity" in name else "0 or more", flags=(flag_of(name),),
             )  # fmt: skip
 
 
@@ -226,15 +230,17 @@ def parallel_problems(model: ModelConfig, parallel: ParallelConfig, world_size: 
     problem = parallel.world_size_problem(world_size)
     if problem is not None:
         yield problem
-    if min(model.num_attention_heads, model.num_key_value_heads, model.ffn_hidden_size) >= 1 and not _is_legal_cut(
-        model, tp_size
-    ):
+    legal = legal_tensor_sizes(model)
+    if legal and tp_size not in legal:  # none: a size is less than 1, which is said already
         yield Problem(
-            f"the model cannot be cut over {tp_size} tensor parallel ranks: each needs a query head and some features "
-            "of every MLP",
-            found=f"--tensor-model-parallel-size {tp_size} with {model.num_attention_heads} query heads",
+            f"the model cannot be cut over {tp_size} tensor parallel ranks: each needs a query head, and some features "
+            "of the keys and of every MLP",
+            found=f"--tensor-model-parallel-size {tp_size} with {model.num_attention_heads} query heads, "
+            f"{model.num_key_value_heads} key/value heads of {model.head_dim} features, MLPs of "
+            + " and ".join(str(width) for width in sorted(set(_mlp_widths(model)))),
+            expected=f"at most {max(legal)}",
             flags=("--tensor-model-parallel-size", "--num-attention-heads"),
-            fix="--tensor-model-parallel-size of " + nearest(legal_tensor_sizes(model), tp_size),
+            fix="--tensor-model-parallel-size of " + nearest(legal, tp_size),
         )
     if parallel.world_size_problem(world_size) is None:
         yield from expert_parallel_problems(model, parallel, world_size)

@@ -5,8 +5,8 @@ carries them, whatever their number; nothing is padded and, without a capacity, 
 
     y_bsh = MoeMlp(model, layer, context, kernels, ledger)(x_bsh)
 
-tp ranks have the same tokens, and of every expert a part of its features. Their results are summed once, at the end,
-together with the shared expert's. What a tp rank finds out about the gates' and the tokens' gradients is a part of it.
+tp ranks have the same tokens, and of every expert a part of its features. Their results are summed once, at the end.
+What a tp rank finds out about the gates' and the tokens' gradients is a part of it. The shared expert is an MLP beside.
 """
 
 from __future__ import annotations

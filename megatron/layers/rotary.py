@@ -60,6 +60,7 @@ class Rotary:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # it is kept, and what an evaluation made then could not be trained with
 def rotary_table(rotary: Rotary, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(cos, sin) of positions start .. start + length - 1, each fp32 [length, rotary_dim / 2]."""
     positions = torch.arange(start, start + length, dtype=torch.float64, device=device)

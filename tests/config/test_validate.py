@@ -37,7 +37,8 @@ def changed(config: Config, **values: Any) -> Config:
     for section, owner in SECTIONS.items():
         mine = {f.name: values[f.name] for f in dataclasses.fields(owner) if f.name in values}
         if mine:
-            derived = ("ffn_hidden_size", "num_key_value_heads", "kv_channels", "max_position_embeddings")
+            derived = ("ffn_hidden_size", "num_key_value_heads", "kv_channels", "max_position_embeddings",
+                       "moe_ffn_hidden_size")  # fmt: skip
             fresh = dict.fromkeys(derived) if section == "model" else {}
             config = dataclasses.replace(
                 config, **{section: dataclasses.replace(getattr(config, section), **{**fresh, **mine})}
@@ -62,9 +63,23 @@ def test_a_right_configuration_passes(config: Config) -> None:
         {"precision": "bf16", "zero_stage": 2, "recompute_granularity": "full", "recompute_method": "block"},
         {"precision": "fp16", "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "zero_stage": 1},
         {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 5, "lr_warmup_fraction": 0.1},
+        {"normalization": "rmsnorm", "swiglu": True, "position_embedding_type": "rope", "num_key_value_heads": 3,
+         "rope_scaling_type": "llama3", "tensor_model_parallel_size": 4, "add_bias_linear": False},
+        {"kv_channels": 7, "qk_layernorm": True, "use_rotary_position_embeddings": True, "rotary_percent": 0.5},
+        {"position_embedding_type": "alibi", "embed_layernorm": True, "ds_sequence_parallel_size": 2},
+        {"use_parallel_residual": True, "untie_embeddings_and_output_weights": True, "add_output_layer_bias": True},
+        {"add_position_embedding": False, "max_position_embeddings": 8},
+        {"position_embedding_type": "rope", "max_position_embeddings": 8},
+        {"tensor_model_parallel_size": 4, "num_attention_heads": 6, "num_key_value_heads": 2},
+        {"num_experts": (4,), "topk": 2, "moe_expert_parallel_size": 4, "zero_stage": 1},
+        {"num_experts": (4, 1), "moe_expert_parallel_size": 2, "ds_sequence_parallel_size": 2, "zero_stage": 1},
+        {"num_experts": (6, 4), "moe_train_capacity_factor": 1.25, "moe_router_score_function": "sigmoid",
+         "moe_shared_expert_intermediate_size": 9, "moe_router_jitter": 0.1, "tensor_model_parallel_size": 2},
+        {"num_experts": (3, 4, 5, 1), "expert_interval": 1, "pipeline_model_parallel_size": 2},
     ],
-    ids=["shapes", "bf16-zero2", "3d", "wsd"],
-)
+    ids=["shapes", "bf16-zero2", "3d", "wsd", "llama", "qwen", "bloom", "neox", "no-positions", "rope-needs-no-table",
+         "fewer-kv-heads-than-ranks", "ep4", "ep2-of-sp2-and-one-layer-without", "deepseek", "a-number-a-layer"],
+)  # fmt: skip
 def test_what_is_built_passes(config: Config, values: dict[str, Any]) -> None:
     changed(config, **values).validate(4)
 
@@ -72,14 +87,20 @@ def test_what_is_built_passes(config: Config, values: dict[str, Any]) -> None:
 CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("heads", {"num_attention_heads": 10}, ["heads do not divide the hidden size", "heads of", "12"]),
     ("kv-heads", {"num_key_value_heads": 5}, ["key/value heads do not divide the query heads", "4 or 6"]),
-    ("kv-channels", {"kv_channels": 7}, ["--kv-channels 7", "expected: 4"]),
+    ("kv-channels", {"kv_channels": 0}, ["a head has no features", "--kv-channels 0"]),
     ("positions", {"max_position_embeddings": 16}, ["--max-position-embeddings 32"]),
     ("dropout", {"hidden_dropout": 1.5}, ["--hidden-dropout is out of range"]),
     ("layers", {"num_layers": 0}, ["--num-layers is too small"]),
     ("recompute", {"recompute_method": "uniform"}, ["--recompute-granularity full"]),
-    ("tp-heads", {"tensor_model_parallel_size": 8}, ["query heads cannot be cut into 8", "4, 6 or 12", "world size 4"]),
-    ("tp-kv-heads", {"tensor_model_parallel_size": 4, "num_key_value_heads": 2},
-     ["key/value heads cannot be cut into 4", "1 or 2"]),
+    ("tp-heads", {"tensor_model_parallel_size": 16},
+     ["cannot be cut over 16 tensor parallel ranks", "12 query heads", "at most 12", "9, 10, 11 or 12"]),
+    ("tp-kv-features", {"tensor_model_parallel_size": 4, "num_key_value_heads": 1, "kv_channels": 3},
+     ["cannot be cut over 4", "1 key/value heads of 3 features", "at most 3", "size of 1, 2 or 3"]),
+    ("tp-mlp", {"tensor_model_parallel_size": 4, "ffn_hidden_size": 2}, ["MLPs of 2", "at most 2", "of 1 or 2"]),
+    ("tp-experts", {"tensor_model_parallel_size": 4, "num_experts": (4,), "moe_ffn_hidden_size": 3},
+     ["MLPs of 3 and 192", "at most 3"]),
+    ("tp-shared-expert", {"tensor_model_parallel_size": 4, "num_experts": (4,),
+                          "moe_shared_expert_intermediate_size": 2}, ["MLPs of 2 and 192", "at most 2"]),
     ("pp-layers", {"pipeline_model_parallel_size": 5}, ["more pipeline stages than blocks", "at most 4"]),
     ("world", {"tensor_model_parallel_size": 3}, ["world size 4", "a multiple of 3", "start 3 or 6 ranks"]),
     ("no-pp", {"no_pipeline_parallel": True, "pipeline_model_parallel_size": 2}, ["--no-pipeline-parallel with"]),
@@ -99,13 +120,45 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
         {"ds_sequence_parallel_size": 4, "num_key_value_heads": 2, "micro_batch_size": 1},
         ["cannot be cut into 4 equal parts", "--ds-sequence-parallel-size of 1 or 2"],
     ),
-    ("expert-parallel", {"moe_expert_parallel_size": 2}, ["expert parallelism: not built yet"]),
-    ("experts", {"num_experts": (4,)}, ["mixture of experts: not built yet"]),
-    ("swiglu", {"swiglu": True}, ["SwiGLU: not built yet"]),
-    ("rmsnorm", {"normalization": "rmsnorm"}, ["rmsnorm: not built yet"]),
-    ("rotary", {"use_rotary_position_embeddings": True}, ["rotary positions: not built yet"]),
-    ("alibi", {"position_embedding_type": "alibi"}, ["alibi: not built yet"]),
-    ("no-positions", {"add_position_embedding": False}, ["without positions: not built yet"]),
+    (
+        "ulysses-uneven-tp",
+        {"ds_sequence_parallel_size": 2, "tensor_model_parallel_size": 5},
+        ["cannot be cut into 2 equal parts", "on 5 tensor parallel ranks", "--ds-sequence-parallel-size of 1"],
+    ),
+    ("expert-parallel", {"moe_expert_parallel_size": 2}, ["expert parallelism without experts", "give --num-experts"]),
+    ("experts-ep", {"num_experts": (6,), "moe_expert_parallel_size": 4},
+     ["cannot be dealt to 4 ranks", "--num-experts 6", "a multiple of 4", "--moe-expert-parallel-size of 1 or 2"]),
+    ("experts-ep-in-one-layer", {"num_experts": (4, 6), "moe_expert_parallel_size": 4},
+     ["--num-experts 4 6", "--moe-expert-parallel-size of 1 or 2"]),
+    ("ep-dp", {"num_experts": (12,), "moe_expert_parallel_size": 3},
+     ["cannot be dealt to the data parallel ranks", "4 data x sequence parallel ranks", "a divisor of 4",
+      "--moe-expert-parallel-size of 1, 2 or 4"]),
+    ("ep-tp", {"num_experts": (4,), "moe_expert_parallel_size": 4, "tensor_model_parallel_size": 2},
+     ["2 data x sequence parallel ranks", "--moe-expert-parallel-size of 1 or 2"]),
+    ("ep-zero", {"num_experts": (4,), "moe_expert_parallel_size": 0}, ["--moe-expert-parallel-size is too small"]),
+    ("topk", {"num_experts": (4,), "topk": 5}, ["--topk 5 with --num-experts 4", "1 to 4", "--topk of at most 4"]),
+    ("topk-of-the-fewest", {"num_experts": (4, 2), "topk": 3}, ["--num-experts 4 2", "--topk of at most 2"]),
+    ("topk-zero", {"num_experts": (4,), "topk": 0}, ["--topk is too small"]),
+    ("no-experts", {"num_experts": (0,)}, ["a layer without experts", "1 (an ordinary MLP) or more"]),
+    ("expert-interval", {"num_experts": (4,), "expert_interval": 5},
+     ["no block has experts", "--expert-interval 5 with --num-layers 4", "--expert-interval of 1 to 4"]),
+    ("expert-list", {"num_experts": (4, 4, 4)}, ["--num-experts 4 4 4 for blocks 1 3", "one number, or 2"]),
+    ("expert-width", {"num_experts": (4,), "moe_ffn_hidden_size": 0}, ["--moe-ffn-hidden-size is too small"]),
+    ("jitter", {"num_experts": (4,), "moe_router_jitter": 1.0}, ["--moe-router-jitter is out of range", "value < 1"]),
+    ("aux-loss", {"num_experts": (4,), "moe_aux_loss_coeff": -0.1}, ["--moe-aux-loss-coeff", "0 or more"]),
+    ("capacity", {"num_experts": (4,), "moe_train_capacity_factor": 0.0},
+     ["--moe-train-capacity-factor is out of range", "more than 0"]),
+    ("rotary-and-alibi", {"use_rotary_position_embeddings": True, "position_embedding_type": "alibi"},
+     ["rotary positions and ALiBi at once", "drop one of the two"]),
+    ("rotary-percent", {"use_rotary_position_embeddings": True, "rotary_percent": 0.3},
+     ["nothing of a head is rotated", "0.3 of 4 features", "--rotary-percent of at least 0.5"]),
+    ("rotary-percent-range", {"position_embedding_type": "rope", "rotary_percent": 1.5}, ["0 <= value <= 1"]),
+    ("rope-factor", {"position_embedding_type": "rope", "rope_scaling_type": "ntk", "rope_scaling_factor": 0.5},
+     ["--rope-scaling-factor 0.5", "1 or more"]),
+    ("rope-llama3", {"position_embedding_type": "rope", "rope_scaling_type": "llama3", "rope_low_freq_factor": 4.0},
+     ["--rope-low-freq-factor 4", "the low factor below the high one"]),
+    ("output-bias", {"add_output_layer_bias": True},
+     ["--add-output-layer-bias without --untie-embeddings-and-output-weights"]),
     ("global-batch", {"global_batch_size": 12}, ["a multiple of 8 = 2 x 4", "--global-batch-size 8 or 16",
                                                  "--micro-batch-size of 1 or 3"]),
     ("micro-batch", {"micro_batch_size": 0}, ["--micro-batch-size is too small"]),
@@ -147,6 +200,14 @@ def test_wrong_configuration_says_what_to_do(config: Config, values: dict[str, A
     text = problems_of(changed(config, **values))
     for part in parts:
         assert part in text
+
+
+@pytest.mark.parametrize("head_dim", [3, 7, 24, 49, 96])
+def test_the_least_rotary_percent_that_is_advised_is_legal(config: Config, head_dim: int) -> None:
+    rotary = {"use_rotary_position_embeddings": True, "kv_channels": head_dim}
+    text = problems_of(changed(config, rotary_percent=0.001, **rotary))
+    advised = float(text.split("--rotary-percent of at least ")[1].split()[0])
+    assert changed(config, rotary_percent=advised, **rotary).validate(4).model.rotary_dim == 2
 
 
 def test_all_problems_at_once(config: Config) -> None:

@@ -28,7 +28,40 @@ def config(**changes):
     return dataclasses.replace(model, **changes)
 
 
-def build(topology, model, is_pipelined, seed=1234):
+LLAMA = {
+    "normalization": "rmsnorm", "swiglu": True, "ffn_hidden_size": 40, "add_bias_linear": False,
+    "position_embedding_type": "rope", "num_key_value_heads": 2, "untie_embeddings_and_output_weights": True,
+    "rope_theta": 500.0,
+}  # fmt: skip
+EXPERTS = {"num_experts": (4,), "topk": 2, "expert_interval": 1, "moe_ffn_hidden_size": 24, "moe_aux_loss_coeff": 0.0}
+FAMILIES = {
+    "LLaMA": LLAMA,
+    "LLaMA, tied": {**LLAMA, "untie_embeddings_and_output_weights": False},
+    "LLaMA 3": {
+        **LLAMA, "rope_scaling_type": "llama3", "rope_scaling_factor": 8.0, "rope_low_freq_factor": 1.0,
+        "rope_high_freq_factor": 4.0, "rope_original_max_position_embeddings": 64,
+    },
+    "Qwen3": {**LLAMA, "qk_layernorm": True, "kv_channels": 16},
+    "Mixtral": {**LLAMA, **EXPERTS},
+    "Qwen3-MoE": {**LLAMA, **EXPERTS, "qk_layernorm": True, "moe_normalize_topk": False},
+    "GLM-4.5": {
+        **LLAMA, **EXPERTS, "num_layers": 2, "expert_interval": 2, "moe_router_score_function": "sigmoid",
+        "moe_shared_expert_intermediate_size": 48, "rotary_percent": 0.5,
+    },
+    "BLOOM": {
+        "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "ffn_hidden_size": 192,
+        "position_embedding_type": "alibi", "embed_layernorm": True,
+    },
+    "GPT-NeoX": {
+        "hidden_size": 64, "kv_channels": 16, "ffn_hidden_size": 80, "use_parallel_residual": True,
+        "position_embedding_type": "rope", "rotary_percent": 0.25, "untie_embeddings_and_output_weights": True,
+    },
+}  # fmt: skip
+"""What is changed of the GPT's configuration, derived sizes too. GLM-4.5: sigmoid scores and a shared expert, as
+DeepSeek-V3, and one block without experts before one with."""
+
+
+def build(topology, model, is_pipelined, seed=1234, ledger=None):
     """Collective over the world, if it has more than one rank. Returns the model and its random streams."""
     context = build_context(topology) if torch.distributed.is_initialized() else ParallelContext.single()
     streams = RandomStreams(seed, context)
@@ -37,7 +70,7 @@ def build(topology, model, is_pipelined, seed=1234):
         pipeline_model_parallel_size=topology.pp_size,
         no_pipeline_parallel=not is_pipelined,
     )
-    return build_model(model, parallel, context, streams, seed), context, streams
+    return build_model(model, parallel, context, streams, seed, ledger=ledger), context, streams
 
 
 def batch(num_samples=2, seed=0, length=12):
@@ -58,13 +91,21 @@ def merged(shards_by_rank, layouts_by_rank, topology):
     for rank_shards, layouts in zip(shards_by_rank, layouts_by_rank):
         assert set(rank_shards) == set(layouts)
     for pp in range(topology.pp_size):
-        for dp in range(topology.dp_size):
-            ranks = [topology.rank_of(pp=pp, dp=dp, tp=tp) for tp in range(topology.tp_size)]
-            for name, layout in layouts_by_rank[ranks[0]].items():
-                parts = {ShardRank(tp, topology.tp_size): shards_by_rank[rank][name] for tp, rank in enumerate(ranks)}
-                atom = layout.merge(parts)
-                assert name not in atoms or torch.equal(atoms[name], atom), f"copies of {name} differ"
-                atoms[name] = atom
+        for edp in range(topology.edp_size):
+            dps = range(edp * topology.ep_size, (edp + 1) * topology.ep_size)
+            for name, layout in layouts_by_rank[topology.rank_of(pp=pp, dp=dps[0])].items():
+                # Experts are whole on the ranks of ep together, everything else on each of them.
+                for together in [dps] if layout.is_cut_over("ep") else [[dp] for dp in dps]:
+                    parts = {
+                        ShardRank(tp, topology.tp_size, ep, len(together)): shards_by_rank[
+                            topology.rank_of(pp=pp, dp=dp, tp=tp)
+                        ][name]
+                        for tp in range(topology.tp_size)
+                        for ep, dp in enumerate(together)
+                    }
+                    atom = layout.merge(parts)
+                    assert name not in atoms or torch.equal(atoms[name], atom), f"copies of {name} differ"
+                    atoms[name] = atom
     return atoms
 
 
