@@ -203,7 +203,7 @@ class ModelConfig:
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the blocks whose MLP is experts: as upstream, the last of every `expert_interval` blocks
         (Megatron-DeepSpeed, megatron/model/transformer.py)."""
-        if max(self.num_experts) <= 1:
+        if max(self.num_experts) <= 1 or self.expert_interval < 1:
             return ()
         return tuple(range(self.expert_interval - 1, self.num_layers, self.expert_interval))
 

@@ -79,6 +79,7 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
             fix=f"--max-position-embeddings {model.seq_length}",
         )
     yield from within(0.0, 1.0, model, "hidden_dropout", "attention_dropout")
+    yield from at_least(0, model, "layernorm_epsilon", "init_method_std")
     if model.recompute_method is not None and model.recompute_granularity != "full":
         yield Problem(
             "--recompute-method needs --recompute-granularity full",
@@ -101,6 +102,8 @@ def _position_problems(model: ModelConfig) -> Iterator[Problem]:
             fix="drop one of the two",
         )
     yield from within(0.0, 1.0, model, "rotary_percent")
+    if model.positions == "rope":
+        yield from at_least(1, model, "rope_theta", "rope_original_max_position_embeddings")
     if model.positions == "rope" and model.rotary_dim < 2:
         yield Problem(
             "nothing of a head is rotated",

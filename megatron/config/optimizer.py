@@ -16,7 +16,8 @@ DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
 OPTIMIZERS = ("adam", "sgd", "lion", "adagrad", "muon", "adafactor")
 
-MATRICES, DECAY, NO_DECAY, DECOUPLED = "matrices", "decay", "no_decay", "decoupled"
+MATRICES, DECAY, NO_DECAY = "matrices", "decay", "no_decay"
+DECOUPLED, DECOUPLED_NO_DECAY = "decoupled", "decoupled_no_decay"
 EXPERTS, EXPERTS_NO_DECAY = "experts", "experts_no_decay"
 """Names of parameter groups; groups are saved and restored by name. `matrices` only with Muon, `decoupled` only with
 --decoupled-lr; experts are apart under every topology, as ZeRO partitions them over other ranks."""
@@ -32,7 +33,12 @@ def base_group(name: str) -> str:
 
 def is_decayed(name: str) -> bool:
     """Whether a group's weights decay: matrices do, biases and norms do not."""
-    return base_group(name) not in (NO_DECAY, EXPERTS_NO_DECAY)
+    return base_group(name) not in (NO_DECAY, DECOUPLED_NO_DECAY, EXPERTS_NO_DECAY)
+
+
+def is_decoupled(name: str) -> bool:
+    """Whether a group follows --decoupled-lr."""
+    return base_group(name) in (DECOUPLED, DECOUPLED_NO_DECAY)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def optimizer_topology_problems(
                 flags=("--optimizer", "--zero-stage", "--tensor-model-parallel-size", "--bf16", "--fp16"),
                 fix="--zero-stage 0 with --tensor-model-parallel-size 1, or --optimizer adam",
             )
-    if optimizer.optimizer in ("adafactor", "muon") and max(model.num_experts) > 1:
+    if optimizer.optimizer in ("adafactor", "muon") and model.has_experts:
         yield Problem(
             f"--optimizer {optimizer.optimizer} does not know experts: they stand in one tensor, not in matrices",
             found=f"--num-experts {' '.join(map(str, model.num_experts))}",

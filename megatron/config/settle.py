@@ -65,6 +65,10 @@ def _without_effect(sections: Mapping[str, Values], names: Collection[str]) -> I
          "--moe-router-score-function --no-moe-normalize-topk --moe-router-jitter --moe-input-jitter-eps "
          "--moe-loss-coeff --moe-aux-loss-coeff --moe-z-loss-coeff --moe-train-capacity-factor "
          "--moe-expert-capacity-factor --moe-eval-capacity-factor --moe-min-capacity --disable-moe-token-dropping"),
+        (model.get("moe_train_capacity_factor", model.get("moe_eval_capacity_factor")) is not None,
+         "--moe-train-capacity-factor", "--moe-min-capacity"),
+        (model.get("moe_token_dropping", True), "token dropping (--disable-moe-token-dropping is given)",
+         "--moe-train-capacity-factor --moe-expert-capacity-factor --moe-eval-capacity-factor"),
         (has_rotary, "--use-rotary-position-embeddings",
          "--rotary-percent --rotary-position-embeddings-theta --rotary-base --rope-scaling-type --use-rope-scaling"),
         (model.get("rope_scaling_type") is not None, "--rope-scaling-type", "--rope-scaling-factor"),

@@ -42,6 +42,10 @@ class Attention(nn.Module):
         self.is_core_recomputed = model.recompute_granularity == "selective"
         self.head_dim = model.head_dim
         self.heads = Heads.of(model, context)
+        key_of_query = self.heads.key_of_query
+        self.register_buffer(
+            "key_of_query", None if key_of_query is None else torch.tensor(key_of_query), persistent=False
+        )
         self.query_key_value = QueryKeyValueLinear(model, context, self.heads)
         self.dense = RowLinear(
             model.num_attention_heads * self.head_dim,
@@ -76,8 +80,8 @@ class Attention(nn.Module):
         if self.rotary is not None:
             table = rotary_table(self.rotary, self.context.sp_rank * s, s, x_bsh.device)
             q_bsnd, k_bsnd = (self.kernels.rope(part, *table) for part in (q_bsnd, k_bsnd))
-        if self.heads.key_of_query is not None:
-            k_bsnd, v_bsnd = (part[:, :, self.heads.key_of_query] for part in (k_bsnd, v_bsnd))
+        if self.key_of_query is not None:
+            k_bsnd, v_bsnd = (part.index_select(2, self.key_of_query) for part in (k_bsnd, v_bsnd))
         if self.exchange is None:
             y_bsnd = self._attend(q_bsnd, k_bsnd, v_bsnd)
         else:

@@ -40,12 +40,14 @@ class Block(nn.Module):
         self.attention = Attention(model, context, streams, kernels)
         self.post_attention_norm = build_norm(model, context, kernels)
         if model.num_experts_of(layer) > 1:
-            self.mlp: nn.Module = MoeMlp(model, layer, context, kernels, ledger)
+            if ledger is None:
+                raise TypeError(f"block {layer} has experts and no RouterLedger: their losses would be lost")
+            self.mlp: nn.Module = MoeMlp(model, layer, context, ledger, kernels)
         else:
             self.mlp = Mlp(model, context, kernels)
 
     def forward(self, x_bsh: Tensor) -> Tensor:
-        """Collective over tp; over ep too with experts."""
+        """Collective over tp and sp; over ep too with experts."""
         if self.is_parallel:
             y_bsh = self.attention(self.input_norm(x_bsh)) + self.mlp(self.post_attention_norm(x_bsh))
             return x_bsh + self._dropped(y_bsh)

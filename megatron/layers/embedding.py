@@ -15,24 +15,15 @@ from megatron.kernels.kernels import TORCH, Kernels
 from megatron.layers.norm import build_norm
 from megatron.layers.parameter import normal
 from megatron.layers.position import PositionEmbedding
-from megatron.layers.vocabulary import WordEmbedding
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.rng import RandomStreams
 
 
 class EmbeddingTail(nn.Module):
     def __init__(
-        self,
-        model: ModelConfig,
-        context: ParallelContext,
-        streams: RandomStreams,
-        kernels: Kernels = TORCH,
-        words: WordEmbedding | None = None,
+        self, model: ModelConfig, context: ParallelContext, streams: RandomStreams, kernels: Kernels = TORCH
     ) -> None:
-        """`words`, as its member `word_embeddings`, is only kept here."""
         super().__init__()
-        if words is not None:
-            self.word_embeddings = words
         self.dropout, self.streams = model.hidden_dropout, streams
         self.position_embeddings = self.norm = None
         if model.positions == "learned_absolute":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
@@ -52,14 +51,15 @@ class Experts(nn.Module):
 
     def forward(self, x_rh: Tensor, counts: Sequence[int]) -> Tensor:
         """[rows, h] -> [rows, h], this tp rank's summand. Collective over tp with biases."""
-        middle_rp = grouped_linear(x_rh, self.dense_h_to_4h, counts)
-        middle_rp = self.activation(middle_rp, _by_row(self.bias_h_to_4h, counts))
-        y_rh = grouped_linear(middle_rp, self.dense_4h_to_h, counts)
+        middle_rp = self.activation(grouped_linear(x_rh, self.dense_h_to_4h, self.bias_h_to_4h, counts), None)
+        return grouped_linear(middle_rp, self.dense_4h_to_h, self._share_of_bias(), counts)
+
+    def _share_of_bias(self) -> Tensor | None:
+        """[experts here, h]: what this tp rank adds, of which the sum over tp is the bias."""
         if self.bias_4h_to_h is None:
-            return y_rh
+            return None
         sizes = even_sizes(self.num_hidden, self.context.tp_size)
-        bias_eh = gather_rows(self.bias_4h_to_h.T, self.context, sizes).T
-        return y_rh + _by_row(bias_eh, counts) / self.context.tp_size
+        return gather_rows(self.bias_4h_to_h.T, self.context, sizes).T / self.context.tp_size
 
 
 def expert_parallel(param: nn.Parameter, context: ParallelContext) -> nn.Parameter:
@@ -76,9 +76,3 @@ def expert_parallel(param: nn.Parameter, context: ParallelContext) -> nn.Paramet
 def expert_group_name(context: ParallelContext) -> str:
     """DeepSpeed's name of the process groups; it reads the number out of it."""
     return f"ep_size_{context.ep_size}"
-
-
-def _by_row(bias_ep: Tensor | None, counts: Sequence[int]) -> Tensor | None:
-    if bias_ep is None:
-        return None
-    return bias_ep.repeat_interleave(torch.tensor(counts, device=bias_ep.device), dim=0, output_size=sum(counts))

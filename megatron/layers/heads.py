@@ -16,15 +16,17 @@ The one idea: every element of the fused q | k | v weight is kept by one rank, w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.config.model import ModelConfig
 from megatron.layers.linear import ColumnLinear
 from megatron.layers.parameter import normal
-from megatron.parallel.collectives import enter_tp, even_sizes, gather_rows
+from megatron.parallel.collectives import enter_tp, even_sizes, gathered_rows
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.layout import Part
 
@@ -97,15 +99,52 @@ class QueryKeyValueLinear(ColumnLinear):
         """Collective over tp."""
         if not self.heads.has_shared_keys:
             return super().forward(x_bsh)
-        bias = None if self.bias is None else self._put_together(self.bias)
-        return F.linear(enter_tp(x_bsh, self.context), self._put_together(self.weight), bias)
+        return _SharedKeysLinear.apply(enter_tp(x_bsh, self.context), self.weight, self.bias, self)
 
-    def _put_together(self, rows: Tensor) -> Tensor:
-        """This rank's q, and all of the key/value heads it needs. Collective over tp."""
-        kept = even_sizes(self.kv_size, self.context.tp_size)
-        own = kept[self.context.tp_rank]
+    def put_together(self, rows: Tensor) -> Tensor:
+        """From what is kept here, this rank's q and all of the key/value heads it needs. Collective over tp."""
+        own = self.sizes_kept[self.context.tp_rank]
         q, k, v = rows.split([rows.shape[0] - 2 * own, own, own])
-        wanted = slice(*(head * self.heads.head_dim for head in self.heads.keys_here))
         # Both at once: side by side, as k and v have as many rows.
-        both = gather_rows(torch.stack([k, v], dim=1), self.context, kept)
-        return torch.cat([q, both[wanted, 0], both[wanted, 1]])
+        whole = gathered_rows(torch.stack([k, v], dim=1), self.context, self.sizes_kept)
+        return torch.cat([q, whole[self.rows_needed, 0], whole[self.rows_needed, 1]])
+
+    def taken_apart(self, grad: Tensor) -> Tensor:
+        """The reverse, for gradients: what all ranks found of a key/value head is summed. Collective over tp."""
+        num_needed = self.rows_needed.stop - self.rows_needed.start
+        q, k, v = grad.split([grad.shape[0] - 2 * num_needed, num_needed, num_needed])
+        whole = grad.new_zeros(self.kv_size, 2, *grad.shape[1:])
+        whole[self.rows_needed] = torch.stack([k, v], dim=1)
+        dist.all_reduce(whole, group=self.context.tp_group)
+        kept = whole.split(self.sizes_kept)[self.context.tp_rank]
+        return torch.cat([q, kept[:, 0], kept[:, 1]])
+
+    @property
+    def sizes_kept(self) -> list[int]:
+        """Rows of k, and of v, on each tp rank."""
+        return even_sizes(self.kv_size, self.context.tp_size)
+
+    @property
+    def rows_needed(self) -> slice:
+        """Of the whole k, and of the whole v."""
+        return slice(*(head * self.heads.head_dim for head in self.heads.keys_here))
+
+
+class _SharedKeysLinear(torch.autograd.Function):
+    """The matrix is put together again for backward: kept, every layer's would live from forward to backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_bsh: Tensor, weight: Tensor, bias: Tensor | None, layer: QueryKeyValueLinear) -> Tensor:
+        ctx.save_for_backward(x_bsh, weight)
+        ctx.layer = layer
+        return F.linear(x_bsh, layer.put_together(weight), None if bias is None else layer.put_together(bias))
+
+    @staticmethod
+    def backward(ctx: Any, grad_bsp: Tensor) -> tuple:
+        x_bsh, weight = ctx.saved_tensors
+        layer, grad_bias = ctx.layer, None
+        grad_np = grad_bsp.flatten(0, 1)
+        grad_weight = layer.taken_apart(grad_np.T @ x_bsh.flatten(0, 1))
+        if layer.bias is not None:
+            grad_bias = layer.taken_apart(grad_np.sum(0))
+        return grad_bsp @ layer.put_together(weight), grad_weight, grad_bias, None

@@ -3,7 +3,7 @@
 The one idea: tokens are rows, sorted by expert. Sorted by expert is sorted by rank, so that one all-to-all over ep
 carries them, whatever their number; nothing is padded and, without a capacity, nothing dropped.
 
-    y_bsh = MoeMlp(model, layer, context, kernels, ledger)(x_bsh)
+    y_bsh = MoeMlp(model, layer, context, ledger, kernels)(x_bsh)
 
 tp ranks have the same tokens, and of every expert a part of its features. Their results are summed once, at the end.
 What a tp rank finds out about the gates' and the tokens' gradients is a part of it. The shared expert is an MLP beside.
@@ -33,11 +33,11 @@ class MoeMlp(nn.Module):
         model: ModelConfig,
         layer: int,
         context: ParallelContext,
+        ledger: RouterLedger,
         kernels: Kernels = TORCH,
-        ledger: RouterLedger | None = None,
     ) -> None:
         super().__init__()
-        self.context, self.layer, self.ledger = context, layer, ledger or RouterLedger()
+        self.context, self.layer, self.ledger = context, layer, ledger
         num_experts = model.num_experts_of(layer)
         self.router = Router(model, num_experts, context)
         self.experts = Experts(model, num_experts, context, kernels)
@@ -60,28 +60,31 @@ class MoeMlp(nn.Module):
 
 
 class Dispatch:
-    """The way of one batch of tokens to the experts and back. Construction is collective over ep."""
+    """The way of one batch of tokens to the experts and back. Construction is collective over ep, and waits for the
+    device."""
 
     def __init__(self, experts_nk: Tensor, num_experts: int, context: ParallelContext) -> None:
         self.context = context
         choices = experts_nk.reshape(-1)
-        order = choices.argsort(stable=True)
-        counts = torch.bincount(choices + 1, minlength=num_experts + 1)
         # What no expert has room for is numbered -1 and comes first.
-        self.order = order[int(counts[0]) :]
+        order, counts = choices.argsort(stable=True), torch.bincount(choices + 1, minlength=num_experts + 1)
+        sent = counts[1:].view(context.ep_size, -1)
+        got = sent
+        if context.ep_size > 1:
+            got = torch.empty_like(sent)
+            dist.all_to_all_single(got, sent.contiguous(), group=context.ep_group)
+        # One wait for the device: lengths of tensors must be known here.
+        num_dropped, *numbers = torch.cat([counts[:1], got.sum(0), sent.sum(1), got.sum(1)]).tolist()
+        num_here = got.shape[1]
+        self.counts_here: list[int] = numbers[:num_here]
+        self.num_sent, self.num_got = numbers[num_here:][: context.ep_size], numbers[num_here + context.ep_size :]
+        self.order = order[num_dropped:]
         self.tokens = self.order // experts_nk.shape[1]
-        ep_size = context.ep_size
-        sent = counts[1:].view(ep_size, -1)
-        if ep_size == 1:
-            self.counts_here: list[int] = sent[0].tolist()
+        if context.ep_size == 1:
             return
-        got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent.contiguous(), group=context.ep_group)
-        self.num_sent, self.num_got = sent.sum(1).tolist(), got.sum(1).tolist()
-        self.counts_here = got.sum(0).tolist()
         # Rows arrive sorted by rank, then by expert; wanted is by expert.
-        expert_of_row = torch.arange(got.shape[1], device=got.device).repeat(ep_size).repeat_interleave(got.view(-1))
-        self.by_expert = expert_of_row.argsort(stable=True)
+        experts = torch.arange(num_here, device=got.device).repeat(context.ep_size)
+        self.by_expert = experts.repeat_interleave(got.view(-1)).argsort(stable=True)
         self.by_rank = self.by_expert.argsort()
 
     def to_experts(self, x_nh: Tensor) -> Tensor:

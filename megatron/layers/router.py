@@ -69,18 +69,19 @@ class Router(nn.Module):
         gates_bsk, experts_bsk = scores_bse.topk(topk, dim=-1)
         if model.moe_normalize_topk and topk > 1:
             gates_bsk = gates_bsk / gates_bsk.sum(-1, keepdim=True).clamp(min=tiny)
-        chosen_bske = F.one_hot(experts_bsk, self.num_experts)
-        counts_be = self._over_sequence(chosen_bske.sum((1, 2)))
+        own_be = torch.zeros(len(x_bsh), self.num_experts, dtype=torch.int64, device=x_bsh.device)
+        own_be.scatter_add_(1, experts_bsk.flatten(1), torch.ones_like(experts_bsk).flatten(1))
+        counts_be = self._over_sequence(own_be.clone())
         length = x_bsh.shape[1] * self.context.sp_size
         share_be = counts_be.to(logits_bse.dtype) / (length * topk)
         balance = self.num_experts * (share_be * probs_bse.mean(1)).sum(-1).mean()
         z = logits_bse.logsumexp(-1).square().mean()
-        kept_bsk = self._within_capacity(experts_bsk, chosen_bske, length)
+        kept_bsk = self._within_capacity(experts_bsk, length)
         statistics = {
             "load balancing loss": balance, "z loss": z,
             "dropped": 1.0 - kept_bsk.float().mean(),
             "entropy": -(probs_bse * probs_bse.clamp(min=1e-20).log()).sum(-1).mean(),
-            "tokens": chosen_bske.sum((0, 1, 2)),
+            "tokens": own_be.sum(0),
         }  # fmt: skip
         return Routing(
             experts_bsk.masked_fill(~kept_bsk, -1).view(-1, topk),
@@ -95,13 +96,14 @@ class Router(nn.Module):
             dist.all_reduce(counts, group=self.context.sp_group)
         return counts
 
-    def _within_capacity(self, experts_bsk: Tensor, chosen_bske: Tensor, length: int) -> Tensor:
+    def _within_capacity(self, experts_bsk: Tensor, length: int) -> Tensor:
         """Which choices an expert takes. First all first choices in the order of the sequence, then all second ones,
         and so on (GShard, Lepikhin et al. 2021)."""
         factor = self.model.capacity_factor(self.training)
         if factor is None:
             return torch.ones_like(experts_bsk, dtype=torch.bool)
         capacity = max(self.model.moe_min_capacity, math.ceil(factor * length * self.model.topk / self.num_experts))
+        chosen_bske = F.one_hot(experts_bsk, self.num_experts)
         # Before a choice come those of earlier ranks of the sequence, and all of a smaller k anywhere.
         own_bke = chosen_bske.sum(1)
         whole_bke, earlier_bke = self._over_sequence(own_bke.clone()), torch.zeros_like(own_bke)

@@ -17,6 +17,7 @@ from megatron.config.model import ModelConfig
 from megatron.config.optimizer import (
     DECAY,
     DECOUPLED,
+    DECOUPLED_NO_DECAY,
     EXPERTS,
     EXPERTS_NO_DECAY,
     MATRICES,
@@ -76,9 +77,8 @@ def parameter_groups(
     `has_decoupled` the word embedding and the output layer (--decoupled-lr). What `late` names is in groups apart, with
     what it says at the end of the group's name (training/trainable.py)."""
     parameter_layouts(model)  # so that an undeclared parameter is named, not an AttributeError
-    members: dict[str, list[nn.Parameter]] = {
-        MATRICES: [], DECAY: [], NO_DECAY: [], DECOUPLED: [], EXPERTS: [], EXPERTS_NO_DECAY: []
-    }  # fmt: skip
+    order = (MATRICES, DECAY, NO_DECAY, DECOUPLED, DECOUPLED_NO_DECAY, EXPERTS, EXPERTS_NO_DECAY)
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in order}
     for param_name, param in model.named_parameters():
         if not param.requires_grad:
             continue
@@ -86,7 +86,7 @@ def parameter_groups(
         if has_matrices and param.kind == "matrix":
             group = MATRICES
         elif has_decoupled and param.kind == "vocabulary":
-            group = DECOUPLED
+            group = DECOUPLED if param.is_decayed else DECOUPLED_NO_DECAY
         elif param.kind == "experts":
             group = EXPERTS if param.is_decayed else EXPERTS_NO_DECAY
         if group != MATRICES:  # Muon's momentum has no step to count from

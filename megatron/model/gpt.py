@@ -45,8 +45,8 @@ class GPT(nn.Module):
         self.streams, self.kernels = streams, kernels
         self.recompute = Recompute.of(model)
         initial = normal(model.init_method_std)
-        words = WordEmbedding(self.vocabulary, model.hidden_size, initial)
-        self.embedding = EmbeddingTail(model, context, streams, kernels, words)
+        self.embedding = EmbeddingTail(model, context, streams, kernels)
+        self.embedding.word_embeddings = WordEmbedding(self.vocabulary, model.hidden_size, initial)
         self.layers = nn.ModuleList(
             Block(model, context, streams, layer, kernels, ledger) for layer in range(model.num_layers)
         )

@@ -62,7 +62,7 @@ def split_to_tp(x: Tensor, context: ParallelContext, sizes: Sequence[int] | None
 
 def enter_tp(x_bsh: Tensor, context: ParallelContext) -> Tensor:
     """Where activations enter column-parallel weights: the whole sequence on every tp rank."""
-    return _GatherSequence.apply(x_bsh, context) if context.is_sequence_parallel else copy_to_tp(x_bsh, context)
+    return _GatherSequence.apply(x_bsh, context, False) if context.is_sequence_parallel else copy_to_tp(x_bsh, context)
 
 
 def leave_tp(x_bsh: Tensor, context: ParallelContext) -> Tensor:
@@ -73,7 +73,7 @@ def leave_tp(x_bsh: Tensor, context: ParallelContext) -> Tensor:
 
 def whole_sequence(x_bsh: Tensor, context: ParallelContext) -> Tensor:
     """From each tp rank's part of the sequence all of it, for a use that is the same on all tp ranks. Collective."""
-    return _WholeSequence.apply(x_bsh, context) if context.is_sequence_parallel else x_bsh
+    return _GatherSequence.apply(x_bsh, context, True) if context.is_sequence_parallel else x_bsh
 
 
 def gather_rows(w: Tensor, context: ParallelContext, sizes: Sequence[int]) -> Tensor:
@@ -143,13 +143,17 @@ class _Split(torch.autograd.Function):
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, context: ParallelContext) -> Tensor:
-        ctx.context = context
+    def forward(ctx: Any, x: Tensor, context: ParallelContext, is_grad_whole: bool) -> Tensor:
+        ctx.context, ctx.is_grad_whole = context, is_grad_whole
         return _gathered_sequence(x, context)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _summed_sequence(grad, ctx.context), None
+        if ctx.is_grad_whole:
+            own = grad.chunk(ctx.context.tp_size, dim=1)[ctx.context.tp_rank].contiguous()
+        else:
+            own = _summed_sequence(grad, ctx.context)
+        return own, None, None
 
 
 class _SumSequence(torch.autograd.Function):
@@ -174,26 +178,11 @@ class _SplitSequence(torch.autograd.Function):
         return _gathered_sequence(grad, ctx.context), None
 
 
-class _WholeSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, context: ParallelContext) -> Tensor:
-        ctx.context = context
-        return _gathered_sequence(x, context)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad.chunk(ctx.context.tp_size, dim=1)[ctx.context.tp_rank].contiguous(), None
-
-
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, context: ParallelContext, sizes: tuple[int, ...]) -> Tensor:
         ctx.context, ctx.sizes = context, sizes
-        longest = max(sizes)
-        padded = w if w.shape[0] == longest else torch.cat([w, w.new_zeros(longest - w.shape[0], *w.shape[1:])])
-        parts = [torch.empty_like(padded, memory_format=torch.contiguous_format) for _ in sizes]
-        dist.all_gather(parts, padded.contiguous(), group=context.tp_group)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+        return gathered_rows(w, context, sizes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -213,6 +202,15 @@ class _CopyAll(torch.autograd.Function):
         dist.all_reduce(total, group=ctx.context.tp_group)
         parts = total.split([grad.numel() for grad in grads])
         return None, *(part.view(grad.shape) for part, grad in zip(parts, grads))
+
+
+def gathered_rows(w: Tensor, context: ParallelContext, sizes: Sequence[int]) -> Tensor:
+    """`gather_rows` without a gradient. Collective over tp."""
+    longest = max(sizes)
+    padded = w if w.shape[0] == longest else torch.cat([w, w.new_zeros(longest - w.shape[0], *w.shape[1:])])
+    parts = [torch.empty_like(padded, memory_format=torch.contiguous_format) for _ in sizes]
+    dist.all_gather(parts, padded.contiguous(), group=context.tp_group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
 
 def _gathered_sequence(x: Tensor, context: ParallelContext) -> Tensor:

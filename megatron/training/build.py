@@ -100,7 +100,6 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
         engine, context, layouts, streams, schedule,
         model=_identity(config.model),
         train_order=batches.train_order(),
-        ledger=ledger,
         padded_vocab_size=config.model.padded_vocab_size(topology.tp_size),
     )  # fmt: skip
     log.info(
@@ -126,6 +125,7 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
         progress,
         run_log,
         flops_per_token(config.model),
+        ledger,
     )
 
 
@@ -185,7 +185,7 @@ def _identity(model: ModelConfig) -> dict[str, Any]:
     parts that the model does not have, none."""
     names = [
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "kv_channels",
-        "vocab_size", "normalization", "layernorm_epsilon", "swiglu", "use_rotary_position_embeddings", "positions",
+        "vocab_size", "normalization", "layernorm_epsilon", "swiglu", "positions",
         "untie_embeddings_and_output_weights", "add_bias_linear", "qk_layernorm", "embed_layernorm",
         "use_parallel_residual", "has_qkv_bias", "has_attention_output_bias", "add_output_layer_bias",
     ]  # fmt: skip

@@ -61,6 +61,10 @@ REFUSED = {
     ("zero_optimization", "zenflow"): "a state under ZenFlow cannot be resumed",
     ("checkpoint", "use_node_local_storage"): "the files of all ranks must be in one folder that all nodes share",
     ("compile", "deepcompile"): "a state under DeepCompile cannot be resumed",
+    (
+        "torch_autocast",
+        "enabled",
+    ): "its loss scale is neither saved nor known to routers; use --bf16 or --fp16",
     ("bf16", "bf16_master_weights_and_grads"): "there would be no fp32 master weights to save",
     ("fp16", "fp16_master_weights_and_grads"): "there would be no fp32 master weights to save",
 }
@@ -94,7 +98,7 @@ def deepspeed_config(config: Config, topology: Topology, user_json: Json | None 
     if "bfloat16" in user:  # DeepSpeed's old name of the block
         user.setdefault("bf16", user.pop("bfloat16"))
     flags = flag_values(config, topology)
-    problems = [*_contradictions(flags, user, topology), *_refused(user)]
+    problems = [*_contradictions(flags, user, topology), *_refused(user), *_refused_with_experts(user, topology)]
     if problems:
         raise ConfigError(problems)
     notes: list[str] = []
@@ -210,6 +214,20 @@ def _refused(user: Json) -> Iterator[Problem]:
                 found=str(offload),
                 expected="device cpu, whole",
                 flags=("--deepspeed_config",),
+            )
+
+
+def _refused_with_experts(user: Json, topology: Topology) -> Iterator[Problem]:
+    """DeepSpeed asserts these (runtime/zero/stage_1_and_2.py, _configure_moe_settings)."""
+    for name in ("reduce_scatter", "contiguous_gradients"):
+        path = ("zero_optimization", name)
+        if topology.ep_size > 1 and _get(user, path) is False:
+            yield Problem(
+                f"{'.'.join(path)} false in the DeepSpeed JSON is refused with expert parallelism: experts' gradients "
+                "are reduced over other ranks than the rest",
+                found=f"--moe-expert-parallel-size {topology.ep_size}",
+                flags=("--deepspeed_config", "--moe-expert-parallel-size"),
+                fix="remove it",
             )
 
 

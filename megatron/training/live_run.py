@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.layers.router_ledger import RouterLedger
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.rng import RandomStreams
 from megatron.training.agreement import CheckpointError, gathered
@@ -59,8 +58,6 @@ class LiveRun:
     state: EngineState
     model: Mapping[str, Any]
     """What a Source must agree on: ModelConfig as plain values."""
-    ledger: RouterLedger
-    """What the MoE layers add to the loss and tell of themselves; empty without experts."""
     train_order: Mapping[str, Any]
     """Which samples come in which order (`Batches.train_order`); a Source's other one is told."""
 
@@ -80,7 +77,6 @@ class LiveRun:
         *,
         model: Mapping[str, Any],
         train_order: Mapping[str, Any],
-        ledger: RouterLedger,
         padded_vocab_size: int,
     ) -> LiveRun:
         """`layouts` is this stage's. Collective over the world."""
@@ -96,4 +92,4 @@ class LiveRun:
         state = EngineState(engine, atlas.layouts, context, atlas.pp_stages, atlas.frozen)
         if isinstance(state.base, Muon):
             state.base.attach(state)
-        return cls(engine, context, streams, schedule, atlas, state, dict(model), ledger, dict(train_order))
+        return cls(engine, context, streams, schedule, atlas, state, dict(model), dict(train_order))

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.config.config import Config
+from megatron.layers.router_ledger import RouterLedger
 from megatron.training.batches import Batches
 from megatron.training.engine import backward_scale, evaluate, train_step
 from megatron.training.expert_metrics import expert_metrics
@@ -55,6 +56,8 @@ class Run:
     progress: Progress
     run_log: RunLog
     flops_per_token: float
+    ledger: RouterLedger
+    """What the MoE layers add to the loss and tell of themselves; empty without experts."""
 
 
 def fit(run: Run) -> Progress:
@@ -106,7 +109,7 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
     skipped_before = engine.skipped_steps
     try:
         with _explained_loss_scale(progress.iteration + 1):
-            run.live.ledger.scale = backward_scale(engine)
+            run.ledger.scale = backward_scale(engine)
             loss = train_step(engine, train)
     except StopIteration as error:
         raise OutOfSamplesError(
@@ -138,7 +141,7 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
         loss_scale=loss_scale,
         is_skipped=is_skipped,
         global_batch_size=global_batch_size,
-        experts=expert_metrics(run.live.ledger, run.config.model, run.live.context, engine.device),
+        experts=expert_metrics(run.ledger, run.config.model, run.live.context, engine.device),
     )
 
 

@@ -18,11 +18,10 @@ from typing import Any
 
 from megatron.config.optimizer import (
     DECAY_STYLES,
-    DECOUPLED,
     WSD_DECAY_STYLES,
     OptimizerConfig,
-    base_group,
     is_decayed,
+    is_decoupled,
 )
 
 
@@ -207,7 +206,7 @@ class LearningRateSchedule:
         return [self._learning_rate(group) * group.get("lr_mult", 1.0) for group in groups]
 
     def _learning_rate(self, group: Mapping[str, Any]) -> float:
-        return self.curve.learning_rate(self.num_samples, base_group(group.get("name", "")) == DECOUPLED)
+        return self.curve.learning_rate(self.num_samples, is_decoupled(group.get("name", "")))
 
     @property
     def learning_rate(self) -> float:

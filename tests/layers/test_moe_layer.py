@@ -62,7 +62,7 @@ def _layer(model, context):
     ledger = RouterLedger()
     # Each of these ranks has the mean over its own tokens.
     ledger.scale = 1.0 / context.zero_size
-    return MoeMlp(model, 0, context, ledger=ledger)
+    return MoeMlp(model, 0, context, ledger)
 
 
 KINDS = {
@@ -124,8 +124,8 @@ def _experts_renumbered(rank):
     """Those of the first rank are taken in reverse."""
     plain = experts_module.grouped_linear
     if rank == 0:
-        experts_module.grouped_linear = lambda x, weight, counts: plain(
-            x, weight[[1, 0, *range(2, len(weight))]], counts
+        experts_module.grouped_linear = lambda x, weight, bias, counts: plain(
+            x, weight[[1, 0, *range(2, len(weight))]], bias, counts
         )
 
 
@@ -168,7 +168,7 @@ def _recomputed(rank, world_size, is_recomputed):
     atoms, x, upstream = places.given(KINDS["crowded"])
     ledger = RouterLedger()
     ledger.scale = 0.25
-    layer = MoeMlp(MODELS["crowded"], 1, context, ledger=ledger).double()
+    layer = MoeMlp(MODELS["crowded"], 1, context, ledger).double()
     for name, param in layer.named_parameters():
         param.data = param.atomic_layout.split(atoms[name], context.shard_rank)
     for sample in range(2):  # two micro batches
@@ -209,14 +209,16 @@ def test_grouped_linear_is_each_experts_own(counts, width, dtype):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(sum(counts), width, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(4, 24, width, generator=generator).to(dtype).requires_grad_()
-    y = grouped_linear(x, weight, counts)
+    bias = torch.randn(4, 24, generator=generator).to(dtype).requires_grad_()
+    y = grouped_linear(x, weight, bias, counts)
     upstream = torch.randn(y.shape, generator=generator).to(dtype)
     y.backward(upstream)
     close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     start = 0
     for expert, count in enumerate(counts):
         rows = slice(start, start + count)
-        torch.testing.assert_close(y[rows], F.linear(x[rows], weight[expert]), **close)
+        torch.testing.assert_close(y[rows], F.linear(x[rows], weight[expert], bias[expert]), **close)
+        torch.testing.assert_close(bias.grad[expert], upstream[rows].sum(0), **close)
         torch.testing.assert_close(x.grad[rows], upstream[rows] @ weight[expert], **close)
         torch.testing.assert_close(weight.grad[expert], upstream[rows].T @ x[rows], **close)
         assert count or not weight.grad[expert].any()
@@ -226,13 +228,13 @@ def test_grouped_linear_is_each_experts_own(counts, width, dtype):
 def test_both_ways_of_grouped_linear_are_taken(monkeypatch):
     taken = []
     plain = F.grouped_mm
-    monkeypatch.setattr(experts_module.F, "grouped_mm", lambda *a, **k: taken.append(1) or plain(*a, **k))
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *a, **k: taken.append(1) or plain(*a, **k))
     weight = torch.ones(2, 24, 16)
-    grouped_linear(torch.ones(3, 16), weight, [1, 2])
+    grouped_linear(torch.ones(3, 16), weight, None, [1, 2])
     assert len(taken) == 1
     for x, other in ((torch.ones(0, 16), weight), (torch.ones(3, 7), torch.ones(2, 24, 7))):
-        grouped_linear(x, other, [0, x.shape[0]])
-    grouped_linear(torch.ones(3, 16).double(), weight.double(), [1, 2])
+        grouped_linear(x, other, None, [0, x.shape[0]])
+    grouped_linear(torch.ones(3, 16).double(), weight.double(), None, [1, 2])
     assert len(taken) == 1
 
 

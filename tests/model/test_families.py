@@ -177,7 +177,7 @@ def _loss_and_grads(rank, world_size, topology, names, is_cut, fault=None):
     context, found = build_context(topology, is_cut), {}
     for name in names:
         streams, parallel = RandomStreams(1, context), ParallelConfig(no_pipeline_parallel=True)
-        model = build_model(config(**MODELS[name]), parallel, context, streams, seed=1234)
+        model = build_model(config(**MODELS[name]), parallel, context, streams, seed=1234, ledger=RouterLedger())
         parts = [part.chunk(context.dp_size)[context.dp_rank].chunk(context.sp_size, 1)[context.sp_rank]
                  for part in batch(4, seed=3)]  # fmt: skip
         loss = model(*(part.contiguous() for part in parts))

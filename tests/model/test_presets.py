@@ -11,6 +11,7 @@ from model.huggingface_names import PARTS, TABLES, canonical, taken
 from megatron.config.model import ModelConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.presets import PRESETS
+from megatron.layers.router_ledger import RouterLedger
 from megatron.model.build import build_model
 from megatron.model.flops import num_parameters
 from megatron.model.gpt import GPT
@@ -39,7 +40,7 @@ def model_of(name, **changes):
 def on_meta(model):
     context = ParallelContext.single()
     with torch.device("meta"):
-        return GPT(model, context, RandomStreams(1, context))
+        return GPT(model, context, RandomStreams(1, context), ledger=RouterLedger())
 
 
 def theirs(name):
@@ -146,7 +147,7 @@ def test_a_tiny_one_computes_what_transformers_computes(name):
     torch.manual_seed(1)
     model, context = model_of(name, init_method_std=0.1), ParallelContext.single()
     parallel = ParallelConfig(no_pipeline_parallel=True)
-    ours = build_model(model, parallel, context, RandomStreams(1, context), 1).eval()
+    ours = build_model(model, parallel, context, RandomStreams(1, context), 1, ledger=RouterLedger()).eval()
     atoms = {}
     for key, param in ours.named_parameters():
         if param.dim() == 1:

@@ -10,6 +10,7 @@ import torch
 
 from megatron.config.model import ModelConfig
 from megatron.config.parallel import ParallelConfig
+from megatron.layers.router_ledger import RouterLedger
 from megatron.model.build import build_model, parameter_layouts
 from megatron.parallel.context import ParallelContext, build_context
 from megatron.parallel.rng import RandomStreams
@@ -70,7 +71,7 @@ def build(topology, model, is_pipelined, seed=1234, ledger=None):
         pipeline_model_parallel_size=topology.pp_size,
         no_pipeline_parallel=not is_pipelined,
     )
-    return build_model(model, parallel, context, streams, seed, ledger=ledger), context, streams
+    return build_model(model, parallel, context, streams, seed, ledger=ledger or RouterLedger()), context, streams
 
 
 def batch(num_samples=2, seed=0, length=12):
