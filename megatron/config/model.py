@@ -67,7 +67,11 @@ class ModelConfig:
         "learned_absolute", help="kind of positions", choices=("learned_absolute", "rope", "alibi")
     )
     rope_theta: float = flag(
-        10000.0, "--rotary-position-embeddings-theta", "--rotary-base", help="base of the rotary frequencies"
+        10000.0,
+        "--rotary-position-embeddings-theta",
+        "--rotary-base",
+        "--rope-theta",
+        help="base of the rotary frequencies",
     )
     rotary_percent: float = flag(1.0, help="part of each head that is rotated", unit="0..1")
     rope_scaling_type: str | None = flag(

@@ -224,6 +224,12 @@ def test_zero_stage_comes_from_the_json_if_no_flag_gives_it(tmp_path) -> None:
         (["--sgd-momentum", "0.5"], "--optimizer sgd"),
         (["--rotary-percent", "0.5"], "--use-rotary-position-embeddings"),
         (["--save-interval", "5"], "--save"),
+        (["--moe-min-capacity", "8"], "--moe-train-capacity-factor"),
+        (
+            ["--moe-train-capacity-factor", "1", "--disable-moe-token-dropping"],
+            "token dropping (--disable-moe-token-dropping is given)",
+        ),
+        (["--rope-low-freq-factor", "2"], "--rope-scaling-type llama3"),
     ],
 )
 def test_flag_that_needs_another_is_noted(flag: list[str], condition: str) -> None:

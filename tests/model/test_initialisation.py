@@ -8,6 +8,9 @@ from harness.ranks import run_ranks
 from megatron.layers.parameter import UndeclaredParameterError, initialize
 from megatron.model.build import parameter_groups, parameter_layouts
 from megatron.model.flops import flops_per_token, num_parameters
+from megatron.model.gpt import GPT
+from megatron.parallel.context import ParallelContext
+from megatron.parallel.rng import RandomStreams
 from megatron.ucp.topology import Topology
 
 
@@ -88,6 +91,36 @@ def test_groups_split_matrices_from_the_rest():
     model.final_norm.requires_grad_(True)
     (only,) = parameter_groups(model, 0.1)
     assert only["name"] == "no_decay" and len(only["params"]) == 2
+
+
+def test_experts_and_the_output_layers_bias_have_groups_of_their_own():
+    model, _, _ = build(
+        Topology(),
+        config(
+            num_experts=(4,), expert_interval=1, untie_embeddings_and_output_weights=True, add_output_layer_bias=True
+        ),
+        False,
+    )
+    names = {param: name for name, param in model.named_parameters()}
+    groups = {group["name"]: group for group in parameter_groups(model, 0.1, has_decoupled=True)}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "decay": 0.1, "no_decay": 0.0, "decoupled": 0.1, "decoupled_no_decay": 0.0, "experts": 0.1,
+        "experts_no_decay": 0.0,
+    }  # fmt: skip
+    assert [names[param] for param in groups["decoupled_no_decay"]["params"]] == ["lm_head.bias"]
+    assert {names[param].rpartition(".")[2] for param in groups["experts"]["params"]} == {
+        "dense_h_to_4h", "dense_4h_to_h",
+    }  # fmt: skip
+    assert {names[param].rpartition(".")[2] for param in groups["experts_no_decay"]["params"]} == {
+        "bias_h_to_4h", "bias_4h_to_h",
+    }  # fmt: skip
+
+
+def test_experts_without_a_ledger_are_refused():
+    """Their losses would be scaled by nobody."""
+    alone = ParallelContext.single()
+    with pytest.raises(TypeError, match="no RouterLedger"):
+        GPT(config(num_experts=(4,), expert_interval=1), alone, RandomStreams(1, alone))
 
 
 def test_flops_are_counted_by_hand():

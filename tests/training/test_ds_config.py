@@ -202,6 +202,14 @@ def test_config_and_ds_config_do_not_import_deepspeed() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.parametrize("name", ["reduce_scatter", "contiguous_gradients"])
+def test_what_deepspeed_asserts_with_experts_is_refused(name: str) -> None:
+    user = {"zero_optimization": {name: False}}
+    deepspeed_config(config(), Topology(), user)
+    with pytest.raises(ConfigError, match=f"zero_optimization.{name} false"):
+        deepspeed_config(config(), Topology(dp_size=2, ep_size=2), user)
+
+
 def test_features_that_are_off_are_not_refused() -> None:
     block = {"zero_hpz_partition_size": 1, "mics_shard_size": -1, "zero_quantized_weights": False}
     assert deepspeed_config(config(), Topology(), {"zero_optimization": block})[0]["zero_optimization"]["stage"] == 1
