@@ -69,6 +69,7 @@ esac
 : "${CONTROL_MICRO_BATCH:=1}" # of the control run: the same samples, summed in another order
 : "${TRAIN_ITERS:=200}"
 : "${SAVE_ITER:=100}"         # saved here, resumed from here
+: "${INIT_STD:=0.02}"         # standard deviation of the initial weights
 : "${LR:=2e-3}" "${MIN_LR:=2e-4}" "${LR_WARMUP_ITERS:=10}"
 : "${DROPOUT:=0.0}"           # > 0: a changed topology draws other masks, and losses differ by more than rounding
 : "${SEED:=1234}"
@@ -106,7 +107,7 @@ shared_flags=(
     --global-batch-size "$GLOBAL_BATCH" --train-iters "$TRAIN_ITERS"
     --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --lr-decay-iters "$TRAIN_ITERS"
     --lr-warmup-iters "$LR_WARMUP_ITERS"
-    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --init-method-std 0.02
+    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --init-method-std "$INIT_STD"
     --data-path "$DATA_PREFIX" --split 949,50,1
     --tokenizer-type GPT2BPETokenizer --vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE"
     --seed "$SEED" --log-interval 10 --eval-iters 0
@@ -167,6 +168,12 @@ source_name() {
 
 target_name() {
     topology_name "$TARGET_TP" "$TARGET_PP" "$TARGET_DP" "$TARGET_SP" "$TARGET_ZERO" "$TARGET_EP"
+}
+
+# As the curves' labels say it: tp2 pp2 dp2 ZeRO-1.
+in_words() { # NAME of a topology
+    local words="${1//_/ }"
+    echo "${words/ z/ ZeRO-}"
 }
 
 free_port() {
@@ -343,7 +350,7 @@ judge_figure() { # NAME FIG TITLE TENSORBOARD_FOLDER...: FIG is how to ask for t
     command=(
         "$PYTHON" "$ROOT/tb_analysis/tb_analysis_script.py" --tb_dir "${@:4}" --log_dir ../logs
         --tb_event_key "lm-loss-training/lm loss" --grad_norm_tolerance 1e-4
-        --plot_name "$name.png" --plot_title "$3" --csv_name "$figures_dir/csv/$1/"
+        --plot_name "$name.png" --plot_title "$3" --lanes --csv_name "$figures_dir/csv/$1/"
         --verdict_json "$name.json" --markdown "$name.md"
     )
     say "Verdict on $1"

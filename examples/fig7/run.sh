@@ -32,7 +32,7 @@ figure_7a() {
 }
 
 figure_7b() {
-    local source words folders=()
+    local source folders=()
     set_target "$target_7b"
     for source in "${sources_7b[@]}"; do
         set_source "$source"
@@ -42,8 +42,7 @@ figure_7b() {
         resume_directly "target_$(target_name)_from_$(source_name)"
         train_control
     done
-    words="$(target_name | tr _ ' ')"
-    judge_figure fig7b 7b "Figure 7b: ${#sources_7b[@]} Sources resumed as ${words/ z/ ZeRO-}" "${folders[@]}"
+    judge_figure fig7b 7b "Figure 7b: ${#sources_7b[@]} Sources resumed as $(in_words "$(target_name)")" "${folders[@]}"
 }
 
 for figure in 7a 7b; do
