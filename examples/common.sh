@@ -309,6 +309,7 @@ judge() {
 begin_figures() {
     : "${GALLERY_DIR:=}"  # if given, pictures and tables are copied there
     figures_dir="$RUN_DIR" # each figure's runs get a folder below it
+    figure_note=""         # said below the next figure's table
     failed_figures=()
 }
 
@@ -359,6 +360,7 @@ judge_figure() { # NAME FIG TITLE TENSORBOARD_FOLDER...: FIG is how to ask for t
         return
     fi
     "${command[@]}" | tee "$name.txt" || { [[ $? == 1 ]] && failed_figures+=("$1"); } # anything else stops here
+    [[ -z "$figure_note" ]] || printf '\n%s\n' "$figure_note" >>"$name.md"
     printf '\nMade by `FIG=%s bash examples/%s/run.sh`.\n' "$2" "$EXAMPLE" >>"$name.md"
     if [[ -n "$GALLERY_DIR" ]]; then cp "$name".{png,md} "$GALLERY_DIR/"; fi
 }

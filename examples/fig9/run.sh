@@ -8,7 +8,8 @@
 #            drives two runs apart. Per Target: max |delta| of the losses against twice the control's, relative
 #            distance of the grad norms, digest of the state at save and load.
 # Hardware:  2 CPU cores, 8 GB; up to 8 ranks at a time.
-# Minutes:   MINUTES
+# Minutes:   8 to 9 on 2 cores (measured: 12 minutes of CPU time, on cores shared with other work). Half of it
+#            is the start of 13 launches with 84 ranks.
 # You see:   three tables that end with PASS; in runs/fig9 the pictures fig9_llama.png, fig9_bloom.png and fig9_moe.png,
 #            the tables beside them (.md), and under llama/, bloom/ and moe/ what a run of ex1 leaves. Exit code 0 on
 #            PASS, 1 on FAIL.
@@ -27,11 +28,12 @@ begin_figures
 
 figure() { # llama|bloom|moe
     local title
-    local -n name="name_$1" preset="preset_$1" source="source_$1"
+    local -n name="name_$1" preset="preset_$1" source="source_$1" note="note_$1"
     set_model "$preset"
     set_run_dir "$figures_dir/$1"
     train_one_to_many "$source" "targets_$1" "universal_$1"
     title="Figure 9, $name: $(in_words "$(source_name)") resumed under another topology"
+    figure_note="${note:-}"
     judge_figure "fig9_$1" "$1" "$title" "$RUN_DIR/tensorboard"
 }
 
