@@ -1,13 +1,14 @@
 # make ex1     set up .venv if needed and run the main job: train under PP2, convert, resume on one rank, prove it
 # make test    set up and run the tests          make lint    ruff
 # make fig7    one Source, eleven Targets and eight Sources, one Target: the paper's Figure 7 on CPU, into gallery/
+# make fig9    LLaMA, BLOOM and a mixture of experts under another topology: the paper's Figure 9, into gallery/
 # make bench   side-by-side measurements         make install only set up
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install ex1 ex2 ex3 ex4 fig7 test lint bench clean
+.PHONY: install ex1 ex2 ex3 ex4 fig7 fig9 test lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -26,8 +27,8 @@ $(STAMP): setup.py pyproject.toml megatron/data/index_helpers.cpp megatron/ucp/k
 ex1 ex2 ex3 ex4: $(STAMP)
 	bash examples/$@/run.sh
 
-fig7: $(STAMP)
-	GALLERY_DIR=gallery bash examples/fig7/run.sh
+fig7 fig9: $(STAMP)
+	GALLERY_DIR=gallery bash examples/$@/run.sh
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q

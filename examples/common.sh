@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2153  # the degrees come from exN/topology.sh
-# What the example scripts share: knobs, the training command, conversion, verdict. Sourced, not run.
+# shellcheck disable=SC2153,SC2154  # the degrees come from exN/topology.sh
+# What the example scripts share: knobs, the training command, conversion, verdict, figures. Sourced, not run.
 #
 # A script sets HERE, EXAMPLE and the SOURCE_*/TARGET_* degrees (exN/topology.sh), then sources this file. Every
 # knob below is an environment variable: SIZE=125M DRY_RUN=1 bash examples/ex1/run.sh
@@ -30,6 +30,7 @@ bin="$(dirname "$PYTHON")"
 [[ -n "$LAUNCHER" ]] || { [[ -x "$bin/deepspeed" ]] && LAUNCHER=deepspeed || LAUNCHER=torchrun; }
 
 : "${SOURCE_SP:=1}" "${TARGET_SP:=1}" # Ulysses sequence parallelism
+: "${SOURCE_EP:=1}" "${TARGET_EP:=1}" # of the dp x sp ranks so many share the experts
 : "${ZERO_STAGE:=1}"
 : "${SOURCE_ZERO:=$ZERO_STAGE}" "${TARGET_ZERO:=$ZERO_STAGE}"
 source_world=$((SOURCE_TP * SOURCE_PP * SOURCE_DP * SOURCE_SP))
@@ -62,11 +63,13 @@ case "$SIZE" in
         ;;
     *) die "SIZE=$SIZE is neither tiny nor 125M" ;;
 esac
+: "${MODEL_PRESET:=}"         # a preset of docs/flags.md instead of NUM_LAYERS, HIDDEN_SIZE and NUM_HEADS
 : "${GLOBAL_BATCH:=4}"
 : "${MICRO_BATCH:=2}"         # of Source and Target
 : "${CONTROL_MICRO_BATCH:=1}" # of the control run: the same samples, summed in another order
 : "${TRAIN_ITERS:=200}"
 : "${SAVE_ITER:=100}"         # saved here, resumed from here
+: "${INIT_STD:=0.02}"         # standard deviation of the initial weights
 : "${LR:=2e-3}" "${MIN_LR:=2e-4}" "${LR_WARMUP_ITERS:=10}"
 : "${DROPOUT:=0.0}"           # > 0: a changed topology draws other masks, and losses differ by more than rounding
 : "${SEED:=1234}"
@@ -85,15 +88,26 @@ set_run_dir() { # the folder of one Source and what is resumed from it
 set_run_dir "$RUN_DIR"
 TAG="global_step$SAVE_ITER"
 
+set_model() { # [PRESET]
+    MODEL_PRESET="${1:-}"
+    if [[ -n "$MODEL_PRESET" ]]; then
+        model_flags=(--model-preset "$MODEL_PRESET" --seq-length "$SEQ_LENGTH")
+    else
+        model_flags=(
+            --num-layers "$NUM_LAYERS" --hidden-size "$HIDDEN_SIZE" --num-attention-heads "$NUM_HEADS"
+            --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
+        )
+    fi
+}
+set_model "$MODEL_PRESET"
+
 # shellcheck disable=SC2054  # a split has commas
 shared_flags=(
-    --num-layers "$NUM_LAYERS" --hidden-size "$HIDDEN_SIZE" --num-attention-heads "$NUM_HEADS"
-    --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
     --hidden-dropout "$DROPOUT" --attention-dropout "$DROPOUT"
     --global-batch-size "$GLOBAL_BATCH" --train-iters "$TRAIN_ITERS"
     --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --lr-decay-iters "$TRAIN_ITERS"
     --lr-warmup-iters "$LR_WARMUP_ITERS"
-    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --init-method-std 0.02
+    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --init-method-std "$INIT_STD"
     --data-path "$DATA_PREFIX" --split 949,50,1
     --tokenizer-type GPT2BPETokenizer --vocab-file "$VOCAB_FILE" --merge-file "$MERGE_FILE"
     --seed "$SEED" --log-interval 10 --eval-iters 0
@@ -132,18 +146,34 @@ clear_old() {
     done
 }
 
-topology_name() { # TP PP DP SP ZERO
-    local sequence=""
+# What a topology is given as: "TP PP DP SP ZERO EP", EP 1 if left out.
+set_source() {
+    read -r SOURCE_TP SOURCE_PP SOURCE_DP SOURCE_SP SOURCE_ZERO SOURCE_EP _ <<<"$1 1"
+}
+
+set_target() {
+    read -r TARGET_TP TARGET_PP TARGET_DP TARGET_SP TARGET_ZERO TARGET_EP _ <<<"$1 1"
+}
+
+topology_name() { # TP PP DP SP ZERO EP
+    local sequence="" experts=""
     (($4 == 1)) || sequence="_sp$4"
-    echo "tp$1_pp$2_dp$3${sequence}_z$5"
+    (($6 == 1)) || experts="_ep$6"
+    echo "tp$1_pp$2_dp$3${sequence}${experts}_z$5"
 }
 
 source_name() {
-    topology_name "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP" "$SOURCE_SP" "$SOURCE_ZERO"
+    topology_name "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP" "$SOURCE_SP" "$SOURCE_ZERO" "$SOURCE_EP"
 }
 
 target_name() {
-    topology_name "$TARGET_TP" "$TARGET_PP" "$TARGET_DP" "$TARGET_SP" "$TARGET_ZERO"
+    topology_name "$TARGET_TP" "$TARGET_PP" "$TARGET_DP" "$TARGET_SP" "$TARGET_ZERO" "$TARGET_EP"
+}
+
+# As the curves' labels say it: tp2 pp2 dp2 ZeRO-1.
+in_words() { # NAME of a topology
+    local words="${1//_/ }"
+    echo "${words/ z/ ZeRO-}"
 }
 
 free_port() {
@@ -177,24 +207,25 @@ set_launch() {
 }
 
 train_as_source() { # NAME MICRO_BATCH [FLAG...]
-    train "$1" "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP" "$SOURCE_SP" "$SOURCE_ZERO" --micro-batch-size "${@:2}"
+    train "$1" "$SOURCE_TP" "$SOURCE_PP" "$SOURCE_DP" "$SOURCE_SP" "$SOURCE_ZERO" "$SOURCE_EP" --micro-batch-size "${@:2}"
 }
 
 train_as_target() { # NAME MICRO_BATCH [FLAG...]
-    train "$1" "$TARGET_TP" "$TARGET_PP" "$TARGET_DP" "$TARGET_SP" "$TARGET_ZERO" --micro-batch-size "${@:2}"
+    train "$1" "$TARGET_TP" "$TARGET_PP" "$TARGET_DP" "$TARGET_SP" "$TARGET_ZERO" "$TARGET_EP" --micro-batch-size "${@:2}"
 }
 
-# train NAME TP PP DP SP ZERO [FLAG...]: curves to $RUN_DIR/tensorboard/NAME, output to $RUN_DIR/logs/NAME.log.
+# train NAME TP PP DP SP ZERO EP [FLAG...]: curves to $RUN_DIR/tensorboard/NAME, output to $RUN_DIR/logs/NAME.log.
 train() {
-    local name="$1" tp="$2" pp="$3" dp="$4" sp="$5" zero="$6"
-    local launch command sequence=()
-    shift 6
-    ((sp == 1)) || sequence=(--ds-sequence-parallel-size "$sp")
+    local name="$1" tp="$2" pp="$3" dp="$4" sp="$5" zero="$6" ep="$7"
+    local launch command more=()
+    shift 7
+    ((sp == 1)) || more+=(--ds-sequence-parallel-size "$sp")
+    ((ep == 1)) || more+=(--moe-expert-parallel-size "$ep")
     set_launch $((tp * pp * dp * sp))
     command=(
         "${launch[@]}" "$ROOT/pretrain_gpt.py"
-        --tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp" "${sequence[@]}" --zero-stage "$zero"
-        "${shared_flags[@]}"
+        --tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp" "${more[@]}" --zero-stage "$zero"
+        "${model_flags[@]}" "${shared_flags[@]}"
         --data-cache-path "$RUN_DIR/index_cache" --tensorboard-dir "$RUN_DIR/tensorboard/$name" "$@"
     )
     if [[ "$DRY_RUN" == 1 ]]; then
@@ -209,7 +240,7 @@ train() {
 
 # What makes two Sources interchangeable: their topology and every flag that is not a path of this run.
 settings() {
-    printf '%s\n' "$(source_name)" "$MICRO_BATCH" "$SAVE_ITER" "${shared_flags[@]}"
+    printf '%s\n' "$(source_name)" "$MICRO_BATCH" "$SAVE_ITER" "${model_flags[@]}" "${shared_flags[@]}"
 }
 
 train_source() {
@@ -271,4 +302,65 @@ judge() {
         return
     fi
     "${command[@]}" | tee "$RUN_DIR/verdict.txt"
+}
+
+# --- Figures: many runs, one picture and one table ----------------------------------------------------------
+# A figure's script calls begin_figures, then for each figure it was asked for the verbs below, then end_figures.
+begin_figures() {
+    : "${GALLERY_DIR:=}"  # if given, pictures and tables are copied there
+    figures_dir="$RUN_DIR" # each figure's runs get a folder below it
+    figure_note=""         # said below the next figure's table
+    failed_figures=()
+}
+
+end_figures() {
+    ((${#failed_figures[@]} == 0)) || { echo "FAIL: ${failed_figures[*]}" >&2 && exit 1; }
+}
+
+resume_directly() { # NAME: from the native save of another topology, nothing is converted
+    say "$1: iterations $((SAVE_ITER + 1))-$TRAIN_ITERS, directly from the Source's native save"
+    train_as_target "$1" "$MICRO_BATCH" --load "$SOURCE_DIR" --load-tag "$TAG"
+}
+
+resume_from_universal() { # NAME
+    say "$1: iterations $((SAVE_ITER + 1))-$TRAIN_ITERS, from the universal folder"
+    train_as_target "$1" "$MICRO_BATCH" --load "$UNIVERSAL_DIR" --universal-checkpoint
+}
+
+# One Source and its control; each Target directly, and those of the second array from the universal folder as well.
+train_one_to_many() { # SOURCE TARGETS UNIVERSAL: a topology and the names of two arrays of topologies
+    local target
+    local -n direct="$2" universal="$3"
+    set_source "$1"
+    train_source
+    for target in "${direct[@]}"; do
+        set_target "$target"
+        resume_directly "target_$(target_name)"
+    done
+    convert_source
+    for target in "${universal[@]}"; do
+        set_target "$target"
+        resume_from_universal "target_$(target_name)_universal"
+    done
+    train_control
+}
+
+# Losses, grad norms and digests. A FAIL is kept for end_figures, so that the other figures are made all the same.
+judge_figure() { # NAME FIG TITLE TENSORBOARD_FOLDER...: FIG is how to ask for this figure alone
+    local name="$figures_dir/$1" command
+    command=(
+        "$PYTHON" "$ROOT/tb_analysis/tb_analysis_script.py" --tb_dir "${@:4}" --log_dir ../logs
+        --tb_event_key "lm-loss-training/lm loss" --grad_norm_tolerance 1e-4
+        --plot_name "$name.png" --plot_title "$3" --lanes --csv_name "$figures_dir/csv/$1/"
+        --verdict_json "$name.json" --markdown "$name.md"
+    )
+    say "Verdict on $1"
+    if [[ "$DRY_RUN" == 1 ]]; then
+        show "${command[@]}"
+        return
+    fi
+    "${command[@]}" | tee "$name.txt" || { [[ $? == 1 ]] && failed_figures+=("$1"); } # anything else stops here
+    [[ -z "$figure_note" ]] || printf '\n%s\n' "$figure_note" >>"$name.md"
+    printf '\nMade by `FIG=%s bash examples/%s/run.sh`.\n' "$2" "$EXAMPLE" >>"$name.md"
+    if [[ -n "$GALLERY_DIR" ]]; then cp "$name".{png,md} "$GALLERY_DIR/"; fi
 }

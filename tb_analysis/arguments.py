@@ -35,6 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     upstream.add_argument("--plot_x_label", default="Training step")
     upstream.add_argument("--plot_y_label", default="LM loss")
     upstream.add_argument("--skip_plot", action="store_true")
+    upstream.add_argument("--lanes", action="store_true", help="a lane for each Target, however few there are")
     upstream.add_argument("--use_sns", action="store_true", help="seaborn's look, if it is installed")
     upstream.add_argument("--skip_csv", action="store_true")
     upstream.add_argument("--csv_name", default="", help="put before each CSV file's name; may hold a folder")

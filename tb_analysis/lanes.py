@@ -21,7 +21,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from tb_analysis.picture import BOUND_COLOUR, PASS_COLOUR, SOURCE_COLOUR, Labels
+from tb_analysis.picture import BOUND_COLOUR, MAX_TARGETS, PASS_COLOUR, SOURCE_COLOUR, Labels
 from tb_analysis.report import summary
 from tb_analysis.runs import Run, resumed_at
 from tb_analysis.verdict import Comparison, Verdict
@@ -107,10 +107,13 @@ def _draw_losses(axis: Axes, verdicts: Sequence[Verdict], lanes: list[_Lane], la
             curve.steps, curve.values, color=SOURCE_COLOUR, linewidth=8.0, solid_capstyle="round", label=label, zorder=1
         )
     drawn = list({lane.style: lane for lane in reversed(lanes)}.values())[::-1]
+    # Where there is room the legend says what the marks are; eleven times would say less.
+    resumed = "resumed as " if len(verdicts) == 1 and len(drawn) <= MAX_TARGETS else ""
     for i, lane in enumerate(drawn):
         if len(verdicts) > 1:
             _draw_share(axis, lane.verdict.group.source, lane, i, len(drawn), last=resumed_at(lane.comparison.run))
-        _draw_share(axis, lane.comparison.run, lane, i, len(drawn), label=lane.label.partition(" \N{MIDDLE DOT}")[0])
+        label = resumed + lane.label.partition(" \N{MIDDLE DOT}")[0]
+        _draw_share(axis, lane.comparison.run, lane, i, len(drawn), label=label)
     for step in sorted({resumed_at(lane.comparison.run) for lane in lanes}):
         axis.axvline(step + 0.5, color="#333333", linewidth=1.1, linestyle=(0, (4, 3)), zorder=2)
         axis.annotate(

@@ -31,7 +31,7 @@ BOUND_COLOUR = "#B22222"
 PASS_COLOUR = "#1B6E3C"
 
 MAX_TARGETS = len(TARGET_COLOURS)
-"""More are drawn by ``lanes``."""
+"""More are drawn by ``lanes``, and fewer where --lanes asks for it."""
 
 _LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (8, 2)))
 _MAX_NAMES_IN_TITLE = 3

@@ -102,7 +102,7 @@ def _plot(verdicts: list[Verdict], args: argparse.Namespace) -> None:
     if args.use_sns and not use_seaborn():
         print("note: seaborn is not installed, drawn with matplotlib's own look (pip install seaborn)")
     labels = Labels(args.plot_title, args.plot_x_label, args.plot_y_label)
-    if len(verdicts) == 1 and len(verdicts[0].comparisons) <= MAX_TARGETS:
+    if len(verdicts) == 1 and len(verdicts[0].comparisons) <= MAX_TARGETS and not args.lanes:
         figure = draw(verdicts[0], labels)
     else:
         figure = draw_lanes(verdicts, labels)

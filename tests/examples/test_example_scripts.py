@@ -34,6 +34,13 @@ FIGURE_7_TARGETS = {
     (1, 1, 1, 1, 1), (1, 1, 2, 1, 3), (1, 1, 2, 2, 1), (1, 1, 4, 1, 2), (1, 1, 4, 1, 3), (1, 2, 2, 1, 1),
     (2, 1, 1, 1, 1), (2, 1, 2, 1, 1), (2, 1, 2, 1, 2), (2, 2, 1, 1, 1), (2, 2, 2, 1, 1),
 }  # fmt: skip
+
+# The paper's Figure 9, its BLOOM scaled down. Of each model: (tp, pp, dp, ep) of the Source and of its Targets.
+FIGURE_9 = {
+    "llama": ((2, 2, 2, 1), ((2, 1, 2, 1), (2, 2, 1, 1))),
+    "bloom": ((2, 2, 2, 1), ((2, 2, 1, 1),)),
+    "moe": ((1, 2, 4, 4), ((2, 2, 2, 2),)),
+}
 SIZES = {"tiny": ("fp32", 4, 64), "125M": ("fp16", 12, 768)}
 
 
@@ -205,12 +212,38 @@ def without_micro_batch_and_paths(command: Command) -> tuple:
 def test_figure_7a_is_one_source_and_the_papers_eleven_targets(tmp_path):
     run = commands(EXAMPLES / "fig7" / "run.sh", tmp_path / "run", FIG="7a")
     assert not (tmp_path / "run").exists(), "DRY_RUN wrote something"
-    source, *targets, control, judge = [c for c in run if c.program != "ds_to_universal.py"]
-    assert cell(source) == cell(control) == FIGURE_7_SOURCE
-    direct = [t for t in targets if "--universal-checkpoint" not in t.words]
-    universal = [t for t in targets if "--universal-checkpoint" in t.words]
+    source, direct, universal = one_source_and_its_targets(run)
+    assert cell(source) == FIGURE_7_SOURCE
     assert len(direct) == 11 and {cell(t) for t in direct} == FIGURE_7_TARGETS
     assert len(universal) == 3 and {cell(t) for t in universal} < FIGURE_7_TARGETS
+
+
+@pytest.mark.parametrize("model", FIGURE_9)
+def test_figure_9_is_three_models_and_the_papers_pairs(model, tmp_path):
+    run = commands(EXAMPLES / "fig9" / "run.sh", tmp_path / "run", FIG=model)
+    assert not (tmp_path / "run").exists(), "DRY_RUN wrote something"
+    source, direct, universal = one_source_and_its_targets(run)
+    source_degrees, target_degrees = FIGURE_9[model]
+    assert degrees_with_experts(source) == source_degrees
+    assert tuple(map(degrees_with_experts, direct)) == target_degrees
+    assert [degrees_with_experts(t) for t in universal] == [target_degrees[0]]
+    assert {cell(c)[3:] for c in (source, *direct, *universal)} == {(1, 1)}, "no sequence parallelism, ZeRO-1"
+    assert source.value("--model-preset") == f"tiny-{model}"
+    model_config = parse(source.flags).config.model
+    assert (model_config.num_experts, model_config.topk) == ((4,), 2) or model != "moe"
+    assert f"fig9_{model}.png" in run[-1].value("--plot_name")
+
+
+def degrees_with_experts(command: Command) -> tuple[int, ...]:
+    return (*cell(command)[:3], parse(command.flags).config.parallel.moe_expert_parallel_size)
+
+
+def one_source_and_its_targets(run: list[Command]) -> tuple[Command, list[Command], list[Command]]:
+    """Source, direct and universal Targets of a figure, whose commands must fit together."""
+    source, *targets, control, judge = [c for c in run if c.program != "ds_to_universal.py"]
+    direct = [t for t in targets if "--universal-checkpoint" not in t.words]
+    universal = [t for t in targets if "--universal-checkpoint" in t.words]
+    assert cell(source) == cell(control)
     (convert,) = [c for c in run if c.program == "ds_to_universal.py"]
     saved = f"global_step{source.value('--save-interval')}"
     for command in (*direct, control):
@@ -219,7 +252,7 @@ def test_figure_7a_is_one_source_and_the_papers_eleven_targets(tmp_path):
         assert command.value("--load") == str(Path(convert.value("--output_folder")).parent)
     assert convert.value("--input_folder") == f"{source.value('--save')}/{saved}"
     # None writes where another reads, and none is taken for another.
-    assert len({run_name(c) for c in (source, *targets, control)}) == 16
+    assert len({run_name(c) for c in (source, *targets, control)}) == len(targets) + 2
     assert not any("--save" in c.words for c in (*targets, control))
     # All alike but for the topology; the control differs in its micro batch alone.
     assert {without_micro_batch_and_paths(c)[0] for c in targets} == {without_micro_batch_and_paths(source)[0]}
@@ -227,6 +260,7 @@ def test_figure_7a_is_one_source_and_the_papers_eleven_targets(tmp_path):
     assert control.value("--micro-batch-size") == "1"
     assert without_micro_batch_and_paths(control) == without_micro_batch_and_paths(source)
     check_figure_is_judged(judge, [source])
+    return source, direct, universal
 
 
 def test_figure_7b_is_eight_sources_each_with_its_control_and_one_target(tmp_path):
@@ -252,20 +286,27 @@ def check_figure_is_judged(judge: Command, sources: list[Command]) -> None:
     folders = judge.words[at + 1 : judge.words.index("--log_dir")]
     assert list(folders) == [str(Path(s.value("--tensorboard-dir")).parent) for s in sources]
     assert judge.value("--log_dir") == "../logs" and judge.value("--grad_norm_tolerance") == "1e-4"
-    assert {"--plot_name", "--markdown", "--verdict_json"} <= set(judge.words)
+    assert {"--plot_name", "--lanes", "--markdown", "--verdict_json"} <= set(judge.words)
 
 
-def test_figure_7_is_both_unless_asked_and_refuses_another(tmp_path):
-    run = commands(EXAMPLES / "fig7" / "run.sh", tmp_path / "run")
-    assert [c.program for c in run].count("tb_analysis_script.py") == 2
-    done = bash(EXAMPLES / "fig7" / "run.sh", tmp_path / "run", FIG="8", DRY_RUN="0")
-    assert done.returncode == 2 and "none of 7a, 7b, both" in done.stderr
+@pytest.mark.parametrize(
+    ("figure", "num_pictures", "known"), [("fig7", 2, "7a, 7b, both"), ("fig9", 3, "llama, bloom, moe, all")]
+)
+def test_figure_is_all_of_it_unless_asked_and_refuses_another(figure, num_pictures, known, tmp_path):
+    run = commands(EXAMPLES / figure / "run.sh", tmp_path / "run")
+    assert [c.program for c in run].count("tb_analysis_script.py") == num_pictures
+    done = bash(EXAMPLES / figure / "run.sh", tmp_path / "run", FIG="8", DRY_RUN="0")
+    assert done.returncode == 2 and f"none of {known}" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("figure", "code"), [("a", 1), ("", 0)], ids=["7a-fails", "both-pass"])
-def test_figure_7_ends_with_the_verdict_of_either_figure(figure, code, tmp_path):
-    """With a stand-in for Python that writes what the analysis would, and says FAIL of one figure."""
+@pytest.mark.parametrize(
+    ("figure", "failing", "code"),
+    [("fig7", "fig7a", 1), ("fig7", "none", 0), ("fig9", "fig9_bloom", 1), ("fig9", "none", 0)],
+    ids=["7a-fails", "7-pass", "bloom-fails", "9-pass"],
+)
+def test_figure_ends_with_the_verdict_of_each_of_its_parts(figure, failing, code, tmp_path):
+    """With a stand-in for Python that writes what the analysis would, and says FAIL of one part."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     python, torchrun = bin_folder / "python", bin_folder / "torchrun"
@@ -275,18 +316,22 @@ def test_figure_7_ends_with_the_verdict_of_either_figure(figure, code, tmp_path)
         'while [ $# -gt 0 ]; do case "$1" in --markdown) md="$2";; --plot_name) png="$2";; esac; shift; done\n'
         '[ -z "$md" ] && exit 0\n'
         'echo table >"$md"; echo picture >"$png"\n'
-        f'case "$md" in *fig7{figure or "-"}.md) exit 1;; esac\n'
+        f'case "$md" in *{failing}.md) exit 1;; esac\n'
     )
     for stand_in in (python, torchrun):
         stand_in.chmod(0o755)
     gallery = tmp_path / "gallery"
     gallery.mkdir()
     knobs = {"PYTHON": str(python), "LAUNCHER": "torchrun", "GALLERY_DIR": str(gallery), "DRY_RUN": "0"}
-    done = bash(EXAMPLES / "fig7" / "run.sh", tmp_path / "run", **knobs)
+    done = bash(EXAMPLES / figure / "run.sh", tmp_path / "run", **knobs)
     assert done.returncode == code, done.stderr
-    # The other figure is made all the same.
-    assert sorted(p.name for p in gallery.iterdir()) == ["fig7a.md", "fig7a.png", "fig7b.md", "fig7b.png"]
-    assert "FIG=7b bash examples/fig7/run.sh" in (gallery / "fig7b.md").read_text()
+    assert (f"FAIL: {failing}" in done.stderr) == (code == 1)
+    # The others are made all the same.
+    parts = {"fig7": {"fig7a": "7a", "fig7b": "7b"}, "fig9": {f"fig9_{model}": model for model in FIGURE_9}}[figure]
+    made = sorted(p.name for p in gallery.iterdir())
+    assert made == sorted(f"{name}.{kind}" for name in parts for kind in ("md", "png"))
+    for name, fig in parts.items():
+        assert f"FIG={fig} bash examples/{figure}/run.sh" in (gallery / f"{name}.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -316,10 +361,19 @@ def test_knobs_reach_the_command(tmp_path):
     assert command.value("--num_gpus") == "4"
 
 
+def test_a_preset_with_experts_reaches_the_commands(tmp_path):
+    knobs = {"SIZE": "tiny", "MODEL_PRESET": "tiny-moe", "SOURCE_DP": "2", "SOURCE_EP": "2", "LAUNCHER": "torchrun"}
+    source, _, target, control, _ = commands(EXAMPLES / "ex2" / "run.sh", tmp_path, **knobs)
+    assert degrees_with_experts(source) == degrees_with_experts(control) == (2, 1, 2, 2)
+    assert degrees_with_experts(target) == (1, 1, 1, 1)
+    assert {run_name(c) for c in (source, target)} == {"source_tp2_pp1_dp2_ep2_z1", "target_tp1_pp1_dp1_z1"}
+    assert {parse(c.flags).config.model.num_experts for c in (source, target)} == {(4,)}
+
+
 def test_readme_lists_every_example_and_only_knobs_that_exist():
     text = (EXAMPLES / "README.md").read_text()
     scripts = "".join(path.read_text() for path in EXAMPLES.rglob("*.sh"))
-    assert all(f"| `{example}` |" in text for example in (*DEGREES, "fig7"))
+    assert all(f"| `{example}` |" in text for example in (*DEGREES, "fig7", "fig9"))
     table = text[text.index("| knob |") :]
     knobs = {
         word for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for word in re.findall("[A-Z_]{2,}", cell)

@@ -167,6 +167,18 @@ def test_picture_of_several_sources_is_drawn(tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 20_000
 
 
+def test_few_targets_have_lanes_if_asked(tmp_path, monkeypatch):
+    """Which of the two pictures is drawn: Targets that lie on one another, direct and universal, need lanes."""
+    drawn = []
+    for module in ("picture.draw", "lanes.draw_lanes"):
+        monkeypatch.setattr(f"tb_analysis.{module}", lambda *_, module=module: drawn.append(module))
+    monkeypatch.setattr("tb_analysis.picture.save", lambda *_: None)
+    folder = write_set(tmp_path / "run") / "tensorboard"
+    for flags in ((), ("--lanes",)):
+        assert main(["--tb_dir", str(folder), "--skip_csv", *flags]) == 0
+    assert drawn == ["picture.draw", "lanes.draw_lanes"]
+
+
 def test_the_last_save_and_load_of_a_log_count(tmp_path):
     log = tmp_path / "run.log"
     log.write_text("".join(saved_line(30, digest) + loaded_line(digest) for digest in (OTHER_DIGEST, DIGEST)))

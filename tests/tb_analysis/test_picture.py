@@ -115,6 +115,12 @@ def test_each_target_has_marks_on_the_shared_line_and_a_lane():
     assert results == [f"{c.max_delta:.1e}  {'PASS' if c.is_pass else 'FAIL'}" for c in made.comparisons]
 
 
+def test_a_few_targets_are_called_resumed():
+    losses, cells, _ = panels(draw_lanes([verdict(2, 2e-7)], Labels()))
+    texts = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert texts[1:] == [f"resumed as {tick.get_text()}" for tick in cells.get_yticklabels()]
+
+
 def test_a_lane_beyond_its_bound_is_red_and_a_nan_is_crossed_out():
     made = verdict(6, 1e-3)
     made.comparisons[2].deltas[7] = np.nan
