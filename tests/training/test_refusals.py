@@ -190,7 +190,7 @@ COMMANDS = {
     "indivisible-batch": (["--global-batch-size", "7", "--micro-batch-size", "2"], "--global-batch-size"),
     "world-size": (["--tensor-model-parallel-size", "2"], "the number of ranks is not a multiple of tp x pp x sp"),
     "missing-data": (["--data-path", "no/such/prefix"], "no/such/prefix"),
-    "not-built-yet": (["--swiglu"], "not built yet"),
+    "experts": (["--num-experts", "4", "--topk", "9"], "more experts than there are"),
 }
 
 
