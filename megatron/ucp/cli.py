@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "--full", action="store_true", help="read every element, even where saved digests are equal"
     )
     p = command("plan", _plan, "folder")
-    for axis in ("dp", "tp", "pp", "sp"):
+    for axis in ("dp", "tp", "pp", "sp", "ep"):
         p.add_argument(f"--{axis}", type=int, default=1, help=f"{axis}_size of the Target")
     p.add_argument("--zero", type=int, default=1, help="ZeRO stage of the Target (0, 1 or 2)")
     command("convert", _convert, "folder", "output").add_argument("--num_workers", type=int, default=2)
@@ -138,7 +138,7 @@ def _diff(arguments: argparse.Namespace) -> tuple[int, Any, str]:
 
 def _plan(arguments: argparse.Namespace) -> tuple[int, Any, str]:
     source = open_source(arguments.folder, column_parallel=tuple(arguments.column_parallel))
-    target = Topology(arguments.dp, arguments.tp, arguments.pp, arguments.sp)
+    target = Topology(arguments.dp, arguments.tp, arguments.pp, arguments.sp, arguments.ep)
     reads = plan(source, target, arguments.zero)
     rows = [(str(r.rank), f"{r.num_bytes / 2**20:.2f}", str(len(r.files)), str(r.num_runs)) for r in reads]
     head = f"{source.folder} ({source.manifest.topology}) -> {target}, ZeRO-{arguments.zero}\n"

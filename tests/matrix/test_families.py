@@ -8,6 +8,9 @@ from matrix.cells import Cell, cell
 from matrix.families import FIG_9, MODELS, MOE, PAIRS, SOURCES, SQUARES, TARGETS, sources_of
 from matrix.recording import write_dataset
 from matrix.sources import Sources, take_every_source
+from megatron.ucp.plan import plan
+from megatron.ucp.sources import open_source
+from megatron.ucp.topology import Topology
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +44,25 @@ def test_every_source_into(target: Cell, sources, tmp_path):
 @pytest.mark.parametrize("model", MODELS)
 def test_sources_trained_the_same_trajectory(model: str, sources):
     """fp32: one trajectory and one grad norm under every topology, to rounding."""
-    first, *others = [source for source in SOURCES if source.model == model]
-    reference = sources[model][first].curves
-    assert others and len(reference.losses) == 3
-    for source in others:
+    cells = [c for c in dict.fromkeys((*SOURCES, *TARGETS)) if c.model == model]
+    reference = sources[model][cells[0]].curves
+    assert len(cells) > 1 and len(reference.losses) == 3
+    for source in cells[1:]:
         curves = sources[model][source].curves
         for step, loss in curves.losses.items():
             assert loss == pytest.approx(reference.losses[step], abs=2e-6), source.name
             assert curves.grad_norms[step] == pytest.approx(reference.grad_norms[step], rel=2e-5), source.name
+
+
+def test_plan_deals_experts_to_the_ranks_of_the_target(sources):
+    """ZeRO-1: everything is read once. ZeRO-0: all of what is not experts, and half of these, by each rank."""
+    source = open_source(sources["moe"][cell("moe-tp1pp1dp4ep4-z1")].native)
+    sizes = {
+        name: 4 * info.layout.numel * len(info.states) for name, info in source.manifest.parameters.items()
+    }  # fmt: skip
+    of_experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    assert 0 < of_experts < sum(sizes.values())
+    target = Topology(dp_size=4, ep_size=2)
+    assert sum(rank.num_bytes for rank in plan(source, target, zero_stage=1)) == sum(sizes.values())
+    for rank in plan(source, target, zero_stage=0):
+        assert rank.num_bytes == sum(sizes.values()) - of_experts // 2
