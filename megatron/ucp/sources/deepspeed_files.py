@@ -83,11 +83,10 @@ def find_files(folder: Path, manifest: Manifest) -> Files:
 
 def _missing_expert_files(manifest: Manifest, found: Files) -> list[str]:
     topology = manifest.topology
-    dealt = [info for info in manifest.parameters.values() if info.layout.is_cut_over("ep")]
-    is_here = not manifest.is_partitioned or (manifest.zero_stage < 3 and any(not info.is_trainable for info in dealt))
-    if topology.ep_size == 1 or not is_here:
+    if topology.ep_size == 1 or manifest.zero_stage == 3:
         return []
-    stages = {pp for info in dealt for pp in info.pp_stages}
+    dealt = [info for info in manifest.parameters.values() if info.layout.is_cut_over("ep")]
+    stages = {pp for info in dealt if not (manifest.is_partitioned and info.is_trainable) for pp in info.pp_stages}
     needed = {
         (ep, topology.mp_rank(pp=pp, tp=tp))
         for ep in range(topology.ep_size) for pp in stages for tp in range(topology.tp_size)
