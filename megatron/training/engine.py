@@ -20,12 +20,14 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.utils import combine_grad_norm_groups
 
 from megatron.config.optimizer import OptimizerConfig
+from megatron.layers.experts import expert_group_name
 from megatron.model.build import parameter_groups
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.mpu import Mpu
@@ -150,6 +152,8 @@ def build_engine(
     engine.context = context
     if is_pipelined:
         _align_group_norms(engine.optimizer)
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        _align_summed_norms(engine.optimizer, context)
     return engine
 
 
@@ -187,6 +191,27 @@ def _align_group_norms(optimizer: Any) -> None:
         return combine_grad_norm_groups(norms, norm_type=norm_type)
 
     optimizer.scaled_global_norm = scaled_global_norm
+
+
+def _align_summed_norms(optimizer: BF16_Optimizer, context: ParallelContext) -> None:
+    """BF16_Optimizer sums a norm of what is not experts over tp and the stages, and one more for each group of experts
+    (runtime/utils.py, get_norm_with_moe_layers). It stops where a rank has nothing of the first kind, and waits forever
+    for a stage with fewer of the second. So all groups of experts are one, and a rank that has nothing takes part with
+    a zero. Collective over the world."""
+    has_experts_anywhere = any(gathered(optimizer.has_moe_layers))
+    gradients_for_norm = optimizer.get_grads_for_norm
+    nothing = [torch.zeros(1, device=get_accelerator().current_device_name())]
+
+    def get_grads_for_norm(for_clipping: bool = False) -> Any:
+        if for_clipping:
+            return gradients_for_norm(for_clipping=True)
+        others, experts = gradients_for_norm()
+        of_all = [gradient for group in experts.values() for gradient in group]
+        return others or nothing, {expert_group_name(context): of_all or nothing} if has_experts_anywhere else {}
+
+    optimizer.get_grads_for_norm = get_grads_for_norm
+    if has_experts_anywhere and not optimizer.has_moe_layers:
+        optimizer.has_moe_layers, optimizer.expert_gradients = True, {}
 
 
 def backward_scale(engine: PlainEngine | PipeEngine) -> float:
