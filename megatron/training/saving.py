@@ -21,6 +21,11 @@ import deepspeed
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import (
+    AUTOEP_LAYERS_KEY,
+    AUTOEP_ZERO3_EXPERT_STATE_FORMAT_KEY,
+    AUTOEP_ZERO3_PARTITIONED_EXPERT_STATE_FORMAT,
+)
 
 import megatron
 from megatron.training.agreement import CheckpointError, all_ranks_or_none, gathered, on_rank_0
@@ -61,7 +66,7 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
         live.engine.save_checkpoint(
             str(folder),
             tag=staging.name,
-            client_state={"iteration": progress.iteration, **dataclasses.asdict(progress)},
+            client_state={"iteration": progress.iteration, **dataclasses.asdict(progress), **_warning(live)},
             save_latest=False,
         )
         _save_experts(live, staging)
@@ -102,6 +107,14 @@ def _deferred_write_errors(engine: Any) -> Iterator[None]:
         engine.checkpoint_engine.save = write
     if errors:
         raise errors[0]
+
+
+def _warning(live: LiveRun) -> dict[str, Any]:
+    """ZeRO-3's conversion in DeepSpeed would put pieces of several ep ranks' experts one after the other. It knows of
+    such experts by this list of its own (utils/zero_to_fp32.py, checkpoint/ds_to_universal.py), and stops."""
+    if live.context.ep_size == 1 or live.engine.zero_optimization_stage() < 3:
+        return {}
+    return {AUTOEP_LAYERS_KEY: [{AUTOEP_ZERO3_EXPERT_STATE_FORMAT_KEY: AUTOEP_ZERO3_PARTITIONED_EXPERT_STATE_FORMAT}]}
 
 
 def _save_experts(live: LiveRun, folder: Path) -> None:
