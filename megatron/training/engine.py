@@ -24,6 +24,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.utils import combine_grad_norm_groups
 
 from megatron.config.optimizer import OptimizerConfig
@@ -96,6 +97,31 @@ class PlainEngine(_ExpertParallel, _Fp32GradNorm, DeepSpeedEngine):
 class PipeEngine(_ExpertParallel, _Fp32GradNorm, PipelineEngine):
     """DeepSpeed's engine for a PipelineModule."""
 
+    def _exec_reduce_tied_grads(self) -> None:
+        """Sum a tied weight's gradient over the data-parallel ranks on one stage alone, for all.
+
+        DeepSpeed sums it on each stage among other gradients, in buckets. Sums of three and more depend on their order,
+        that on the place in the bucket, and so the copies drift apart. Here one data-parallel rank gets the sum and the
+        others zeros: whatever comes after adds nothing to it, in any order.
+        """
+        super()._exec_reduce_tied_grads()
+        context = self.context
+        if context.zero_size < 3:
+            return
+        for weight, stages in self.module.get_tied_weights_and_groups():
+            grad = weight._hp_grad if self.using_bf16_optimizer else weight.grad
+            if grad is None:
+                continue
+            if dist.get_rank(stages) == 0:
+                dist.reduce(grad, group_dst=0, group=context.zero_group)
+            if context.zero_rank == 0:
+                dist.broadcast(grad, group_src=0, group=stages)
+            else:
+                grad.zero_()
+
+    # DeepSpeed looks its instructions up here, and not by name.
+    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, ReduceTiedGrads: _exec_reduce_tied_grads}
+
 
 def partitioned_construction(ds_config: dict[str, Any], mpu: Mpu) -> AbstractContextManager:
     """What a plain model is constructed under. ZeRO-3: deepspeed.zero.Init, which partitions each layer's parameters
@@ -167,9 +193,13 @@ def _steps_on_cuda(ds_config: Mapping[str, Any]) -> bool:
 def _align_group_norms(optimizer: Any) -> None:
     """DeepSpeed's ZeRO-1 reduces one norm per parameter group over the stages (stage_1_and_2.py, scaled_global_norm),
     and waits forever for a stage that has fewer: without biases to train, or without the vocabulary. Such a stage
-    takes part with empty groups. Collective over the world."""
+    takes part with empty groups. Collective over the world.
+
+    Norms of experts it then averages over edp, on which they are equal already: all that this does is to round, in a
+    stage with experts and not in another one."""
     if not hasattr(optimizer, "bit16_groups"):
         return
+    optimizer._average_expert_grad_norms = lambda norms: None
     num_groups = len(optimizer.bit16_groups)
     num_missing = max(gathered(num_groups)) - num_groups
     if num_missing == 0:
@@ -183,8 +213,6 @@ def _align_group_norms(optimizer: Any) -> None:
     def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
         own = range(num_groups)
         norms = [norm_of(optimizer.averaged_gradients.get(i, []), optimizer.params_in_partition[i]) for i in own]
-        if optimizer.has_moe_layers:
-            optimizer._average_expert_grad_norms(norms)
         norms += [norm_of([], []) for _ in range(num_missing)]
         # All at once, as the other stages do: roots of sums of roots would be rounded otherwise, and then copies of a
         # tied weight would be clipped otherwise.

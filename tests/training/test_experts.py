@@ -149,6 +149,26 @@ def test_in_bf16(name: str, target: Cell, run_of):
     assert_near_in_bf16(run_of(target, **LOW[name][1])[0], run_of(alone(target, True), **BF16)[0])
 
 
+TWO_BLOCKS = {"num_layers": 2, "expert_interval": 2, "global_batch_size": 12, "iters": 6}
+TIED = {
+    "moe": ("gptmoe-tp1pp2dp4ep2-z1", {}),
+    "moe-zero0": ("gptmoe-tp1pp2dp4ep2-z0", {}),
+    "bf16": ("gptmoe-tp1pp2dp4-z1", BF16),
+    "summed-in-fp32": ("gptmoe-tp1pp2dp4ep2-z1", SUMMED_IN_FP32),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_tied_weight_stays_one(name: str, run_of):
+    """`train` takes the state's digest, which refuses copies that differ. Sums of more than two depend on their order,
+    which is another one on each stage."""
+    target, flags = cell(TIED[name][0]), TIED[name][1]
+    is_low = bool(flags)
+    found = run_of(target, **TWO_BLOCKS, **flags)[0]
+    truth = run_of(alone(target, is_low), **TWO_BLOCKS, **(BF16 if is_low else {}))[0]
+    (assert_near_in_bf16 if is_low else assert_near)(found, truth)
+
+
 SCALED = {"fp16": True, "initial_loss_scale": 2.0**12, "hysteresis": 1, "moe_loss_coeff": 1.0, "iters": 4}
 """The router's losses weigh as much as the rest."""
 
