@@ -20,12 +20,15 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.utils import combine_grad_norm_groups
 
 from megatron.config.optimizer import OptimizerConfig
+from megatron.layers.experts import expert_group_name
 from megatron.model.build import parameter_groups
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.mpu import Mpu
@@ -94,6 +97,31 @@ class PlainEngine(_ExpertParallel, _Fp32GradNorm, DeepSpeedEngine):
 class PipeEngine(_ExpertParallel, _Fp32GradNorm, PipelineEngine):
     """DeepSpeed's engine for a PipelineModule."""
 
+    def _exec_reduce_tied_grads(self) -> None:
+        """Sum a tied weight's gradient over the data-parallel ranks on one stage alone, for all.
+
+        DeepSpeed sums it on each stage among other gradients, in buckets. Sums of three and more depend on their order,
+        that on the place in the bucket, and so the copies drift apart. Here one data-parallel rank gets the sum and the
+        others zeros: whatever comes after adds nothing to it, in any order.
+        """
+        super()._exec_reduce_tied_grads()
+        context = self.context
+        if context.zero_size < 3:
+            return
+        for weight, stages in self.module.get_tied_weights_and_groups():
+            grad = weight._hp_grad if self.using_bf16_optimizer else weight.grad
+            if grad is None:
+                continue
+            if dist.get_rank(stages) == 0:
+                dist.reduce(grad, group_dst=0, group=context.zero_group)
+            if context.zero_rank == 0:
+                dist.broadcast(grad, group_src=0, group=stages)
+            else:
+                grad.zero_()
+
+    # DeepSpeed looks its instructions up here, and not by name.
+    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, ReduceTiedGrads: _exec_reduce_tied_grads}
+
 
 def partitioned_construction(ds_config: dict[str, Any], mpu: Mpu) -> AbstractContextManager:
     """What a plain model is constructed under. ZeRO-3: deepspeed.zero.Init, which partitions each layer's parameters
@@ -150,6 +178,8 @@ def build_engine(
     engine.context = context
     if is_pipelined:
         _align_group_norms(engine.optimizer)
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        _align_summed_norms(engine.optimizer, context)
     return engine
 
 
@@ -163,9 +193,13 @@ def _steps_on_cuda(ds_config: Mapping[str, Any]) -> bool:
 def _align_group_norms(optimizer: Any) -> None:
     """DeepSpeed's ZeRO-1 reduces one norm per parameter group over the stages (stage_1_and_2.py, scaled_global_norm),
     and waits forever for a stage that has fewer: without biases to train, or without the vocabulary. Such a stage
-    takes part with empty groups. Collective over the world."""
+    takes part with empty groups. Collective over the world.
+
+    Norms of experts it then averages over edp, on which they are equal already: all that this does is to round, in a
+    stage with experts and not in another one."""
     if not hasattr(optimizer, "bit16_groups"):
         return
+    optimizer._average_expert_grad_norms = lambda norms: None
     num_groups = len(optimizer.bit16_groups)
     num_missing = max(gathered(num_groups)) - num_groups
     if num_missing == 0:
@@ -179,14 +213,33 @@ def _align_group_norms(optimizer: Any) -> None:
     def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
         own = range(num_groups)
         norms = [norm_of(optimizer.averaged_gradients.get(i, []), optimizer.params_in_partition[i]) for i in own]
-        if optimizer.has_moe_layers:
-            optimizer._average_expert_grad_norms(norms)
         norms += [norm_of([], []) for _ in range(num_missing)]
         # All at once, as the other stages do: roots of sums of roots would be rounded otherwise, and then copies of a
         # tied weight would be clipped otherwise.
         return combine_grad_norm_groups(norms, norm_type=norm_type)
 
     optimizer.scaled_global_norm = scaled_global_norm
+
+
+def _align_summed_norms(optimizer: BF16_Optimizer, context: ParallelContext) -> None:
+    """BF16_Optimizer sums a norm of what is not experts over tp and the stages, and one more for each group of experts
+    (runtime/utils.py, get_norm_with_moe_layers). It stops where a rank has nothing of the first kind, and waits forever
+    for a stage with fewer of the second. So all groups of experts are one, and a rank that has nothing takes part with
+    a zero. Collective over the world."""
+    has_experts_anywhere = any(gathered(optimizer.has_moe_layers))
+    gradients_for_norm = optimizer.get_grads_for_norm
+    nothing = [torch.zeros(1, device=get_accelerator().current_device_name())]
+
+    def get_grads_for_norm(for_clipping: bool = False) -> Any:
+        if for_clipping:
+            return gradients_for_norm(for_clipping=True)
+        others, experts = gradients_for_norm()
+        of_all = [gradient for group in experts.values() for gradient in group]
+        return others or nothing, {expert_group_name(context): of_all or nothing} if has_experts_anywhere else {}
+
+    optimizer.get_grads_for_norm = get_grads_for_norm
+    if has_experts_anywhere and not optimizer.has_moe_layers:
+        optimizer.has_moe_layers, optimizer.expert_gradients = True, {}
 
 
 def backward_scale(engine: PlainEngine | PipeEngine) -> float:

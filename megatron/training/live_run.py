@@ -86,6 +86,7 @@ class LiveRun:
         engine.module.universal_checkpoint_info = universal_checkpoint_info(
             {name: layout for name, layout in atlas.layouts.items() if name not in atlas.frozen},
             tp_size=context.tp_size,
+            ep_size=context.ep_size,
             padded_vocab_size=padded_vocab_size,
             tied=[name for name, stages in atlas.pp_stages.items() if len(stages) > 1 and name not in atlas.frozen],
         )

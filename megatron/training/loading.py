@@ -8,6 +8,7 @@ tensors; the digest of what then stands in the engine is held against the one in
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -39,7 +40,10 @@ from megatron.training.saving import RNG_FILE
 from megatron.training.schedule import ScheduleError
 from megatron.training.state_digest import state_digests
 from megatron.ucp.digest import total
+from megatron.ucp.errors import UcpError
 from megatron.ucp.execute import gather
+from megatron.ucp.expert_digests import changed_experts
+from megatron.ucp.experts import holding, numbered
 from megatron.ucp.file_table import changed_files
 from megatron.ucp.fragment import numel
 from megatron.ucp.manifest import MANIFEST_NAME
@@ -243,11 +247,13 @@ def _check_digests(live: LiveRun, source: Source, options: LoadOptions, plan: Re
     ]
     if wrong:
         changed = on_rank_0(lambda: changed_files(source.folder, source.manifest))
+        lines = on_rank_0(lambda: _naming_experts(source, wrong))
         raise CheckpointError(
             f"what was placed in the engine is not what was saved in {source.folder}; "
-            f"{len(wrong)} digests differ: {_some(wrong)}. "
+            f"{len(wrong)} digests differ: {_some(lines)}. "
             + (
-                f"Files changed since they were written: {_some(changed)}: copy them again from where they were saved."
+                f"Files changed since they were written: {_some(changed)}: copy them again from where they were saved"
+                f"{holding(source.manifest, changed)}."
                 if changed
                 else "No file is known to have changed, so this is a defect: run `python -m megatron.ucp verify` on it."
             )
@@ -259,6 +265,18 @@ def _check_digests(live: LiveRun, source: Source, options: LoadOptions, plan: Re
     else:
         log.info("state digests equal those at save, of all that both runs train (%s resume)", plan.kind)
     _tell_what_changed(live, source, options)
+
+
+def _naming_experts(source: Source, wrong: list[str]) -> list[str]:
+    """The same lines, "name (state)", those of experts first and with their numbers. Reads these once more."""
+    known, other = [], []
+    for line in wrong:
+        name, _, state = line.rstrip(")").partition(" (")
+        experts: list[int] = []
+        with contextlib.suppress(UcpError):  # the fault that is being told is not hidden by a second one
+            experts = changed_experts(source, name, state)
+        (known if experts else other).append(line + numbered(experts))
+    return known + other
 
 
 def _tell_what_changed(live: LiveRun, source: Source, options: LoadOptions) -> None:

@@ -21,6 +21,11 @@ import deepspeed
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import (
+    AUTOEP_LAYERS_KEY,
+    AUTOEP_ZERO3_EXPERT_STATE_FORMAT_KEY,
+    AUTOEP_ZERO3_PARTITIONED_EXPERT_STATE_FORMAT,
+)
 
 import megatron
 from megatron.training.agreement import CheckpointError, all_ranks_or_none, gathered, on_rank_0
@@ -28,7 +33,7 @@ from megatron.training.engine_state import EngineState, OwnedInterval
 from megatron.training.live_run import LiveRun
 from megatron.training.progress import Progress
 from megatron.training.resume import LATEST
-from megatron.training.state_digest import state_digests
+from megatron.training.state_digest import expert_digests, state_digests
 from megatron.ucp import commit
 from megatron.ucp.digest import total
 from megatron.ucp.manifest import FileInfo, Manifest, OptimizerInfo, ParameterInfo, write_manifest
@@ -61,7 +66,7 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
         live.engine.save_checkpoint(
             str(folder),
             tag=staging.name,
-            client_state={"iteration": progress.iteration, **dataclasses.asdict(progress)},
+            client_state={"iteration": progress.iteration, **dataclasses.asdict(progress), **_warning(live)},
             save_latest=False,
         )
         _save_experts(live, staging)
@@ -70,7 +75,7 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
     with all_ranks_or_none("checksumming", final):
         own_files = _checksums(staging)
     files = dict(sorted((name, info) for part in gathered(own_files) for name, info in part.items()))
-    manifest = _manifest(live, progress, digests, files)
+    manifest = _manifest(live, progress, digests, expert_digests(live.state, digests), files)
     on_rank_0(lambda: _commit(staging, final, manifest))
     num_bytes = sum(entry.bytes for entry in files.values())
     seconds = time.perf_counter() - started
@@ -102,6 +107,14 @@ def _deferred_write_errors(engine: Any) -> Iterator[None]:
         engine.checkpoint_engine.save = write
     if errors:
         raise errors[0]
+
+
+def _warning(live: LiveRun) -> dict[str, Any]:
+    """ZeRO-3's conversion in DeepSpeed would put pieces of several ep ranks' experts one after the other. It knows of
+    such experts by this list of its own (utils/zero_to_fp32.py, checkpoint/ds_to_universal.py), and stops."""
+    if live.context.ep_size == 1 or live.engine.zero_optimization_stage() < 3:
+        return {}
+    return {AUTOEP_LAYERS_KEY: [{AUTOEP_ZERO3_EXPERT_STATE_FORMAT_KEY: AUTOEP_ZERO3_PARTITIONED_EXPERT_STATE_FORMAT}]}
 
 
 def _save_experts(live: LiveRun, folder: Path) -> None:
@@ -146,7 +159,11 @@ def _commit(staging: Path, final: Path, manifest: Manifest) -> None:
 
 
 def _manifest(
-    live: LiveRun, progress: Progress, digests: Mapping[str, Mapping[str, str]], files: Mapping[str, FileInfo]
+    live: LiveRun,
+    progress: Progress,
+    digests: Mapping[str, Mapping[str, str]],
+    of_experts: dict[str, dict[str, list[str]]],
+    files: Mapping[str, FileInfo],
 ) -> Manifest:
     numbers: dict[str, dict[str, Any]] = {}
     groups: dict[str, str] = {}
@@ -196,6 +213,7 @@ def _manifest(
         model=live.model,
         common=_common(live, progress),
         digests={name: dict(values) for name, values in digests.items()},
+        expert_digests=of_experts,
         files=dict(files),
         zero0_order=_by_mp_rank(topology, [part[3] for part in everywhere]) if live.state.is_replicated else [],
         zero3_order=_by_mp_rank(topology, [part[4] for part in everywhere]) if live.state.stage3_order else [],

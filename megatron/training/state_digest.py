@@ -10,7 +10,7 @@ against it: copies that drifted apart are found here, before they are saved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from megatron.training.agreement import gathered
 from megatron.training.engine_state import MASTER, EngineState, StatePart
 from megatron.training.reporting import told_by_rank_0
 from megatron.ucp.digest import Digest, digest_runs
-from megatron.ucp.fragment import Runs
+from megatron.ucp.expert_digests import expert_elements, num_experts
+from megatron.ucp.fragment import Runs, clip_atomic
 from megatron.ucp.layout import Layout, ShardRank
 
 
@@ -74,6 +75,44 @@ def state_digests(state: EngineState) -> dict[str, dict[str, str]]:
         }
         for i, name in enumerate(names)
     }
+
+
+def expert_digests(state: EngineState, digests: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, list[str]]]:
+    """{canonical name: {state: [hex of each expert]}} of all experts, whose digests are `digests`. Collective over the
+    world."""
+    kinds = sorted({kind for of_states in digests.values() for kind in of_states})
+    first_row, num_rows = {}, 0
+    for name, layout in sorted(state.layouts.items()):
+        if count := num_experts(layout):
+            first_row[name], num_rows = num_rows, num_rows + count
+    if not num_rows:
+        return {}
+    table = torch.zeros(num_rows, len(kinds), 2, dtype=torch.int64)
+    for name, part in _counted_parts(state):
+        if name not in first_row or part.layout != state.layouts[name]:
+            continue
+        for expert in range(num_experts(part.layout)):
+            runs = clip_atomic(part.counted_runs, *expert_elements(part.layout, expert))
+            own = _digest(part.values, runs, name, part.state, part.layout.shape)
+            table[first_row[name] + expert, kinds.index(part.state)] += torch.tensor(own.to_int64_pair())
+    table = _summed(table.to(state.engine.device), None).cpu()
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, row in first_row.items():
+        for kind, whole in digests[name].items():
+            column = table[row : row + num_experts(state.layouts[name]), kinds.index(kind)]
+            of_experts = [Digest.from_int64_pair(pair) for pair in column.tolist()]
+            if sum(of_experts, Digest()).hex() == whole:
+                found.setdefault(name, {})[kind] = [digest.hex() for digest in of_experts]
+    return found
+
+
+def _counted_parts(state: EngineState) -> Iterator[tuple[str, StatePart]]:
+    """(name, part) of all that this rank holds."""
+    for interval in state.intervals:
+        yield from ((interval.name, part) for part in state.parts(interval))
+    for frozen in state.frozen_intervals:
+        layout = state.layouts[frozen.name]
+        yield frozen.name, StatePart(MASTER, frozen.weights, layout, frozen.runs, frozen.counted_runs)
 
 
 def _digest(values: torch.Tensor, runs: Runs, name: str, state: str, shape: tuple[int, ...]) -> Digest:

@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron.ucp.commit import commit, point_to, require_space, stage
 from megatron.ucp.digest import total
 from megatron.ucp.errors import CorruptFileError, DigestMismatchError, SourceError, UcpError, listed
-from megatron.ucp.experts import experts_in_files
+from megatron.ucp.experts import holding
 from megatron.ucp.file_table import changed_files
 from megatron.ucp.manifest import Manifest, write_manifest
 from megatron.ucp.sources import Source, find_checkpoint, open_source
@@ -161,17 +161,12 @@ def _naming_files(error: UcpError, source: Source) -> UcpError:
         return error
     return type(error)(
         f"{error.what}; {len(changed)} file(s) changed since they were written: {listed(changed)}"
-        + _with_experts(source, changed),
+        + holding(source.manifest, changed),
         found=error.found,
         expected=error.expected,
         where=error.where,
         do="copy these files again from where they were saved",
     )
-
-
-def _with_experts(source: Source, files: list[str]) -> str:
-    experts = experts_in_files(source.manifest, files)
-    return f"; they hold {listed(experts)}" if experts else ""
 
 
 def _counter(progress: Callable[[int, int], None] | None, total_bytes: int) -> Callable[[int], None] | None:

@@ -27,6 +27,8 @@ TIED = "pipeline_replicated_parameter_patterns"
 TWO_PARTS = "parameter_with_2_sub_params_cat_dim_0"
 PARTS = "parameter_with_sub_params"
 WIDTHS = "sub_param_shard_widths"
+REFUSED = "autotp_unsupported_parameter_patterns"
+"""Pattern -> why DeepSpeed's converter is to stop."""
 COLUMN = "parameter_with_column_parallelism_patterns"
 """Ours: DeepSpeed has no list for what it concatenates along dimension 0, and ignores this one."""
 
@@ -35,10 +37,13 @@ def universal_checkpoint_info(
     layouts: Mapping[str, Layout],
     *,
     tp_size: int | None = None,
+    ep_size: int = 1,
     padded_vocab_size: int | None = None,
     tied: Iterable[str] = (),
 ) -> dict[str, Any]:
     """What DeepSpeed's ds_to_universal needs to merge a save with these layouts.
+
+    Experts that are dealt to several ep ranks it is told to refuse: it would take them for parts of one shard.
 
     `tied` names the parameters that several pipeline stages hold. Without `tp_size` the widths of fused parts are left
     out and DeepSpeed assumes equal ones, which it checks. Uneven cuts of plain parameters need nothing; parts with
@@ -76,6 +81,11 @@ def universal_checkpoint_info(
     }
     if tp_size is not None:
         info[WIDTHS] = widths
+    dealt = [pattern for pattern, layout in _patterns(layouts).items() if layout.is_cut_over("ep")]
+    if ep_size > 1 and dealt:
+        info[REFUSED] = dict.fromkeys(
+            dealt, f"experts of {ep_size} expert-parallel ranks; convert with tools/ds_to_universal.py"
+        )
     if vocabulary is not None:
         info["original_vocab_size"], info["padded_vocab_size"] = vocabulary[0], padded_vocab_size or vocabulary[1]
     return info

@@ -5,6 +5,7 @@ experts.
 
     experts_of_shard(layout, rank)                   # " (experts 2 to 3)", or nothing
     experts_in_files(manifest, ["zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+    holding(manifest, files)                         # "; with them layers.1.mlp.experts.dense_4h_to_h (experts 2 to 3)"
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from megatron.ucp.errors import listed
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest
 
-_ZERO_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_(?:optim|model)_states\.pt$")
-_EP_RANK = re.compile(r"expp_rank_(\d+)_mp_rank_\d+_expert_states\.pt$")
+_ZERO_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(?:optim|model)_states\.pt$")
+_EP_RANK = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_expert_states\.pt$")
 
 
 def experts_of_shard(layout: Layout, rank: ShardRank) -> str:
@@ -24,20 +26,36 @@ def experts_of_shard(layout: Layout, rank: ShardRank) -> str:
     if dim is None or rank.ep_size == 1:
         return ""
     ranges = [box.atomic[dim] for box in layout.boxes(rank)]
-    first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges) - 1
-    return f" (expert {first})" if first == last else f" (experts {first} to {last})"
+    return numbered(range(min(start for start, _ in ranges), max(stop for _, stop in ranges)))
+
+
+def numbered(experts: Iterable[int]) -> str:
+    """ " (experts 2 to 3)", " (experts 0, 3)", " (expert 1)", or nothing."""
+    numbers = sorted(experts)
+    if len(numbers) < 2:
+        return f" (expert {numbers[0]})" if numbers else ""
+    is_range = numbers[-1] - numbers[0] + 1 == len(numbers)
+    return f" (experts {numbers[0]} to {numbers[-1]})" if is_range else f" (experts {', '.join(map(str, numbers))})"
 
 
 def experts_in_files(manifest: Manifest, files: Iterable[str]) -> list[str]:
     """What expert-parallel ranks' files hold that other ranks' do not: "layers.1.mlp.experts.dense_h_to_4h (experts 2
     to 3)", sorted. Empty for a save without expert parallelism."""
-    ep_size = manifest.topology.ep_size
-    if ep_size == 1:
+    topology = manifest.topology
+    if topology.ep_size == 1:
         return []
-    ranks = {int(match[1]) % ep_size for name in files if (match := _ZERO_RANK.search(name) or _EP_RANK.search(name))}
-    dealt = [(name, info.layout) for name, info in manifest.parameters.items() if info.layout.is_cut_over("ep")]
-    return [
-        name + experts_of_shard(layout, ShardRank(0, manifest.topology.tp_size, ep_rank, ep_size))
-        for ep_rank in sorted(ranks)
-        for name, layout in sorted(dealt)
-    ]
+    found = (_ZERO_RANK.search(name) or _EP_RANK.search(name) for name in files)
+    shards = {(int(match[1]) % topology.ep_size, int(match[2]) // topology.tp_size) for match in found if match}
+    dealt = [(name, info) for name, info in manifest.parameters.items() if info.layout.is_cut_over("ep")]
+    return sorted(
+        name + experts_of_shard(info.layout, ShardRank(0, topology.tp_size, ep_rank, topology.ep_size))
+        for ep_rank, stage in shards
+        for name, info in dealt
+        if stage in info.pp_stages
+    )
+
+
+def holding(manifest: Manifest, files: Iterable[str]) -> str:
+    """The same as a clause, or nothing."""
+    experts = experts_in_files(manifest, files)
+    return f"; with them {listed(experts)}" if experts else ""

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron.ucp.commit import checksum_file
-from megatron.ucp.errors import CorruptFileError, MissingFileError
+from megatron.ucp.errors import CorruptFileError, MissingFileError, listed
+from megatron.ucp.experts import holding
 from megatron.ucp.manifest import Manifest
 
 
@@ -22,10 +23,11 @@ def require_sizes(folder: str | Path, manifest: Manifest) -> None:
     missing, faults = _size_faults(Path(folder), manifest)
     if not missing and not faults:
         return
+    names = [*missing, *faults]
     kind, what = (MissingFileError, "missing") if missing else (CorruptFileError, "not as long as they were written")
     raise kind(
         f"{len(missing) or len(faults)} file(s) of the checkpoint are {what}",
-        found=[*(f"{path}: missing" for path in missing), *faults.values()],
+        found=listed([*(f"{path}: missing" for path in missing), *faults.values()]) + holding(manifest, names),
         where=folder,
         do="bring the files of every node, of this save, into this folder",
     )

@@ -81,6 +81,9 @@ class Manifest:
     """iteration, consumed_train_samples, scheduler, loss_scaler, ...: the state that belongs to no parameter."""
     digests: dict[str, dict[str, str]] = field(default_factory=dict)
     """parameter -> state -> Digest.hex()."""
+    expert_digests: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """parameter of experts -> state -> Digest.hex() of each expert; their sum is in `digests`. They say which expert is
+    wrong where a digest is."""
     files: dict[str, FileInfo] = field(default_factory=dict)
     """By path relative to the folder, "/" between parts; all files but ucp.json."""
     zero0_order: list[list[str]] = field(default_factory=list)
@@ -125,6 +128,7 @@ class Manifest:
             "model",
             "common",
             "digests",
+            "expert_digests",
             "zero0_order",
             "zero3_order",
             "fragments",

@@ -135,6 +135,17 @@ def train(rank: int, world_size: int, argv: list[str]) -> Curves:
     return curves(run, state_digests(run.live.state))
 
 
+def allow_fp16() -> None:
+    """DeepSpeed refuses fp16 on a CPU that has no instructions for it; such a CPU can compute it all the same, slowly.
+    This answers for the accelerator that it can."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    accelerator.supported_dtypes = lambda: [torch.float, torch.bfloat16, torch.half]
+
+
 def curves(run, digests) -> Curves:
     steps = run.run_log.steps
     return Curves(

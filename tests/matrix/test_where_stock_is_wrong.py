@@ -3,7 +3,8 @@ stock one, wrong, so that a test here cannot pass for want of anything to find.
 
 The cases: gradients under Ulysses, ZeRO-3 under Ulysses, activations between stages under --sequence-parallel, clipping
 under ZeRO-0 with stages, the extra step of ZeRO-0 in low precision, a padded vocabulary under ZeRO-3, weights without
-moments from a universal folder, dropout after a resume, stale copies of a tied weight. Two parameter groups under
+moments from a universal folder, dropout after a resume, stale copies of a tied weight, experts under another expert
+parallelism. Two parameter groups under
 ZeRO-3: tests/training/test_optimizers.py; parameters that no pattern names: tests/ucp/test_ucp_deepspeed_compat.py.
 """
 
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ucp.stock_moe import LOCAL, TAG, Moe, load_universal, train_and_save
 
 from harness.ranks import run_ranks
 from matrix.cells import Cell
+from matrix.families import MODELS
 from matrix.recording import Curves, build, command_line, curves, train, write_dataset
 from matrix.stock import stock_convert
 from matrix.taking import fill_with_noise
@@ -278,3 +281,22 @@ def test_a_stale_copy_of_a_tied_weight_is_refused(data, tmp_path):
     run_ranks(1, stock_convert, str(tmp_path / "global_step2"), str(tmp_path / "stock"))
     with pytest.raises(ReplicaMismatchError, match=tied):
         convert(tmp_path / "global_step2", tmp_path / "universal", num_workers=1)
+
+
+def test_experts_under_another_expert_parallelism(data, tmp_path):
+    """From ep 1 to ep 2. Stock looks experts up by their numbers within a rank: the second rank's are the first's."""
+    flags = {**MODELS["moe"], "iters": NUM_STEPS}
+    whole = _train(Cell(dp=2, zero=1), data, **flags)
+    _train(Cell(dp=2, zero=1), data, exit_interval=2, save=tmp_path / "ours", **flags)
+    resumed = _train(Cell(dp=2, ep=2, zero=1), data, load=tmp_path / "ours", **flags)
+    assert sorted(resumed.losses) == [3, 4]
+    assert max(abs(resumed.losses[step] - whole.losses[step]) for step in (3, 4)) < 2e-6
+
+    saved = run_ranks(2, train_and_save, str(tmp_path / "stock"), Moe(2, {"stage": 1}, ep=(1, 1)))[0][1]
+    run_ranks(1, stock_convert, str(tmp_path / "stock" / TAG), str(tmp_path / "stock" / f"{TAG}_universal"))
+    (tmp_path / "stock" / "latest_universal").write_text(f"{TAG}_universal")
+    held = run_ranks(2, load_universal, str(tmp_path / "stock" / f"{TAG}_universal"), Moe(2, {"stage": 1}))
+    for name in (f"1.moe{LOCAL}{{}}.up.weight", f"1.moe{LOCAL}{{}}.down.weight"):
+        first, third = (saved[name.format(expert)]["fp32"] for expert in (0, 2))
+        assert torch.equal(held[0][name.format(0)]["fp32"], first)
+        assert torch.equal(held[1][name.format(2)]["fp32"], first) and not torch.equal(first, third)

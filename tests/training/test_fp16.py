@@ -1,7 +1,6 @@
 """fp16: the dynamic loss scale and the counts of skipped steps go on where they were.
 
-DeepSpeed refuses fp16 on a CPU that has no instructions for it; such a CPU can compute it all the same, slowly. So
-these runs answer for the accelerator that it can, and are otherwise what a GPU runs.
+These runs answer for the CPU that it can (`allow_fp16`), and are otherwise what a GPU runs.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import pytest
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell
-from matrix.recording import build, command_line, write_dataset
+from matrix.recording import allow_fp16, build, command_line, write_dataset
 
 HALF, WHOLE = 6, 12
 
@@ -20,15 +19,6 @@ HALF, WHOLE = 6, 12
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "fp16_text_document")
-
-
-def _allow_fp16() -> None:
-    import torch
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    accelerator.is_fp16_supported = lambda: True
-    accelerator.supported_dtypes = lambda: [torch.float, torch.bfloat16, torch.half]
 
 
 def _scaler(state) -> dict:
@@ -41,7 +31,7 @@ def _train(rank: int, world_size: int, argv: list[str], forget: str | None = Non
     from megatron.training.loop import fit
     from megatron.training.state_digest import state_digests
 
-    _allow_fp16()
+    allow_fp16()
     run = build(argv, rank, world_size)
     at_start = _scaler(run.live.state)
     if forget is not None:
@@ -110,7 +100,7 @@ def test_another_topology_takes_the_scale_over(cell: Cell, fp16_source, data):
 def _loaded(rank: int, world_size: int, argv: list[str]):
     from megatron.training.state_digest import state_digests
 
-    _allow_fp16()
+    allow_fp16()
     run = build(argv, rank, world_size)
     return _scaler(run.live.state), run.progress.skipped_iterations, state_digests(run.live.state)
 

@@ -38,6 +38,8 @@ from megatron.ucp.sources.source import FileCache, Piece
 from megatron.ucp.topology import Topology
 
 FROZEN = "frozen_param_fragments"
+DEALT = "ds_autoep_layers"
+"""What makes DeepSpeed's own converter stop where experts are dealt to ranks."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class DeepSpeedSource:
             content = dict(self._cache.load(path))
             # Weights and optimizer state are in zero/; DeepSpeed's universal loader asks only for the rest.
             content["module"], content["optimizer"] = {}, None
+            content.pop(DEALT, None)  # no longer so
             if FROZEN in content:
                 content[FROZEN] = None
             files[f"mp_rank_{mp_rank:02d}_model_states.pt"] = content

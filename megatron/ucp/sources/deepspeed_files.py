@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.ucp.errors import MissingFileError, SourceError, listed
-from megatron.ucp.experts import experts_in_files
+from megatron.ucp.experts import holding
 from megatron.ucp.manifest import Manifest
 
 ZERO_FILE = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
@@ -61,10 +61,9 @@ def find_files(folder: Path, manifest: Manifest) -> Files:
         missing += [f"layer_{i:02d}-model_{tp:02d}-model_states.pt" for i, tp in layers - set(found.layers)]
     missing += _missing_expert_files(manifest, found)
     if missing:
-        experts = experts_in_files(manifest, missing)
         raise MissingFileError(
             f"{len(missing)} file(s) of the checkpoint are missing",
-            found=f"missing: {listed(missing)}" + (f"; with them {listed(experts)}" if experts else ""),
+            found=f"missing: {listed(missing)}{holding(manifest, missing)}",
             expected=f"one file per rank of {topology}, ZeRO-{manifest.zero_stage}",
             where=folder,
             do="bring the files of every node into this folder",
@@ -83,11 +82,10 @@ def find_files(folder: Path, manifest: Manifest) -> Files:
 
 def _missing_expert_files(manifest: Manifest, found: Files) -> list[str]:
     topology = manifest.topology
-    dealt = [info for info in manifest.parameters.values() if info.layout.is_cut_over("ep")]
-    is_here = not manifest.is_partitioned or (manifest.zero_stage < 3 and any(not info.is_trainable for info in dealt))
-    if topology.ep_size == 1 or not is_here:
+    if topology.ep_size == 1 or manifest.zero_stage == 3:
         return []
-    stages = {pp for info in dealt for pp in info.pp_stages}
+    dealt = [info for info in manifest.parameters.values() if info.layout.is_cut_over("ep")]
+    stages = {pp for info in dealt if not (manifest.is_partitioned and info.is_trainable) for pp in info.pp_stages}
     needed = {
         (ep, topology.mp_rank(pp=pp, tp=tp))
         for ep in range(topology.ep_size) for pp in stages for tp in range(topology.tp_size)

@@ -27,6 +27,8 @@ from megatron.ucp.commit import checksum_file
 from megatron.ucp.digest import Digest, digest_runs
 from megatron.ucp.errors import DigestMismatchError, UcpError
 from megatron.ucp.execute import check_replicas, gather
+from megatron.ucp.expert_digests import changed_experts
+from megatron.ucp.experts import numbered
 from megatron.ucp.fragment import whole_runs
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import FileInfo, Manifest
@@ -156,7 +158,7 @@ def _compare(source: Source, name: str, state: str, digest: Digest) -> None:
     saved = source.manifest.digests.get(name, {}).get(state)
     if saved is not None and saved != digest.hex():
         raise DigestMismatchError(
-            f"{name} ({state}) is not what was saved",
+            f"{name} ({state}){numbered(changed_experts(source, name, state))} is not what was saved",
             found=digest.hex(),
             expected=saved,
             where=source.folder,
