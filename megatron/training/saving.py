@@ -37,7 +37,7 @@ from megatron.training.state_digest import expert_digests, state_digests
 from megatron.ucp import commit
 from megatron.ucp.digest import total
 from megatron.ucp.manifest import FileInfo, Manifest, OptimizerInfo, ParameterInfo, write_manifest
-from megatron.ucp.sources.deepspeed_files import expert_file
+from megatron.ucp.sources.deepspeed_files import dealt_file
 from megatron.ucp.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -121,23 +121,20 @@ def _save_experts(live: LiveRun, folder: Path) -> None:
     """What this rank has of experts that ZeRO does not partition, and DeepSpeed saves of one expert-parallel rank only.
     Local: on one of the ranks that hold the same."""
     context, state = live.context, live.state
-    if context.ep_size == 1 or context.edp_rank > 0:
+    if context.ep_size == 1 or context.edp_rank > 0 or not state.has_whole_frozen:
         return
     module: dict[str, torch.Tensor] = {}
     optimizer: dict[str, dict[str, torch.Tensor]] = {}
-    if not state.has_whole_frozen:
-        return
     for param, name in live.engine.param_names.items():
-        if not state.layouts[name].is_cut_over("ep"):
+        is_trained = name not in state.frozen
+        if not state.layouts[name].is_cut_over("ep") or (is_trained and not state.is_replicated):
             continue
-        if name in state.frozen:
-            module[name] = param.detach()
-        elif state.is_replicated:
-            module[name] = param.detach()
+        module[name] = param.detach()
+        if is_trained:
             optimizer[name] = state.tensor_states(param)
     if module:
         mp_rank = context.topology.mp_rank(pp=context.pp_rank, tp=context.tp_rank)
-        torch.save({"module": module, "optimizer": optimizer}, folder / expert_file(context.ep_rank, mp_rank))
+        torch.save({"module": module, "optimizer": optimizer}, folder / dealt_file(context.ep_rank, mp_rank))
 
 
 def _save_rng(folder: Path, states: list[dict[str, torch.Tensor]]) -> None:

@@ -17,8 +17,8 @@ from megatron.ucp.errors import listed
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest
 
-_ZERO_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(?:optim|model)_states\.pt$")
-_EP_RANK = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_expert_states\.pt$")
+_FILE = re.compile(r"(zero_pp|expp)_rank_(\d+)_mp_rank_(\d+)_(optim|model|expert)_states\.pt$")
+"""Of a ZeRO rank or, what ZeRO does not partition, of an ep rank (sources/deepspeed_files.py)."""
 
 
 def experts_of_shard(layout: Layout, rank: ShardRank) -> str:
@@ -44,15 +44,18 @@ def experts_in_files(manifest: Manifest, files: Iterable[str]) -> list[str]:
     topology = manifest.topology
     if topology.ep_size == 1:
         return []
-    found = (_ZERO_RANK.search(name) or _EP_RANK.search(name) for name in files)
-    shards = {(int(match[1]) % topology.ep_size, int(match[2]) // topology.tp_size) for match in found if match}
     dealt = [(name, info) for name, info in manifest.parameters.items() if info.layout.is_cut_over("ep")]
-    return sorted(
-        name + experts_of_shard(info.layout, ShardRank(0, topology.tp_size, ep_rank, topology.ep_size))
-        for ep_rank, stage in shards
-        for name, info in dealt
-        if stage in info.pp_stages
-    )
+    held = set()
+    for match in filter(None, map(_FILE.search, files)):
+        ep_rank, stage = int(match[2]) % topology.ep_size, int(match[3]) // topology.tp_size
+        # Of what ZeRO partitions, weights are only where its states are.
+        has_only_frozen = match[4] == "model" or (match[4] == "expert" and manifest.is_partitioned)
+        held |= {
+            name + experts_of_shard(info.layout, ShardRank(0, topology.tp_size, ep_rank, topology.ep_size))
+            for name, info in dealt
+            if stage in info.pp_stages and not (has_only_frozen and info.is_trainable)
+        }
+    return sorted(held)
 
 
 def holding(manifest: Manifest, files: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from megatron.ucp.manifest import Manifest
 ZERO_FILE = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 STAGE3_MODEL_FILE = re.compile(r"^zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt$")
 MODEL_FILE = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
-EXPERT_FILE = re.compile(r"^expp_rank_(\d+)_mp_rank_(\d+)_expert_states\.pt$")
+DEALT_FILE = re.compile(r"^expp_rank_(\d+)_mp_rank_(\d+)_expert_states\.pt$")
 """Ours, not DeepSpeed's: what each ep rank has of experts that ZeRO does not partition."""
 LAYER_FILE = re.compile(r"^layer_(\d+)(?:-model_(\d+))?-model_states\.pt$")
 """Without a topology that names tensor parallelism DeepSpeed leaves the second number out."""
@@ -90,10 +90,10 @@ def _missing_expert_files(manifest: Manifest, found: Files) -> list[str]:
         (ep, topology.mp_rank(pp=pp, tp=tp))
         for ep in range(topology.ep_size) for pp in stages for tp in range(topology.tp_size)
     }  # fmt: skip
-    return [expert_file(ep, mp) for ep, mp in sorted(needed - set(found.experts))]
+    return [dealt_file(ep, mp) for ep, mp in sorted(needed - set(found.experts))]
 
 
-def expert_file(ep_rank: int, mp_rank: int) -> str:
+def dealt_file(ep_rank: int, mp_rank: int) -> str:
     return f"expp_rank_{ep_rank}_mp_rank_{mp_rank:02d}_expert_states.pt"
 
 
@@ -107,7 +107,7 @@ def list_files(folder: Path) -> Files:
             (MODEL_FILE, models),
             (STAGE3_MODEL_FILE, stage3),
             (LAYER_FILE, layers),
-            (EXPERT_FILE, experts),
+            (DEALT_FILE, experts),
         ):
             if match := pattern.match(path.name):
                 numbers = [int(number or 0) for number in match.groups()]
