@@ -115,7 +115,9 @@ def _verify(arguments: argparse.Namespace) -> tuple[int, Any, str]:
     data = {**asdict(report), "folder": str(report.folder), "is_sound": report.is_sound}
     lines = [f"  {finding}" for finding in report.findings]
     verdict = "sound" if report.is_sound else f"NOT sound, {len(lines)} finding(s)"
-    proof = "" if report.is_proven else " (it carries no digests or checksums to compare with)"
+    # Of a folder that is not sound the tensors may not have been read at all.
+    is_unproven = report.is_sound and not report.is_proven
+    proof = " (it carries no digests or checksums to compare with)" if is_unproven else ""
     text = f"{report.folder}: {verdict}; {report.num_files} files, {report.num_states} states{proof}"
     return (OK if report.is_sound else NOT), data, "\n".join([text, *lines, f"state digest {report.digest}"])
 

@@ -67,6 +67,8 @@ def test_not_sound_and_not_equal_are_1(native, tmp_path, capsys):
     (native / "mp_rank_00_model_states.pt").unlink()
     code, shown = ucp(capsys, "verify", native, "--json")
     assert code == 1 and not json.loads(shown.out)["is_sound"]
+    code, shown = ucp(capsys, "verify", native)
+    assert code == 1 and "NOT sound" in shown.out and "carries no digests" not in shown.out
 
 
 def test_usage_is_2(tmp_path, capsys):
