@@ -74,6 +74,10 @@ class CorruptFileError(UcpError):
     """A file's size, checksum or structure is not what was written."""
 
 
+class UnsafePathError(UcpError):
+    """A name from a file leads out of its folder, through a link, or to what is no regular file."""
+
+
 class UnsafePickleError(UcpError):
     """A file asks to run code, or holds a class outside the allow-list."""
 
