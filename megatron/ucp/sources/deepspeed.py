@@ -20,7 +20,6 @@ Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dic
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,28 +33,13 @@ from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest
 from megatron.ucp.sources.agreement import require_agreement
 from megatron.ucp.sources.deepspeed_files import find_files
+from megatron.ucp.sources.flat_states import FlatStates, Fragment, Fragments
 from megatron.ucp.sources.source import FileCache, Piece
 from megatron.ucp.topology import Topology
 
 FROZEN = "frozen_param_fragments"
 DEALT = "ds_autoep_layers"
 """What makes DeepSpeed's own converter stop where experts are dealt to ranks."""
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Elements [start, stop) of a (pp, tp) shard, in group `group` of a file, from element `offset` of its flat."""
-
-    file: Path
-    group: int
-    offset: int
-    start: int
-    stop: int
-
-
-Fragments = dict[tuple[str, int], list[Fragment]]
-"""(name, shard number) -> who holds which part, in rank order. The number is the mp_rank; shards of later ep ranks are
-numbered on after all mp_ranks (see `shard_number`)."""
 
 
 def shard_number(topology: Topology, mp_rank: int, ep_rank: int = 0) -> int:
@@ -99,6 +83,18 @@ class DeepSpeedSource:
             self._fragments = fragments
         return self._fragments
 
+    @cached_property
+    def flat_states(self) -> FlatStates:
+        """How the optimizer's own tensors lie beside the flat ones."""
+
+        def num_held(part: Fragment, state: str) -> int:
+            return self._cache.tensor(part.file, self._key(part.group, state)).numel()
+
+        def flat_sizes(part: Fragment) -> tuple[int, ...]:
+            return self._flat_sizes(part.file, part.group)
+
+        return FlatStates(self.fragments(), num_held, flat_sizes, self._is_muon)
+
     def step(self, name: str) -> float | None:
         return _find(self.manifest, name, "fp32").step
 
@@ -121,7 +117,23 @@ class DeepSpeedSource:
         return [piece for piece in pieces if len(piece.runs)]
 
     def tensor(self, piece: Piece) -> torch.Tensor:
-        return self._cache.tensor(piece.file, piece.key)
+        values = self._cache.tensor(piece.file, piece.key)
+        if self.manifest.is_partitioned and not self._has_own_tables and len(piece.key) > 3:  # a state beside a flat
+            expected = self._flat_sizes(piece.file, int(piece.key[-2]))
+            if values.numel() not in expected:
+                raise CorruptFileError(
+                    f"the optimizer's {piece.key[-1]} is not as long as the masters beside it",
+                    found=f"{values.numel()} elements in group {piece.key[-2]}",
+                    expected=expected[0],
+                    where=piece.file,
+                    do="run `python -m megatron.ucp verify` on the folder and use another checkpoint",
+                )
+        return values
+
+    @property
+    def _has_own_tables(self) -> bool:
+        """Every file is opened to find what it holds, and its states need not lie as its masters do."""
+        return self.manifest.zero_stage < 3 and self.manifest.is_partitioned and not self.manifest.fragments
 
     def step_object(self, name: str) -> Any:
         info = _find(self.manifest, name, "fp32")
@@ -136,7 +148,9 @@ class DeepSpeedSource:
             return None
         optimizer = self._cache.load(fragments[0].file)["optimizer_state_dict"]
         base = optimizer["optimizer_state_dict" if self.manifest.zero_stage == 3 else "base_optimizer_state"]
-        return (base if isinstance(base, list) else base["state"])[fragments[0].group].get("step")
+        group = fragments[0].group
+        # An optimizer without states (plain SGD) has no entry.
+        return (base[group] if isinstance(base, list) else base["state"].get(group, {})).get("step")
 
     def side_files(self) -> dict[str, Any]:
         files = {}
@@ -188,8 +202,25 @@ class DeepSpeedSource:
             if state != "fp32" or not self.manifest.is_pipelined or pp == min(info.pp_stages):
                 yield (*self._whole(name, state, mp_rank, rank), 0, 0, None)
             return
-        for f in self.fragments().get((name, shard_number(topology, mp_rank, rank.ep_rank)), []):
-            yield f.file, self._key(f.group, state), f.offset, f.start, f.stop
+        shard = shard_number(topology, mp_rank, rank.ep_rank)
+        for f in self.fragments().get((name, shard), []):
+            offset = f.offset
+            if state != "fp32" and self._has_own_tables:
+                offset = self.flat_states.offset(f, state, (name, shard))
+            yield f.file, self._key(f.group, state), offset, f.start, f.stop
+
+    def _flat_sizes(self, file: Path, group: int) -> tuple[int, ...]:
+        """Of the flat tensor of masters, as it is there and with its padding, which DeepSpeed may leave out."""
+        size = self._cache.tensor(file, self._key(group, "fp32")).numel()
+        paddings = self._cache.load(file)["optimizer_state_dict"].get("group_paddings") or []
+        padding = paddings[group] if group < len(paddings) else 0
+        return size, size + int(padding)
+
+    def _is_muon(self, part: Fragment) -> bool:
+        optimizer = self._cache.load(part.file)["optimizer_state_dict"]
+        base = optimizer.get("base_optimizer_state")
+        groups = base.get("param_groups", []) if isinstance(base, dict) else []
+        return part.group < len(groups) and bool(groups[part.group].get("use_muon"))
 
     def _key(self, group: int, state: str) -> tuple[str | int, ...]:
         if self.manifest.zero_stage == 3:

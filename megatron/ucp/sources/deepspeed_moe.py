@@ -26,7 +26,7 @@ import torch
 from megatron.ucp.errors import MissingFileError, SourceError, UnsupportedCheckpointError, listed
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import ParameterInfo
-from megatron.ucp.sources.deepspeed import DeepSpeedSource, Fragment
+from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import Files, list_files
 from megatron.ucp.sources.deepspeed_moe_zero0 import open_moe_zero0
 from megatron.ucp.sources.expert_files import (
@@ -41,6 +41,7 @@ from megatron.ucp.sources.expert_files import (
 from megatron.ucp.sources.expert_places import ExpertPlaces, stage_places
 from megatron.ucp.sources.expert_source import STEP, ExpertPart, MoeSource
 from megatron.ucp.sources.expert_weights import weight_faults
+from megatron.ucp.sources.flat_states import Fragment
 from megatron.ucp.sources.foreign import ForeignReader
 from megatron.ucp.sources.group_names import Seen, group_names
 from megatron.ucp.sources.layer_files import is_weight

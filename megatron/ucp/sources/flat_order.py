@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron.ucp.sources.deepspeed import Fragment
+from megatron.ucp.sources.flat_states import Fragment
 
 
 def sub_groups(lengths: Mapping[str, int], sizes: Sequence[int]) -> list[list[str]] | None:

@@ -25,9 +25,10 @@ from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError,
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.agreement import require_agreement
-from megatron.ucp.sources.deepspeed import DeepSpeedSource, Fragment, Fragments
+from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import Files, find_files, list_files
 from megatron.ucp.sources.flat_order import flat_fragments, sub_groups
+from megatron.ucp.sources.flat_states import Fragment, Fragments
 from megatron.ucp.sources.layer_files import Shapes, frozen_in_layers, is_weight
 from megatron.ucp.sources.source import FileCache, Source
 from megatron.ucp.sources.universal import common_from_model_states, group_values
@@ -67,6 +68,8 @@ class ForeignReader:
         manifest = self.manifest()
         source = DeepSpeedSource(self.folder, manifest, {} if self.stage == 3 else self._corrections(), self.cache)
         self._check_weights(source.fragments())
+        if self.stage < 3:  # _sub_groups has checked those of ZeRO-3
+            source.flat_states.check({name: info.states for name, info in manifest.parameters.items()})
         return source
 
     def manifest(self) -> Manifest:
@@ -288,12 +291,7 @@ class ForeignReader:
             if order is None or optimizer.get("ds_zero_partition_groups"):
                 faults.append(f"{file.name}: flat tensors of {sizes} elements")
                 continue
-            states = optimizer["optimizer_state_dict"]["state"]
-            odd = [
-                i for i, n in enumerate(sizes)
-                if any(v.numel() != n for v in states.get(i, {}).values() if torch.is_tensor(v) and v.dim() > 0)
-                or set(states.get(i, {})) != set(states.get(0, {}))
-            ]  # fmt: skip
+            odd = _odd_states(optimizer["optimizer_state_dict"], sizes)
             if odd:
                 faults.append(
                     f"{file.name}: the optimizer's states of flat tensors {odd} are missing or of another size"
@@ -369,6 +367,21 @@ def _flat_to_group(base: Any, num_flats: int) -> list[int]:
     groups = [] if isinstance(base, list) else base["param_groups"]
     owner = {flat: index for index, group in enumerate(groups) for flat in group["params"]}
     return [owner.get(flat, flat) for flat in range(num_flats)]
+
+
+def _odd_states(base: Mapping[str, Any], sizes: Sequence[int]) -> list[int]:
+    """Flat tensors of ZeRO-3 whose optimizer states are of another size, or not those that the others have. Muon has
+    groups of its own, with other states than the groups that it leaves to Adam."""
+    states, groups = base["state"], base["param_groups"]
+    is_muon = [bool(groups[i].get("use_muon")) if i < len(groups) else False for i in _flat_to_group(base, len(sizes))]
+    names = [set(states.get(flat, {})) for flat in range(len(sizes))]
+    usual = {kind: names[is_muon.index(kind)] for kind in set(is_muon)}
+    return [
+        flat
+        for flat, size in enumerate(sizes)
+        if any(v.numel() != size for v in states.get(flat, {}).values() if torch.is_tensor(v) and v.dim() > 0)
+        or names[flat] != usual[is_muon[flat]]
+    ]
 
 
 def _may_be_reordered(content: Mapping[str, Any]) -> bool:
