@@ -12,13 +12,10 @@ import contextlib
 import dataclasses
 import logging
 import time
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 
@@ -36,7 +33,7 @@ from megatron.training.live_run import LiveRun
 from megatron.training.progress import Progress
 from megatron.training.reporting import told_by_rank_0
 from megatron.training.resume import ResumePlan
-from megatron.training.saving import RNG_FILE
+from megatron.training.saved_streams import restore_streams
 from megatron.training.schedule import ScheduleError
 from megatron.training.state_digest import state_digests
 from megatron.ucp.digest import total
@@ -46,6 +43,7 @@ from megatron.ucp.expert_digests import changed_experts
 from megatron.ucp.experts import holding, numbered
 from megatron.ucp.file_table import changed_files
 from megatron.ucp.fragment import numel
+from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import MANIFEST_NAME
 from megatron.ucp.sources import Source, open_source
 
@@ -71,13 +69,16 @@ def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) ->
     options = options or LoadOptions()
     started = time.perf_counter()
     folder = plan.folder
-    _check_all_see_the_same(folder)
+    with all_ranks_or_none("opening", folder):
+        identity = Identity.of(folder)
+    _check_all_see_the_same(identity)
     with all_ranks_or_none("opening", folder):
         source = open_source(folder)
         _check_source(live, source, options)
     with all_ranks_or_none("loading", folder):
         num_elements = _place(live, source, options)
         num_frozen, frozen = place_frozen(live.state, source)
+        identity.require_unchanged()
     live.state.refresh_weights()
     with all_ranks_or_none("refreshing the weights from", folder):
         if stale := live.state.stale_weights():
@@ -85,6 +86,8 @@ def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) ->
     with told_by_rank_0(dist.get_rank()):
         _check_digests(live, source, options, plan, frozen)
     progress = _restore_common(live, source, options, is_same_topology=plan.kind == "native")
+    with all_ranks_or_none("loading", folder):
+        identity.require_unchanged()
     seconds = time.perf_counter() - started
     log.info(
         "loaded %s in %.2f s: rank 0 read %.1f MiB; iteration %d, consumed samples %d",
@@ -93,15 +96,14 @@ def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) ->
     return progress
 
 
-def _check_all_see_the_same(folder: Path) -> None:
+def _check_all_see_the_same(identity: Identity) -> None:
     """One ucp.json for all: a node with other files, or with none, would place another state than the rest."""
-    manifest = folder / MANIFEST_NAME
-    seen = gathered(f"CRC-32 {zlib.crc32(manifest.read_bytes()):08x}" if manifest.is_file() else "none")
+    seen = gathered(f"SHA-256 {identity.manifest[:16]}" if identity.manifest else "none")
     if len(set(seen)) > 1:
         ranks = "; ".join(f"ranks {[r for r, s in enumerate(seen) if s == what][:8]}: {what}" for what in set(seen))
         with told_by_rank_0(dist.get_rank()):
             raise CheckpointError(
-                f"ranks do not see the same checkpoint in {folder}: {MANIFEST_NAME} is, on {ranks}. "
+                f"ranks do not see the same checkpoint in {identity.folder}: {MANIFEST_NAME} is, on {ranks}. "
                 "Put the whole folder where every node reads it."
             )
 
@@ -264,6 +266,11 @@ def _check_digests(live: LiveRun, source: Source, options: LoadOptions, plan: Re
         log.info("state digest %s equals the one at save (%s resume)", total(placed), plan.kind)
     else:
         log.info("state digests equal those at save, of all that both runs train (%s resume)", plan.kind)
+    if source.manifest.doubt:
+        log.warning(
+            "warning: %s is unverified (%s): that digest proves this load, not what was once saved",
+            source.folder, source.manifest.doubt,
+        )  # fmt: skip
     _tell_what_changed(live, source, options)
 
 
@@ -316,22 +323,8 @@ def _restore_common(live: LiveRun, source: Source, options: LoadOptions, is_same
             setattr(scaler, key, value)
     if options.with_rng:
         with all_ranks_or_none("restoring the random streams of", source.folder):
-            _restore_rng(live, source, progress, is_same_topology)
+            restore_streams(live.streams, source, progress.iteration, is_same_topology)
     return progress
-
-
-def _restore_rng(live: LiveRun, source: Source, progress: Progress, is_same_topology: bool) -> None:
-    """Bit-equal for the same topology; otherwise reseeded from the seed and the iteration, by rule."""
-    path = source.folder / source.manifest.common.get("rng", {}).get("file", RNG_FILE)
-    if is_same_topology and path.is_file():
-        prefix = f"rank{dist.get_rank()}/"
-        tensors = safetensors.torch.load_file(path)
-        live.streams.load_state_dict(
-            {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        )
-        return
-    live.streams.reseed(progress.iteration)
-    log.info("random streams start anew at iteration %d: the topology changed", progress.iteration)
 
 
 def progress_of(common: Mapping[str, Any], global_batch_size: int) -> Progress:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import (
@@ -33,6 +32,7 @@ from megatron.training.engine_state import EngineState, OwnedInterval
 from megatron.training.live_run import LiveRun
 from megatron.training.progress import Progress
 from megatron.training.resume import LATEST
+from megatron.training.saved_streams import RNG_FILE, save_streams
 from megatron.training.state_digest import expert_digests, state_digests
 from megatron.ucp import commit
 from megatron.ucp.digest import total
@@ -42,7 +42,6 @@ from megatron.ucp.topology import Topology
 
 log = logging.getLogger(__name__)
 
-RNG_FILE = "rng_state.safetensors"
 LATEST_ITERATION = "latest_checkpointed_iteration.txt"
 """Megatron's own pointer, kept for scripts that read it."""
 
@@ -71,7 +70,7 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
         )
         _save_experts(live, staging)
     streams = gathered(live.streams.state_dict())
-    on_rank_0(lambda: _save_rng(staging, streams))
+    on_rank_0(lambda: save_streams(staging, streams))
     with all_ranks_or_none("checksumming", final):
         own_files = _checksums(staging)
     files = dict(sorted((name, info) for part in gathered(own_files) for name, info in part.items()))
@@ -135,11 +134,6 @@ def _save_experts(live: LiveRun, folder: Path) -> None:
     if module:
         mp_rank = context.topology.mp_rank(pp=context.pp_rank, tp=context.tp_rank)
         torch.save({"module": module, "optimizer": optimizer}, folder / dealt_file(context.ep_rank, mp_rank))
-
-
-def _save_rng(folder: Path, states: list[dict[str, torch.Tensor]]) -> None:
-    tensors = {f"rank{rank}/{key}": value for rank, state in enumerate(states) for key, value in state.items()}
-    safetensors.torch.save_file(tensors, folder / RNG_FILE)
 
 
 def _checksums(folder: Path) -> dict[str, FileInfo]:

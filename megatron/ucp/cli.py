@@ -102,6 +102,7 @@ def _inspect(arguments: argparse.Namespace) -> tuple[int, Any, str]:
         f"optimizer   {manifest.optimizer.kind or 'unknown'}, groups {', '.join(manifest.optimizer.groups) or '-'}",
         f"parameters  {len(rows)}, {numel:,} elements, states {tensor_bytes(manifest) / 2**20:.1f} MiB as float32",
         f"digest      {total(manifest.digests) if manifest.digests else 'none saved'}",
+        f"verified    {f'no: {manifest.doubt}' if manifest.doubt else 'by the digests of the save'}",
         "",
     ]
     data = {"folder": str(source.folder), **manifest.to_json()}
@@ -112,13 +113,18 @@ def _verify(arguments: argparse.Namespace) -> tuple[int, Any, str]:
     report = verify(
         arguments.folder, num_workers=arguments.num_workers, column_parallel=tuple(arguments.column_parallel)
     )
-    data = {**asdict(report), "folder": str(report.folder), "is_sound": report.is_sound}
+    data = {
+        **asdict(report),
+        "folder": str(report.folder),
+        "is_sound": report.is_sound,
+        "is_proven": report.is_proven,
+    }
     lines = [f"  {finding}" for finding in report.findings]
     verdict = "sound" if report.is_sound else f"NOT sound, {len(lines)} finding(s)"
     # Of a folder that is not sound the tensors may not have been read at all.
-    is_unproven = report.is_sound and not report.is_proven
-    proof = " (it carries no digests or checksums to compare with)" if is_unproven else ""
-    text = f"{report.folder}: {verdict}; {report.num_files} files, {report.num_states} states{proof}"
+    if report.is_sound and not report.is_proven:
+        verdict = f"sound, but unverified: {report.doubt}"
+    text = f"{report.folder}: {verdict}; {report.num_files} files, {report.num_states} states"
     return (OK if report.is_sound else NOT), data, "\n".join([text, *lines, f"state digest {report.digest}"])
 
 

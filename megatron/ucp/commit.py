@@ -20,6 +20,7 @@ import socket
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron.ucp.errors import NotACheckpointError, NotEnoughSpaceError, OutputExistsError
 from megatron.ucp.manifest import MANIFEST_NAME, FileInfo
@@ -28,7 +29,7 @@ STAGING_SUFFIX = ".tmp"
 REPLACED_SUFFIX = ".replaced"
 """What a checkpoint is called while another takes its place."""
 _OWNER = ".writing"
-_BLOCK = 16 << 20
+_BLOCK = 1 << 20
 
 
 def stage(final: str | Path, replace: bool = False) -> Path:
@@ -105,14 +106,19 @@ def require_space(folder: str | Path, num_bytes: int) -> None:
 
 
 def checksum_file(path: str | Path) -> FileInfo:
-    """Size and CRC-32; reads the file once in large blocks, without the GIL while it counts."""
-    crc, size = 0, 0
+    """Size and CRC-32 of a file of our own."""
     with open(path, "rb", buffering=0) as file:
-        block = bytearray(_BLOCK)
-        view = memoryview(block)
-        while count := file.readinto(block):
-            crc = zlib.crc32(view[:count], crc)
-            size += count
+        return checksum_of(file)
+
+
+def checksum_of(file: BinaryIO) -> FileInfo:
+    """Size and CRC-32 of an open file; reads it once in large blocks, without the GIL while it counts."""
+    crc, size = 0, 0
+    block = bytearray(_BLOCK)
+    view = memoryview(block)
+    while count := file.readinto(block):
+        crc = zlib.crc32(view[:count], crc)
+        size += count
     return FileInfo(size, f"{crc:08x}")
 
 

@@ -22,9 +22,17 @@ from pathlib import Path
 
 from megatron.ucp.commit import commit, point_to, require_space, stage
 from megatron.ucp.digest import total
-from megatron.ucp.errors import CorruptFileError, DigestMismatchError, SourceError, UcpError, listed
+from megatron.ucp.errors import (
+    CorruptFileError,
+    DigestMismatchError,
+    OutputExistsError,
+    SourceError,
+    UcpError,
+    listed,
+)
 from megatron.ucp.experts import holding
-from megatron.ucp.file_table import changed_files
+from megatron.ucp.file_table import changed_files, require_unchanged
+from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import Manifest, write_manifest
 from megatron.ucp.sources import Source, find_checkpoint, open_source
 from megatron.ucp.targets.universal import tensor_bytes, write_universal
@@ -60,7 +68,10 @@ def convert(
     started = time.perf_counter()
     # A trailing slash must not put the pointer inside the folder.
     output = Path(str(output_folder).rstrip("/") or "/")
-    source = open_source(input_folder, column_parallel=column_parallel)
+    folder = find_checkpoint(input_folder)
+    _require_apart(folder, output)
+    identity = Identity.of(folder)
+    source = open_source(folder, column_parallel=column_parallel)
     num_bytes = tensor_bytes(source.manifest)
     require_space(output, num_bytes + _SPARE_BYTES)
     staging = stage(output)
@@ -68,16 +79,32 @@ def convert(
         manifest = write_universal(
             source, staging, num_workers=num_workers, progress=_counter(progress, num_bytes) or (lambda n: None)
         )
+        # The digests prove the tensors; what else was copied or read out of the files is proven by their checksums.
+        require_unchanged(folder, source.manifest, num_workers=num_workers)
         write_manifest(staging, manifest)
+        identity.require_unchanged()
         commit(staging, output)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        identity.require_unchanged()  # what was found wrong may be another save's
         if isinstance(error, (DigestMismatchError, SourceError, CorruptFileError)):
             raise _naming_files(error, source) from error
         raise
     point_to(output.parent, POINTER, output.name)
     seconds = time.perf_counter() - started
     return Conversion(source.folder, output, manifest, total(manifest.digests), num_bytes, seconds)
+
+
+def _require_apart(folder: Path, output: Path) -> None:
+    source, target = folder.resolve(), output.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise OutputExistsError(
+            "the output and the input are one folder, or one lies in the other",
+            found=output,
+            expected=f"a folder beside {folder}",
+            where=folder,
+            do="choose another output folder",
+        )
 
 
 def parser() -> argparse.ArgumentParser:

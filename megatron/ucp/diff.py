@@ -16,7 +16,8 @@ import torch
 
 from megatron.ucp.execute import gather
 from megatron.ucp.fragment import whole_runs
-from megatron.ucp.sources import Source, open_source
+from megatron.ucp.identity import Identity
+from megatron.ucp.sources import Source, find_checkpoint, open_source
 
 _CHUNK = 1 << 20
 
@@ -47,7 +48,9 @@ class Difference:
 def diff(
     left: str | Path, right: str | Path, *, trust_digests: bool = True, column_parallel: tuple[str, ...] = ()
 ) -> Difference:
-    """With `trust_digests` states whose saved digests are equal are not read."""
+    """With `trust_digests` states whose saved digests are equal are not read. Raises ChangedWhileReadError where a save
+    replaced one of them meanwhile."""
+    identities = [Identity.of(find_checkpoint(folder)) for folder in (left, right)]
     a = open_source(left, column_parallel=column_parallel)
     b = open_source(right, column_parallel=column_parallel)
     lines, common = _compare_tables(a, b)
@@ -59,6 +62,8 @@ def diff(
         delta = _compare_state(a, b, name, state)
         if delta.num_different:
             deltas.append(delta)
+    for identity in identities:
+        identity.require_unchanged()
     return Difference(a.folder, b.folder, tuple(deltas), tuple(lines), len(common))
 
 

@@ -98,6 +98,10 @@ class UnsupportedCheckpointError(UcpError):
     """A known kind of checkpoint that this version does not read."""
 
 
+class ChangedWhileReadError(UcpError):
+    """The folder is not the one that was opened: a save replaced it, or somebody changed it."""
+
+
 class OutputExistsError(UcpError):
     """The output is already there; nothing is overwritten."""
 

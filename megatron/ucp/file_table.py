@@ -5,22 +5,25 @@ and for an error that has to say which file is to blame.
 
     require_sizes(folder, manifest)            # raises, naming every file that is missing or of another size
     changed_files(folder, manifest)            # ["zero_pp_rank_1_mp_rank_00_optim_states.pt"]
+    require_unchanged(folder, manifest)        # raises, naming every file that is not the one that was written
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron.ucp.commit import checksum_file
-from megatron.ucp.errors import CorruptFileError, MissingFileError, listed
+from megatron.ucp.commit import checksum_of
+from megatron.ucp.errors import CorruptFileError, ManifestError, MissingFileError, UnsafePathError, listed
 from megatron.ucp.experts import holding
 from megatron.ucp.manifest import Manifest
+from megatron.ucp.safe_paths import existing_file, open_file
 
 
 def require_sizes(folder: str | Path, manifest: Manifest) -> None:
     """Raises MissingFileError or CorruptFileError with all that is wrong."""
-    missing, faults = _size_faults(Path(folder), manifest)
+    missing, faults = _size_faults(Path(folder), manifest, manifest.files)
     if not missing and not faults:
         return
     names = [*missing, *faults]
@@ -33,19 +36,51 @@ def require_sizes(folder: str | Path, manifest: Manifest) -> None:
     )
 
 
+def require_listed(folder: str | Path, manifest: Manifest, paths: Iterable[str]) -> None:
+    """Raises ManifestError where a file that is going to be read has no checksum. Nothing without any table."""
+    unlisted = sorted(set(paths) - set(manifest.files))
+    if manifest.files and unlisted:
+        raise ManifestError(
+            f"{len(unlisted)} file(s) of the checkpoint are not in the table of files of ucp.json",
+            found=unlisted,
+            where=folder,
+            do="the folder was changed after it was written: use another checkpoint",
+        )
+
+
+def require_unchanged(
+    folder: str | Path, manifest: Manifest, paths: Iterable[str] | None = None, num_workers: int = 2
+) -> None:
+    """Reads the listed files (or these of them) and raises MissingFileError or CorruptFileError with all that are not
+    the ones that were written. Nothing where the manifest has no table of files."""
+    faults = file_faults(folder, manifest, num_workers, paths)
+    if faults:
+        raise CorruptFileError(
+            f"{len(faults)} file(s) of the checkpoint are not the ones that were written",
+            found=listed(faults.values()) + holding(manifest, faults),
+            where=folder,
+            do="copy these files again from where they were saved",
+        )
+
+
 def changed_files(folder: str | Path, manifest: Manifest, num_workers: int = 2) -> list[str]:
     """Listed files that are missing or whose size or checksum differs. Reads them all."""
     return sorted(file_faults(folder, manifest, num_workers))
 
 
-def file_faults(folder: str | Path, manifest: Manifest, num_workers: int = 2) -> dict[str, str]:
-    """Path -> what is wrong with it, one line."""
+def file_faults(
+    folder: str | Path, manifest: Manifest, num_workers: int = 2, paths: Iterable[str] | None = None
+) -> dict[str, str]:
+    """Path -> what is wrong with it, one line; of all listed files, or of these."""
     folder = Path(folder)
-    missing, faults = _size_faults(folder, manifest)
-    rest = sorted(set(manifest.files) - set(missing) - set(faults))
+    chosen = set(manifest.files) if paths is None else set(manifest.files) & set(paths)
+    missing, faults = _size_faults(folder, manifest, chosen)
+    rest = sorted(chosen - set(missing) - set(faults))
 
     def check(path: str) -> str | None:
-        known, found = manifest.files[path], checksum_file(folder / path)
+        known = manifest.files[path]
+        with open_file(folder, path) as file:
+            found = checksum_of(file)
         return None if found == known else f"{path}: checksum {found.crc32}, {known.crc32} was written"
 
     with ThreadPoolExecutor(num_workers) as pool:
@@ -53,14 +88,17 @@ def file_faults(folder: str | Path, manifest: Manifest, num_workers: int = 2) ->
     return {**{path: f"{path}: missing" for path in missing}, **faults, **changed}
 
 
-def _size_faults(folder: Path, manifest: Manifest) -> tuple[list[str], dict[str, str]]:
+def _size_faults(folder: Path, manifest: Manifest, paths: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     missing, faults = [], {}
-    for path, known in sorted(manifest.files.items()):
+    for path in sorted(paths):
         try:
-            size = (folder / path).stat().st_size
-        except FileNotFoundError:
+            size = existing_file(folder, path).stat().st_size
+        except MissingFileError:
             missing.append(path)
             continue
-        if size != known.bytes:
-            faults[path] = f"{path}: {size} bytes, {known.bytes} were written"
+        except UnsafePathError as error:
+            faults[path] = f"{path}: {error.what}" + (f" ({error.found})" if error.found else "")
+            continue
+        if size != manifest.files[path].bytes:
+            faults[path] = f"{path}: {size} bytes, {manifest.files[path].bytes} were written"
     return missing, faults

@@ -7,23 +7,31 @@ checkpoint. Native saves (DeepSpeed's own files beside it) and universal folders
     manifest.parameters["final_norm.weight"].layout
     write_manifest(folder, replace(manifest, digests=digests))
 
-Fields: see the dataclasses; FORMAT.md is the specification.
+Nothing of a file is believed before its checksum and its schema (manifest_schema.py) hold. Fields: see the dataclasses;
+FORMAT.md is the specification.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron.ucp.errors import ManifestError, NotACheckpointError
+from megatron.ucp.errors import ManifestError, NotACheckpointError, listed
 from megatron.ucp.layout import Layout
+from megatron.ucp.manifest_schema import manifest_faults
+from megatron.ucp.safe_paths import open_file
 from megatron.ucp.topology import Topology
 
 MANIFEST_NAME = "ucp.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MAX_BYTES = 512 << 20
+"""Of ucp.json; the largest models need a tenth of it."""
+_NO_CHECKSUM = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,9 @@ class Manifest:
     """framework, version, deepspeed, torch."""
     source: dict[str, Any] | None = None
     """Universal only: what it was converted from (folder name, topology, zero_stage, is_pipelined)."""
+    unverified: str = ""
+    """Why the digests do not prove that this is what was once saved: what it was made from had no checksums. Empty for
+    a save, and for what was converted from one whose checksums held."""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -114,6 +125,17 @@ class Manifest:
     @property
     def iteration(self) -> int | None:
         return self.common.get("iteration")
+
+    @property
+    def doubt(self) -> str:
+        """Why soundness is not proof that this is what was once saved; empty where it is."""
+        if self.unverified:
+            return self.unverified
+        if not self.digests or not self.files:
+            return "it carries no digests or checksums to compare with"
+        if self.format_version < 2:
+            return "its ucp.json is of format version 1, which has no checksum of its own"
+        return ""
 
     @property
     def is_partitioned(self) -> bool:
@@ -135,9 +157,11 @@ class Manifest:
             "pipeline_layers",
             "saved_by",
             "source",
+            "unverified",
         )
         return {
             "format_version": self.format_version,
+            "checksum": _NO_CHECKSUM,
             **{name: getattr(self, name) for name in plain},
             "topology": self.topology.to_json(),
             "optimizer": asdict(self.optimizer),
@@ -152,34 +176,43 @@ class Manifest:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any], where: object = None) -> Manifest:
+    def from_json(cls, data: Any, where: object = None) -> Manifest:
+        """Raises ManifestError with all that is wrong."""
         version = data.get("format_version") if isinstance(data, dict) else None
-        if version != FORMAT_VERSION:
+        if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
             raise ManifestError(
                 "unknown format_version",
-                found=version,
-                expected=FORMAT_VERSION,
+                found=repr(version)[:60],
+                expected=f"1 or {FORMAT_VERSION}",
                 where=where,
                 do="read it with the version of megatron.ucp that wrote it",
             )
-        # Fields may be added within a version; one that an older writer did not know has its default.
-        missing = [name for name in _REQUIRED if name not in data]
-        if missing:
+        if faults := manifest_faults(data):
             raise ManifestError(
-                "fields are missing", found=missing, where=where, do="the file is damaged: use another checkpoint"
+                f"{MANIFEST_NAME} is not what the format asks for: {len(faults)} fault(s)",
+                found=listed(faults),
+                where=where,
+                do="the file is damaged or no manifest of this format (megatron/ucp/FORMAT.md): use another checkpoint",
             )
-        try:
-            known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-            known["topology"] = Topology.from_json(data["topology"])
-            known["optimizer"] = OptimizerInfo(**data["optimizer"])
-            known["files"] = {path: FileInfo(**info) for path, info in data["files"].items()}
-            known["parameters"] = {name: _parameter(info) for name, info in data["parameters"].items()}
-            return cls(**known)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ManifestError(f"malformed manifest ({type(error).__name__}: {error})", where=where) from error
+        # Fields may be added within a version; one that an older writer did not know has its default.
+        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        known["topology"] = Topology.from_json(data["topology"])
+        known["optimizer"] = OptimizerInfo(**data["optimizer"])
+        known["files"] = {path: FileInfo(**info) for path, info in data["files"].items()}
+        known["parameters"] = {name: _parameter(info) for name, info in data["parameters"].items()}
+        return cls(**known)
 
-
-_REQUIRED = ("kind", "topology", "parameters", "zero_stage", "is_pipelined", "optimizer", "common", "digests", "files")
+    def require_sound(self, where: object) -> None:
+        """For what was worked out from a folder without a ucp.json: its names and sizes are a stranger's too. Raises
+        ManifestError."""
+        faults = manifest_faults(json.loads(json.dumps(self.to_json())))
+        if faults:
+            raise ManifestError(
+                f"what the files say of themselves cannot be: {len(faults)} fault(s)",
+                found=listed(faults),
+                where=where,
+                do="use another checkpoint, or save it again with other names",
+            )
 
 
 def _parameter(data: dict[str, Any]) -> ParameterInfo:
@@ -195,29 +228,79 @@ def _parameter(data: dict[str, Any]) -> ParameterInfo:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Raises NotACheckpointError without a ucp.json, ManifestError for one that cannot be understood."""
+    """Raises NotACheckpointError without a ucp.json, ManifestError for one that cannot be believed."""
     path = Path(folder) / MANIFEST_NAME
-    try:
-        text = path.read_text()
-    except (FileNotFoundError, NotADirectoryError):
+    return parse_manifest(read_manifest_bytes(folder), path)
+
+
+def read_manifest_bytes(folder: str | Path) -> bytes:
+    """Of ucp.json, not yet believed. Raises NotACheckpointError, ManifestError or UnsafePathError."""
+    path = Path(folder) / MANIFEST_NAME
+    if not os.path.lexists(path):
         raise NotACheckpointError(
             f"no {MANIFEST_NAME} in the folder",
             where=folder,
             do="give a folder that a save or a conversion completed",
-        ) from None
+        )
+    with open_file(folder, MANIFEST_NAME) as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise ManifestError(f"longer than {MAX_BYTES >> 20} MiB", where=path, do="it is no manifest: use another")
+    return raw
+
+
+def parse_manifest(raw: bytes, where: Path) -> Manifest:
     try:
-        data = json.loads(text)
+        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_doubles)
+    except RecursionError:
+        raise ManifestError("nested too deep", where=where, do=_USE_ANOTHER) from None
     except ValueError as error:
-        raise ManifestError(f"not JSON: {error}", where=path) from error
-    return Manifest.from_json(data, where=path)
+        raise ManifestError(f"not JSON: {error}"[:400], where=where, do=_USE_ANOTHER) from error
+    if isinstance(data, dict) and "checksum" in data:
+        _check_checksum(raw, data["checksum"], where)
+    return Manifest.from_json(data, where=where)
+
+
+_USE_ANOTHER = "the file is damaged: use another checkpoint"
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        double = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {double[:80]!r} is there twice")
+    return found
+
+
+def _check_checksum(raw: bytes, written: Any, where: Path) -> None:
+    """The SHA-256 of the file with these 64 digits as zeros."""
+    if not isinstance(written, str) or len(written) != len(_NO_CHECKSUM) or not written.isascii():
+        return  # the schema says so
+    digits = written.encode()
+    found = hashlib.sha256(raw.replace(digits, _NO_CHECKSUM.encode(), 1)).hexdigest()
+    if raw.count(digits) != 1 or found != written:
+        raise ManifestError(
+            f"{MANIFEST_NAME} was changed since it was written: its checksum differs",
+            found=found,
+            expected=written,
+            where=where,
+            do="copy it again from where it was saved, or use another checkpoint",
+        )
+
+
+def manifest_bytes(content: Mapping[str, Any]) -> bytes:
+    """`Manifest.to_json`'s object as the bytes of a ucp.json, its checksum filled in."""
+    text = json.dumps({**content, "checksum": _NO_CHECKSUM}, indent=1, allow_nan=True) + "\n"
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    return text.replace(f'"checksum": "{_NO_CHECKSUM}"', f'"checksum": "{checksum}"', 1).encode()
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
     """Writes ucp.json and flushes it to disk; the last file of a folder."""
     path = Path(folder) / MANIFEST_NAME
-    text = json.dumps(manifest.to_json(), indent=1, allow_nan=True)
-    with open(path, "w") as file:
-        file.write(text + "\n")
+    with open(path, "wb") as file:
+        file.write(manifest_bytes(manifest.to_json()))
         file.flush()
         os.fsync(file.fileno())
     return path

@@ -17,8 +17,9 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
-from megatron.ucp.errors import MissingFileError, UnsafePathError
+from megatron.ucp.errors import CorruptFileError, MissingFileError, UnsafePathError
 
 MAX_PART_BYTES = 200
 """Of a parameter's or state's name in UTF-8: the longest file name that Linux takes is 255, and suffixes come to it."""
@@ -83,6 +84,21 @@ def existing_file(folder: str | Path, relative: str) -> Path:
         if not (stat.S_ISREG(mode) if is_last else stat.S_ISDIR(mode)):
             raise UnsafePathError(f"not a regular {'file' if is_last else 'folder'}", found=kind_of(mode), where=path)
     return path
+
+
+def open_file(folder: str | Path, relative: str) -> BinaryIO:
+    """The file `existing_file` allows, open for reading: what was checked is what is opened, even where something else
+    takes its place in between. A FIFO or a device is never waited for."""
+    path = existing_file(folder, relative)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise CorruptFileError(f"cannot be opened: {error.strerror}", where=path) from error
+    file = os.fdopen(handle, "rb")
+    if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
+        file.close()
+        raise UnsafePathError("not a regular file", found=kind_of(mode), where=path)
+    return file
 
 
 def new_file(folder: str | Path, relative: str) -> Path:

@@ -4,7 +4,7 @@ The one idea: a finding is one line of text, and a sound checkpoint has none. Si
 one holder for every element (no gap, no overlap), equal replicas, and the state digests of the save.
 
     report = verify("run/global_step100")
-    report.is_sound, report.findings
+    report.is_sound, report.findings, report.is_proven
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from megatron.ucp.expert_digests import changed_experts
 from megatron.ucp.experts import holding, numbered
 from megatron.ucp.file_table import file_faults
 from megatron.ucp.fragment import tiling_faults, whole_runs
-from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megatron.ucp.identity import Identity
+from megatron.ucp.manifest import Manifest, read_manifest
 from megatron.ucp.sources import Source, find_checkpoint, open_source
 
 _CHUNK = 1 << 20
@@ -37,8 +38,13 @@ class Report:
     num_states: int
     digest: str | None
     """Of the state as it is now; None where not all of it could be read."""
-    is_proven: bool
-    """The folder carries digests and checksums, so soundness was not merely absence of contradiction."""
+    doubt: str
+    """Why soundness is merely absence of contradiction and no proof that this is what was once saved (no checksums, or
+    converted from what had none); empty where it is."""
+
+    @property
+    def is_proven(self) -> bool:
+        return not self.doubt
 
     @property
     def is_sound(self) -> bool:
@@ -46,18 +52,26 @@ class Report:
 
 
 def verify(folder: str | Path, *, num_workers: int = 2, column_parallel: tuple[str, ...] = ()) -> Report:
-    """Reads everything once. Raises only where there is no checkpoint to speak of (NotACheckpointError)."""
+    """Reads everything once. Raises only where there is no checkpoint to speak of (NotACheckpointError), or where the
+    folder was replaced meanwhile (ChangedWhileReadError)."""
     folder = find_checkpoint(folder)
     findings: list[str] = []
-    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
-    if manifest is not None:
-        findings += _check_files(folder, manifest, num_workers)
+    manifest = None
+    try:
+        identity = Identity.of(folder)
+        if identity.manifest:
+            manifest = read_manifest(folder)
+            findings += _check_files(folder, manifest, num_workers)
+    except UcpError as error:
+        return Report(folder, (str(error),), 0, 0, None, "its ucp.json cannot be believed")
     try:
         source = open_source(folder, column_parallel=column_parallel)
     except NotACheckpointError:
         raise
     except UcpError as error:
-        return Report(folder, (*findings, str(error)), len(manifest.files) if manifest else 0, 0, None, False)
+        identity.require_unchanged()
+        num_files = len(manifest.files) if manifest else 0
+        return Report(folder, tuple(dict.fromkeys((*findings, str(error)))), num_files, 0, None, "it cannot be read")
     jobs = [(name, state) for name, info in source.manifest.parameters.items() for state in info.states]
     digests: dict[str, dict[str, str]] = {name: {} for name in source.manifest.parameters}
     is_complete = True
@@ -71,16 +85,15 @@ def verify(folder: str | Path, *, num_workers: int = 2, column_parallel: tuple[s
                 is_complete = False
             else:
                 digests[name][state] = digest.hex()
-    saved = source.manifest.digests
-    unknown = sorted(set(saved) - set(digests))
-    findings += [f"{name}: in the table of digests, but no such parameter" for name in unknown]
+    findings += _check_side_files(source)
+    identity.require_unchanged()
     return Report(
         folder,
         tuple(dict.fromkeys(findings)),
         len(source.manifest.files),
         len(jobs),
         total(digests) if is_complete else None,
-        bool(saved and source.manifest.files),
+        source.manifest.doubt,
     )
 
 
@@ -90,6 +103,17 @@ def _check_files(folder: Path, manifest: Manifest, num_workers: int) -> list[str
     extra = [f"{path}: not in the table of files" for path in sorted(set(data_files(folder)) - set(manifest.files))]
     faults = file_faults(folder, manifest, num_workers)
     return [*(f"{line}{holding(manifest, [path])}" for path, line in faults.items()), *extra]
+
+
+def _check_side_files(source: Source) -> list[str]:
+    """What a conversion would copy beside the parameters can be read."""
+    try:
+        source.side_files()
+        for name in source.manifest.parameters:
+            source.step_object(name)
+    except UcpError as error:
+        return [str(error)]
+    return []
 
 
 def _check_state(source: Source, name: str, state: str) -> tuple[Digest | None, str | None]:

@@ -60,7 +60,10 @@ def test_missing_checkpoint_ends_the_run_when_asked_to():
 
 def _save(folder: Path, kind: str = "native", iteration: int = 7) -> Path:
     folder.mkdir(parents=True)
-    write_manifest(folder, Manifest(kind=kind, topology=TP2, parameters={}, common={"iteration": iteration}))
+    saved = Manifest(kind="native", topology=TP2, parameters={}, common={"iteration": iteration})
+    source = {"folder": "n", "kind": "native", "topology": TP2.to_json(), "zero_stage": 0, "is_pipelined": False}
+    is_native = kind == "native"
+    write_manifest(folder, saved if is_native else replace(saved, kind=kind, topology=Topology(), source=source))
     return folder
 
 

@@ -182,7 +182,7 @@ def test_two_files_of_one_rank(tmp_path):
 
 def test_a_manifest_without_a_table_of_files_lets_the_files_speak(tmp_path):
     folder = write(tmp_path / "n", with_manifest=True)
-    write_manifest(folder, replace(read_manifest(folder), files={}, digests={}))
+    write_manifest(folder, replace(read_manifest(folder), files={}, digests={}, unverified="a test"))
     mix(folder, edited(write(tmp_path / "other"), 9), OPTIMIZER)
     assert_refused(folder, SourceError, f"{OPTIMIZER}: the optimizer's step is 9.0, in 2 other files 5.0")
 

@@ -178,7 +178,7 @@ def test_manifest_that_does_not_fit_the_files(native):
     manifest = read_manifest(native)
     parameters = dict(manifest.parameters)
     parameters["other.weight"] = parameters.pop("final_norm.weight")
-    write_manifest(native, replace(manifest, parameters=parameters, digests={}))
+    write_manifest(native, replace(manifest, parameters=parameters, digests={}, unverified="a test"))
     assert_refused(native, SourceError, "other.weight", "expected 16", "final_norm.weight on mp_rank 0: not in the man")
 
 
@@ -197,7 +197,7 @@ def test_malicious_pickle_is_refused_and_not_run(native, monkeypatch, tmp_path, 
     else:
         torch.save({"optimizer_state_dict": Payload()}, path, _use_new_zipfile_serialization=kind == "zip")
     # Without a table of files whose sizes would give it away.
-    write_manifest(native, replace(read_manifest(native), files={}))
+    write_manifest(native, replace(read_manifest(native), files={}, unverified="a test"))
     with pytest.raises(UnsafePickleError) as caught:
         load(path)
     assert "system" in str(caught.value) and ZERO_FILE in str(caught.value)

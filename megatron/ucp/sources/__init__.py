@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megatron.ucp.commit import STAGING_SUFFIX
 from megatron.ucp.errors import NotACheckpointError, listed
-from megatron.ucp.file_table import require_sizes
-from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
+from megatron.ucp.file_table import require_listed, require_sizes
+from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import MODEL_FILE, ZERO_FILE
 from megatron.ucp.sources.deepspeed_moe import open_moe
@@ -63,17 +63,25 @@ def open_source(folder: str | Path, tag: str | None = None, column_parallel: tup
     folder = find_checkpoint(folder, tag)
     kind = _kind(folder)
     if kind == "manifest":
-        manifest = read_manifest(folder)
-        require_sizes(folder, manifest)
-        if manifest.kind == "universal":
-            return UniversalSource(folder, manifest)
-        source = DeepSpeedSource(folder, manifest)
-        if not manifest.files:
-            source.require_agreement()
-        return source
+        return _open_listed(folder, read_manifest(folder))
     if kind == "universal":
-        return UniversalSource(folder, infer_manifest(folder))
-    return (open_moe if has_experts(folder) else open_foreign)(folder, column_parallel)
+        source: Source = UniversalSource(folder, infer_manifest(folder))
+    else:
+        source = (open_moe if has_experts(folder) else open_foreign)(folder, column_parallel)
+    source.manifest.require_sound(folder)
+    return source
+
+
+def _open_listed(folder: Path, manifest: Manifest) -> Source:
+    require_sizes(folder, manifest)
+    if manifest.kind == "universal":
+        return UniversalSource(folder, manifest)
+    source = DeepSpeedSource(folder, manifest)
+    if manifest.files:
+        require_listed(folder, manifest, source.files.names())
+    else:
+        source.require_agreement()
+    return source
 
 
 def _kind(folder: Path) -> str | None:

@@ -27,6 +27,9 @@ DEALT_FILE = re.compile(r"^expp_rank_(\d+)_mp_rank_(\d+)_expert_states\.pt$")
 LAYER_FILE = re.compile(r"^layer_(\d+)(?:-model_(\d+))?-model_states\.pt$")
 """Without a topology that names tensor parallelism DeepSpeed leaves the second number out."""
 
+_MAX_MISSING = 4096
+"""More are not listed one by one: the topology, a few bytes in a file, must not decide how much memory is taken."""
+
 
 @dataclass(frozen=True)
 class Files:
@@ -42,6 +45,9 @@ class Files:
     def model(self, mp_rank: int) -> Path:
         return self.models[0, mp_rank]
 
+    def names(self) -> list[str]:
+        return [path.name for table in (self.zeros, self.models, self.layers, self.experts) for path in table.values()]
+
 
 def find_files(folder: Path, manifest: Manifest) -> Files:
     """Those of the manifest's topology. Raises naming all that are missing, or all that belong to another topology."""
@@ -49,6 +55,15 @@ def find_files(folder: Path, manifest: Manifest) -> Files:
     num_mp = topology.pp_size * topology.tp_size
     found = list_files(folder)
     is_stage3 = manifest.zero_stage == 3
+    num_expected = topology.zero_size * num_mp
+    if (is_stage3 or manifest.is_partitioned) and num_expected > len(found.zeros) + _MAX_MISSING:
+        raise MissingFileError(
+            f"more than {_MAX_MISSING} files of the checkpoint are missing",
+            found=f"{len(found.zeros)} files of optimizer states",
+            expected=f"{num_expected}: one per rank of {topology}, ZeRO-{manifest.zero_stage}",
+            where=folder,
+            do="bring the files of every node into this folder",
+        )
     every_rank = {(z, mp) for z in range(topology.zero_size) for mp in range(num_mp)}
     zeros = every_rank if manifest.is_partitioned else set()
     models = every_rank if is_stage3 else {(0, mp) for mp in range(num_mp)}

@@ -43,7 +43,7 @@ from megatron.ucp.sources.expert_source import STEP, ExpertPart, MoeSource, Plac
 from megatron.ucp.sources.group_names import group_names
 from megatron.ucp.sources.layer_files import is_weight
 from megatron.ucp.sources.source import FileCache
-from megatron.ucp.sources.universal import common_from_model_states, group_values
+from megatron.ucp.sources.universal import NO_MANIFEST, common_from_model_states, group_values
 from megatron.ucp.topology import Topology
 
 _DENSE = "dense-params"
@@ -124,6 +124,7 @@ class _Reader:
             common=common_from_model_states([self.model_file]),
             zero0_order=[list(dense)],
             saved_by={"deepspeed": str(self.model.get("ds_version", ""))},
+            unverified=NO_MANIFEST,
         )
         source = DeepSpeedSource(self.folder, manifest, cache=self.cache)
         topology = replace(manifest.topology, ep_size=self.ep_size)

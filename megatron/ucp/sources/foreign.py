@@ -31,7 +31,7 @@ from megatron.ucp.sources.flat_order import flat_fragments, sub_groups
 from megatron.ucp.sources.flat_states import Fragment, Fragments
 from megatron.ucp.sources.layer_files import Shapes, frozen_in_layers, is_weight
 from megatron.ucp.sources.source import FileCache, Source
-from megatron.ucp.sources.universal import common_from_model_states, group_values
+from megatron.ucp.sources.universal import NO_MANIFEST, common_from_model_states, group_values
 from megatron.ucp.topology import Topology
 
 _NUM_COMPARED = 16
@@ -93,6 +93,7 @@ class ForeignReader:
             zero3_order=[order[mp] for mp in self.models] if self.stage == 3 else [],
             pipeline_layers=[str(i) if (i, 0) in self.files.layers else None for i in layer_numbers],
             saved_by={"deepspeed": str(self.models[0].get("ds_version", ""))},
+            unverified=NO_MANIFEST,
         )
 
     # -- are these the files of one save? -----------------------------------------------------------------------

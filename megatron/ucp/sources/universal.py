@@ -14,12 +14,15 @@ from typing import Any
 import torch
 
 from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError
+from megatron.ucp.file_table import require_listed
 from megatron.ucp.fragment import whole_runs
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources.source import FileCache, Piece
 from megatron.ucp.topology import Topology
+
+NO_MANIFEST = "it was saved without checksums (there was no ucp.json)"
 
 
 class UniversalSource:
@@ -52,11 +55,16 @@ class UniversalSource:
 
     def step_object(self, name: str) -> Any:
         path = self.folder / "zero" / name / "step.pt"
-        return load(path) if path.is_file() else None
+        if not path.exists():
+            return None
+        require_listed(self.folder, self.manifest, [f"zero/{name}/step.pt"])
+        return load(path)
 
     def side_files(self) -> dict[str, Any]:
         paths = [self.folder / "zero/optimizer_state.pt", *self.folder.glob("mp_rank_*_model_states.pt")]
-        return {p.relative_to(self.folder).as_posix(): load(p) for p in paths if p.is_file()}
+        names = sorted(p.relative_to(self.folder).as_posix() for p in paths if p.exists())
+        require_listed(self.folder, self.manifest, names)
+        return {name: load(self.folder / name) for name in names}
 
     def _file(self, name: str, state: str) -> Path:
         return self.folder / "zero" / name / f"{state}.pt"
@@ -100,6 +108,7 @@ def infer_manifest(folder: str | Path) -> Manifest:
         parameters=parameters,
         optimizer=OptimizerInfo(kind="", groups={g.get("name", str(i)): group_values(g) for i, g in enumerate(groups)}),
         common=common_from_model_states(sorted(folder.glob("mp_rank_*_model_states.pt"))),
+        unverified=NO_MANIFEST,
     )
 
 

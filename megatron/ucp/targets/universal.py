@@ -31,7 +31,7 @@ from megatron.ucp.expert_digests import changed_experts
 from megatron.ucp.experts import numbered
 from megatron.ucp.fragment import whole_runs
 from megatron.ucp.layout import Layout
-from megatron.ucp.manifest import FileInfo, Manifest
+from megatron.ucp.manifest import FORMAT_VERSION, FileInfo, Manifest
 from megatron.ucp.safe_load import SubparamShape
 from megatron.ucp.sources.source import Source
 from megatron.ucp.topology import Topology
@@ -119,6 +119,8 @@ def write_universal(
             "zero_stage": manifest.zero_stage,
             "is_pipelined": manifest.is_pipelined,
         },
+        unverified=f"converted from {source.folder.name}: {manifest.doubt}" if manifest.doubt else "",
+        format_version=FORMAT_VERSION,
     )
 
 
