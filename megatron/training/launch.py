@@ -1,7 +1,7 @@
 """Who this process is, and the process group: the only place that reads or sets environment variables.
 
-The one idea: torchrun, the deepspeed launcher and plain `python` end in the same LaunchInfo, and what DeepSpeed
-reads from the environment by itself is made to agree with it.
+The one idea: torchrun, the deepspeed launcher, srun, mpirun and plain `python` end in the same LaunchInfo, and what
+DeepSpeed reads from the environment by itself is made to agree with it.
 
     launch = LaunchInfo.from_environment(local_rank=config.run.local_rank)
     notes = init_distributed(launch, config.run.distributed_backend, timeout_minutes=10)    # collective
@@ -14,14 +14,12 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
+from megatron.training.launchers import LaunchError, launcher_variables, number
+
 SHM_COMM_VARIABLE = "MEGATRON_SHM_COMM"
 """1 lets DeepSpeed build and use its shared-memory collectives for CPU; the first start then compiles a minute."""
 
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class LaunchError(RuntimeError):
-    """An environment that does not say which rank this is, or a backend that is not there."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,19 @@ class LaunchInfo:
     is_plain: bool = True
     """Started by `python` alone: no launcher, no address to meet at."""
     wants_shm_comm: bool = False
+    address: tuple[str, str] | None = None
+    """Where rank 0 is met, host and port, if this was started by srun or mpirun, which do not say it."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None, local_rank: int | None = None) -> LaunchInfo:
-        """`local_rank` is the launcher's --local_rank, if it passes one. Raises LaunchError if only part of
-        what a launcher sets is there, or if it contradicts itself."""
+        """`local_rank` is the launcher's --local_rank, if it passes one. RANK and WORLD_SIZE, where both are set, are
+        believed; without them srun's or mpirun's own variables. Raises LaunchError if only part of what a launcher
+        sets is there, or if it contradicts itself."""
         environ = os.environ if environ is None else environ
         wants_shm_comm = environ.get(SHM_COMM_VARIABLE, "0") == "1"
-        if "RANK" not in environ and _number(environ, "WORLD_SIZE", 1) == 1:
+        derived = {} if "RANK" in environ and "WORLD_SIZE" in environ else launcher_variables(environ)
+        environ = {**environ, **derived}
+        if "RANK" not in environ and (number(environ, "WORLD_SIZE") or 1) == 1:
             return cls(wants_shm_comm=wants_shm_comm)
         missing = [name for name in _REQUIRED if name not in environ]
         if missing:
@@ -52,8 +55,10 @@ class LaunchInfo:
                 f"the environment of a launcher is incomplete. Missing: {', '.join(missing)}. Expected: all of "
                 f"{', '.join(_REQUIRED)}. What to do: start with torchrun or deepspeed, or unset RANK and WORLD_SIZE"
             )
-        rank, world_size = _number(environ, "RANK", 0), _number(environ, "WORLD_SIZE", 1)
-        local = _number(environ, "LOCAL_RANK", rank if local_rank is None else local_rank)
+        rank, world_size = number(environ, "RANK") or 0, number(environ, "WORLD_SIZE") or 0
+        local = number(environ, "LOCAL_RANK")
+        if local is None:
+            local = rank if local_rank is None else local_rank
         if local_rank is not None and local_rank != local:
             raise LaunchError(
                 f"--local_rank {local_rank} contradicts LOCAL_RANK={local} in the environment. "
@@ -61,8 +66,9 @@ class LaunchInfo:
             )
         if not 0 <= rank < world_size:
             raise LaunchError(f"RANK={rank} is not a rank of WORLD_SIZE={world_size}")
-        local_size = _number(environ, "LOCAL_WORLD_SIZE", _number(environ, "LOCAL_SIZE", world_size))
-        return cls(rank, local, world_size, local_size, is_plain=False, wants_shm_comm=wants_shm_comm)
+        local_size = number(environ, "LOCAL_WORLD_SIZE") or number(environ, "LOCAL_SIZE") or world_size
+        address = (environ["MASTER_ADDR"], environ["MASTER_PORT"]) if derived else None
+        return cls(rank, local, world_size, local_size, False, wants_shm_comm, address)
 
 
 def prepare_environment(launch: LaunchInfo, environ: MutableMapping[str, str] | None = None) -> None:
@@ -73,6 +79,9 @@ def prepare_environment(launch: LaunchInfo, environ: MutableMapping[str, str] | 
     environ.setdefault("RANK", str(launch.rank))
     environ.setdefault("LOCAL_RANK", str(launch.local_rank))
     environ.setdefault("WORLD_SIZE", str(launch.world_size))
+    if launch.address is not None:
+        environ.setdefault("MASTER_ADDR", launch.address[0])
+        environ.setdefault("MASTER_PORT", launch.address[1])
     if "DS_ACCELERATOR" not in environ and not _has_accelerator():
         environ["DS_ACCELERATOR"] = "cpu"
 
@@ -150,13 +159,3 @@ def _has_accelerator() -> bool:
     import torch
 
     return torch.accelerator.is_available()
-
-
-def _number(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name)
-    if text is None:
-        return default
-    try:
-        return int(text)
-    except ValueError:
-        raise LaunchError(f"{name}={text!r} in the environment is not a whole number") from None
