@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     from megatron.training.loop import fit, test
 
     built = build_run(config, launch)
-    with built.run_log:
+    with built.ownership, built.run_log:
         progress = fit(built)
         # Not after an exit condition: whoever stopped the run may not wait for an evaluation.
         if run.eval_iters and progress.iteration >= config.train_iters:

@@ -23,4 +23,7 @@ class CheckpointConfig:
     no_load_optim: bool = flag(False, help="do not load optimizer states")
     no_load_rng: bool = flag(False, help="do not load the state of the random streams")
     no_load_lr_state: bool = flag(False, help="do not load the schedule")
+    load_strict: bool = flag(
+        False, help="stop if latest in --load is lost, instead of resuming from the newest whole checkpoint there"
+    )
     exit_on_missing_checkpoint: bool = flag(False, help="stop if --load has no checkpoint, instead of starting afresh")

@@ -29,7 +29,12 @@ class RunConfig:
         None, help="save and stop at the first iteration divisible by this", unit="iterations"
     )
     exit_duration_in_mins: int | None = flag(None, help="save and stop after this long", unit="minutes")
-    exit_signal_handler: bool = flag(False, help="save and stop on SIGTERM")
+    exit_signal_handler: bool = flag(False, help="save and stop on --exit-signal")
+    exit_signal: str = flag(
+        "SIGTERM",
+        help="that --exit-signal-handler waits for, sent to a launcher, to one rank or to all processes",
+        choices=("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"),
+    )
     tensorboard_dir: str | None = flag(None, help="folder of TensorBoard events and run.json")
     tensorboard_queue_size: int = flag(1000, help="events kept before they are written", unit="events")
     deepspeed: bool = flag(False, help="as upstream; the engine is DeepSpeed's with or without it")

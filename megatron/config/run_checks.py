@@ -220,7 +220,7 @@ def checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
         )  # fmt: skip
     if checkpoint.save_interval is not None:
         yield from at_least(1, checkpoint, "save_interval")
-    for name in ("universal_checkpoint", "load_tag", "finetune", "exit_on_missing_checkpoint"):
+    for name in ("universal_checkpoint", "load_tag", "finetune", "load_strict", "exit_on_missing_checkpoint"):
         if getattr(checkpoint, name) and checkpoint.load is None:
             yield Problem(
                 f"{flag_of(name)} without --load", flags=(flag_of(name), "--load"), fix="give --load RUN_FOLDER"

@@ -19,6 +19,7 @@ from megatron.data.loader import Collator, build_loader
 from megatron.data.sampler import SampleIndexer
 from megatron.parallel.context import ParallelContext
 from megatron.training.progress import Progress
+from megatron.training.stop_signal import without_signals
 
 
 class Batches:
@@ -29,6 +30,7 @@ class Batches:
         self.micro_batch_size = config.run.micro_batch_size
         self.samples_per_evaluation = max(1, config.run.eval_iters * config.run.global_batch_size)
         self.num_workers = config.data.num_workers
+        self.kept_from_workers = [config.run.exit_signal] if config.run.exit_signal_handler else []
         self.collate = Collator(eod=eod, eod_mask_loss=config.data.eod_mask_loss)
         self._order_flags = {
             # Names, not paths: where the files lie on this machine does not matter.
@@ -76,7 +78,8 @@ class Batches:
             dp_size=self.context.dp_size,
         )
         pin_memory = get_accelerator().device_name() != "cpu"
-        loader = iter(build_loader(dataset, indexer, self.collate, self.num_workers, pin_memory))
+        with without_signals(self.kept_from_workers):
+            loader = iter(build_loader(dataset, indexer, self.collate, self.num_workers, pin_memory))
         return loader if self.context.sp_size == 1 else map(self._chunk, loader)
 
     def _chunk(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

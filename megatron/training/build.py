@@ -6,6 +6,7 @@ fit(run)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -44,7 +45,9 @@ from megatron.training.resume import ResumePlan, Wanted, choose_resume, find_che
 from megatron.training.schedule import LearningRateSchedule
 from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, late_parameters, refuse_buffers
+from megatron.ucp.commit import RUN_MARK
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megatron.ucp.owner import claimed
 from megatron.ucp.sources import open_source
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,15 @@ log = logging.getLogger(__name__)
 def build_run(config: Config, launch: LaunchInfo) -> Run:
     """Collective over the world; torch.distributed is up and `config` is validated. Raises ConfigError, ResumeError,
     data errors and checkpoint errors before the first step."""
+    ownership = _own(config.checkpoint.save, launch.rank)
+    try:
+        return _build(config, launch, ownership)
+    except BaseException:
+        ownership.close()
+        raise
+
+
+def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) -> Run:
     with stops_all_ranks("reading the tokenizer"):
         tokenizer = build_tokenizer(
             config.data.tokenizer_type,
@@ -70,6 +82,8 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
         log.info("note: %s", note)
     zero_stage = ds_config["zero_optimization"]["stage"]
     plan = _plan(config, topology, zero_stage)
+    for note in plan.notes:
+        log.warning("warning: %s", note)
     log.info("%s", plan.reason)
 
     context = build_context(topology, config.parallel.sequence_parallel)
@@ -126,7 +140,19 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
         run_log,
         flops_per_token(config.model),
         ledger,
+        ownership,
     )
+
+
+def _own(save: str | None, rank: int) -> contextlib.ExitStack:
+    """A folder of saves belongs to one run at a time: two would replace each other's checkpoints. Collective. The owner
+    is rank 0's process; its mark ends with it, whatever it dies of."""
+    ownership = contextlib.ExitStack()
+    with stops_all_ranks("taking the folder of --save"):
+        if save and rank == 0:
+            Path(save).mkdir(parents=True, exist_ok=True)
+            ownership.enter_context(claimed(Path(save) / RUN_MARK))
+    return ownership
 
 
 def _plan(config: Config, topology: Any, zero_stage: int) -> ResumePlan:
@@ -140,7 +166,11 @@ def _plan(config: Config, topology: Any, zero_stage: int) -> ResumePlan:
                 folder, only_universal = Path(checkpoint.load), checkpoint.universal_checkpoint
                 found = find_checkpoints(folder, checkpoint.load_tag, only_universal)
             wanted = Wanted(
-                topology, zero_stage, checkpoint.universal_checkpoint, checkpoint.exit_on_missing_checkpoint
+                topology,
+                zero_stage,
+                checkpoint.universal_checkpoint,
+                checkpoint.exit_on_missing_checkpoint,
+                checkpoint.load_strict,
             )
             outcome[0] = choose_resume(found, wanted)
         except Exception as error:

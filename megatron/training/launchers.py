@@ -10,7 +10,7 @@ start is refused by the names of what is missing. A process that is one of sever
 | srun | SLURM_PROCID, SLURM_STEP_NUM_TASKS or SLURM_NTASKS, SLURM_LOCALID | first host of SLURM_STEP_NODELIST |
 | mpirun of Open MPI | OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE | this machine, or SLURM's first host |
 | of MVAPICH | MV2_COMM_WORLD_RANK, ... | the same |
-| of MPICH, Intel MPI, PALS | PMI_RANK, PMI_SIZE, MPI_LOCALRANKID or PMI_LOCAL_RANK or PALS_LOCAL_RANKID, ... | the same |
+| of MPICH, Intel MPI, PALS | PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, PMI_LOCAL_RANK, PALS_LOCAL_RANKID | the same |
 
 MPI's variables win over SLURM's: inside an allocation mpirun's daemons, not the ranks, are the tasks of SLURM.
 A shell of salloc is a lone process. So is a batch script, which SLURM gives SLURM_PROCID=0 and all of SLURM_NTASKS; but
@@ -124,7 +124,7 @@ def number(environ: Mapping[str, str], name: str) -> int | None:
 
 def first_host(nodes: str) -> str:
     """Of SLURM's list of nodes: "node[03-05,9],other" is node03, node04, node05, node9, other."""
-    head = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodes)
+    head = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+(?=,|$)", nodes)
     host = re.sub(r"\[\s*([^\],-]+)[^\]]*\]", r"\1", head.group()) if head else ""
     if not re.fullmatch(r"[\w.:-]+", host):
         raise LaunchError(f"{nodes!r} is no list of nodes such as node[03-05,9]. What to do: set MASTER_ADDR")

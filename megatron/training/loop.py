@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from megatron.training.metrics import Rate, StepMetrics, Throughput, console_lin
 from megatron.training.progress import Progress
 from megatron.training.reporting import told_by_rank_0
 from megatron.training.saving import save
+from megatron.training.stop_signal import StopSignal
 from megatron.training.tensorboard import RunLog
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ class Run:
     flops_per_token: float
     ledger: RouterLedger
     """What the MoE layers add to the loss and tell of themselves; empty without experts."""
+    ownership: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    """Entered already; its end gives the folder of --save free for another run."""
 
 
 def fit(run: Run) -> Progress:
@@ -67,7 +69,7 @@ def fit(run: Run) -> Progress:
         log.info("nothing to train: iteration %d of %d is reached", progress.iteration, config.train_iters)
         return progress
     started = time.monotonic()
-    stop = _StopSignal.install() if config.run.exit_signal_handler else None
+    stop = StopSignal.install(config.run.exit_signal) if config.run.exit_signal_handler else None
     train = run.batches.train(progress.consumed_train_samples)
     tokens_per_iteration = config.run.global_batch_size * config.model.seq_length
     throughput = Throughput(tokens_per_iteration, run.flops_per_token, dist.get_world_size())
@@ -94,6 +96,8 @@ def fit(run: Run) -> Progress:
                 save(run.live, Path(config.checkpoint.save), progress)
             saved_at = progress.iteration
         if reason:
+            if stop is not None:
+                stop.ignore()
             log.info("stopping at iteration %d: %s", progress.iteration, reason)
             return progress
     if config.checkpoint.save and saved_at != progress.iteration:
@@ -198,7 +202,7 @@ def _is_save_due(config: Config, progress: Progress) -> bool:
 
 
 def _exit_reason(
-    config: Config, progress: Progress, started: float, stop: _StopSignal | None, device: torch.device
+    config: Config, progress: Progress, started: float, stop: StopSignal | None, device: torch.device
 ) -> str | None:
     """The same on every rank: rank 0's clock and any rank's signal decide."""
     run = config.run
@@ -212,23 +216,7 @@ def _exit_reason(
     flags = flags.to(device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     if flags[1]:
-        return "SIGTERM"
+        return run.exit_signal
     if flags[0]:
         return f"--exit-duration-in-mins {run.exit_duration_in_mins} ({duration(minutes * 60)} passed)"
     return None
-
-
-class _StopSignal:
-    """Remembers a SIGTERM, so that the run saves and ends at the next iteration."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-
-    @classmethod
-    def install(cls) -> _StopSignal:
-        stop = cls()
-        signal.signal(signal.SIGTERM, stop._handle)
-        return stop
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.is_set = True

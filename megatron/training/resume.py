@@ -6,7 +6,7 @@
 
 | kind | Source | when |
 |---|---|---|
-| fresh | none | no --load, or nothing saved there yet |
+| fresh | none | no --load, or nothing whole is saved there |
 | native | this folder's own save, same topology | bit-exact continuation, RNG included |
 | direct | a native save of another topology | each rank reads the ranges it keeps; nothing is converted |
 | universal | a universal folder | --universal-checkpoint, or there is nothing else |
@@ -14,12 +14,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.ucp.commit import REPLACED_SUFFIX, STAGING_SUFFIX
-from megatron.ucp.errors import NotACheckpointError
+from megatron.ucp.errors import NotACheckpointError, UcpError
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
+from megatron.ucp.pointers import read_pointer
 from megatron.ucp.sources import open_source
 from megatron.ucp.topology import Topology
 
@@ -48,8 +50,9 @@ class FoundCheckpoints:
     load: Path
     native: Found | None = None
     universal: Found | None = None
-    no_pointer_to: tuple[str, ...] = ()
-    """Committed checkpoints in a folder that has no pointer at all."""
+    lost: tuple[str, ...] = ()
+    """What is wrong with a pointer or with a checkpoint that was passed over; then `native` and `universal` are the
+    newest whole ones."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Wanted:
     zero_stage: int
     use_universal: bool = False
     exit_on_missing_checkpoint: bool = False
+    load_strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class ResumePlan:
     kind: str
     folder: Path | None
     reason: str
+    notes: tuple[str, ...] = ()
+    """What was passed over, and why."""
 
     @property
     def is_fresh(self) -> bool:
@@ -75,7 +81,8 @@ def find_checkpoints(load: Path, tag: str | None = None, only_universal: bool = 
     """What `load` holds: a run folder with its pointers (or a `tag` in it), or a checkpoint folder itself. With
     `only_universal` the native pointer is not followed: what it names may be gone after a conversion.
 
-    Raises NotACheckpointError for a pointer, a tag or a folder that is no committed checkpoint.
+    Where a pointer is lost (missing, unreadable, naming nothing) the newest whole checkpoint of its kind is found
+    instead. Raises NotACheckpointError for a tag or a folder that is no committed checkpoint.
     """
     if _is_checkpoint_folder(load):
         return _sorted_by_kind(load, [_describe(load)])
@@ -88,11 +95,20 @@ def find_checkpoints(load: Path, tag: str | None = None, only_universal: bool = 
                 do="name one of the checkpoints found",
             )
         return _sorted_by_kind(load, [_describe(load / tag)])
-    pointers = [load / LATEST_UNIVERSAL] if only_universal else [load / LATEST, load / LATEST_UNIVERSAL]
-    found = _sorted_by_kind(load, [_describe(load / p.read_text().strip()) for p in pointers if p.is_file()])
-    if found == FoundCheckpoints(load):
-        return FoundCheckpoints(load, no_pointer_to=tuple(folder.name for folder in _committed(load)))
-    return found
+    kinds = {LATEST_UNIVERSAL: "universal"} if only_universal else {LATEST: "native", LATEST_UNIVERSAL: "universal"}
+    named: list[Found] = []
+    faults: dict[str, str] = {}
+    for pointer, kind in kinds.items():
+        found = read_pointer(load, pointer)
+        if found.folder is not None or _is_replaced(load, found.named):
+            named.append(_describe(load / found.named))
+        elif found.fault:
+            faults[kind] = found.fault
+    if not named:  # a folder with one of the pointers does not need the other
+        faults = {kind: faults.get(kind, f"there is no {pointer}") for pointer, kind in kinds.items()}
+    newest, passed_over = _newest_whole(load, set(faults)) if faults else ({}, [])
+    told = [fault for kind, fault in faults.items() if kind in newest or not fault.startswith("there is no")]
+    return dataclasses.replace(_sorted_by_kind(load, [*newest.values(), *named]), lost=(*told, *passed_over))
 
 
 def _is_checkpoint_folder(folder: Path) -> bool:
@@ -105,6 +121,39 @@ def _is_checkpoint_folder(folder: Path) -> bool:
 
 def _committed(load: Path) -> list[Path]:
     return sorted(path.parent for path in load.glob(f"*/{MANIFEST_NAME}") if path.parent.suffix != STAGING_SUFFIX)
+
+
+def _is_replaced(load: Path, name: str) -> bool:
+    """A save that was to replace what the pointer names died in between; `_describe` says what to do."""
+    return bool(name) and (load / f"{name}{REPLACED_SUFFIX}" / MANIFEST_NAME).is_file()
+
+
+def _newest_whole(load: Path, kinds: set[str]) -> tuple[dict[str, Found], list[str]]:
+    """By kind, and why others were passed over. Whole: its ucp.json can be believed and all files have their sizes."""
+    candidates: list[Found] = []
+    newest: dict[str, Found] = {}
+    passed_over: list[str] = []
+    for folder in _committed(load):
+        try:
+            candidates.append(_describe(folder))
+        except (UcpError, OSError) as error:
+            passed_over.append(_passed(folder, error))
+    for found in sorted(candidates, key=lambda candidate: -candidate.iteration):
+        if found.kind not in kinds or found.kind in newest:
+            continue
+        try:
+            open_source(found.folder)
+            newest[found.kind] = found
+        except (UcpError, OSError) as error:
+            passed_over.append(_passed(found.folder, error))
+    return newest, passed_over
+
+
+def _passed(folder: Path, error: Exception) -> str:
+    found = getattr(error, "found", None)
+    return f"{folder.name} is passed over: {getattr(error, 'what', error)}" + (
+        f" ({str(found)[:200]})" if found else ""
+    )
 
 
 def _sorted_by_kind(load: Path, found: list[Found]) -> FoundCheckpoints:
@@ -140,6 +189,16 @@ def choose_resume(found: FoundCheckpoints | None, wanted: Wanted) -> ResumePlan:
     """Pure. Raises ResumeError where the flags ask for a checkpoint that is not there."""
     if found is None:
         return ResumePlan("fresh", None, "starting fresh: no --load was given")
+    if wanted.load_strict and found.lost:
+        raise ResumeError(
+            f"--load-strict was given and a pointer in {found.load} is lost: {'; '.join(found.lost)}. What to do: give "
+            "--load-tag, write the checkpoint's name into the pointer, or drop --load-strict to go on from the newest "
+            "whole checkpoint"
+        )
+    return dataclasses.replace(_choose(found, wanted), notes=found.lost)
+
+
+def _choose(found: FoundCheckpoints, wanted: Wanted) -> ResumePlan:
     native, universal = found.native, found.universal
     if wanted.use_universal:
         if universal is None:
@@ -172,16 +231,11 @@ def choose_resume(found: FoundCheckpoints | None, wanted: Wanted) -> ResumePlan:
     if wanted.exit_on_missing_checkpoint:
         raise ResumeError(
             f"no checkpoint in {found.load} and --exit-on-missing-checkpoint was given. Expected a file named "
-            f"{LATEST} or {LATEST_UNIVERSAL} there.{_unpointed(found)}"
+            f"{LATEST} or {LATEST_UNIVERSAL} there, or a checkpoint.{''.join(f' {line}.' for line in found.lost)}"
         )
-    if found.no_pointer_to:
-        return ResumePlan("fresh", None, f"starting fresh: no {LATEST} in {found.load}.{_unpointed(found)}")
+    if found.lost:
+        return ResumePlan("fresh", None, f"starting fresh: no whole checkpoint is in {found.load}")
     return ResumePlan("fresh", None, f"starting fresh: nothing is saved in {found.load} yet")
-
-
-def _unpointed(found: FoundCheckpoints) -> str:
-    names = ", ".join(found.no_pointer_to)
-    return f" Give --load-tag to resume from one of {names}." if names else ""
 
 
 def _tell(found: Found) -> str:

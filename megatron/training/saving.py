@@ -147,6 +147,8 @@ def _commit(staging: Path, final: Path, manifest: Manifest) -> None:
     commit.commit(staging, final, replace=True)
     commit.point_to(final.parent, LATEST, final.name)
     commit.point_to(final.parent, LATEST_ITERATION, str(manifest.common["iteration"]))
+    if removed := commit.remove_left_overs(final.parent):
+        log.info("removed what earlier saves had left unfinished in %s: %s", final.parent, ", ".join(removed))
 
 
 def _manifest(

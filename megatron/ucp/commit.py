@@ -13,43 +13,55 @@ In a distributed save rank 0 calls these, with a barrier before `commit`.
 
 from __future__ import annotations
 
-import json
 import os
+import secrets
 import shutil
-import socket
+import stat
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron.ucp.errors import NotACheckpointError, NotEnoughSpaceError, OutputExistsError
+from megatron.ucp.errors import NotACheckpointError, NotEnoughSpaceError, OutputExistsError, OwnedByOtherError
 from megatron.ucp.manifest import MANIFEST_NAME, FileInfo
+from megatron.ucp.owner import claim, lives, mark_of
 
 STAGING_SUFFIX = ".tmp"
 REPLACED_SUFFIX = ".replaced"
 """What a checkpoint is called while another takes its place."""
-_OWNER = ".writing"
+OWNER_MARK = ".writing"
+"""In a folder that is being written."""
+RUN_MARK = ".owner"
+"""In the folder of a run that is going on."""
 _BLOCK = 1 << 20
 
 
 def stage(final: str | Path, replace: bool = False) -> Path:
-    """A fresh, empty staging folder for `final`. A left-over of a dead run is removed; OutputExistsError if `final`
-    exists (unless it is to be replaced) or another live process of this machine is writing it."""
+    """A fresh staging folder for `final`, with this process's mark in it. A left-over of a dead run is removed;
+    OutputExistsError if `final` exists (unless it is to be replaced), OwnedByOtherError if another writer lives or what
+    is there carries no mark of ours."""
     final = Path(final)
     staging = final.with_name(final.name + STAGING_SUFFIX)
-    if final.exists() and not replace:
+    if os.path.lexists(final) and not replace:
         raise OutputExistsError(
             "the output is already there",
             where=final,
             do="choose another folder, or remove this one yourself",
         )
-    if staging.exists():
-        owner = _live_owner(staging)
-        if owner is not None:
-            raise OutputExistsError("another process is writing this output", found=f"pid {owner}", where=staging)
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    (staging / _OWNER).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(staging):
+        _require_left_over(staging)
+        _remove(staging)
+    # It appears with its mark: a folder without one is never ours.
+    fresh = final.with_name(f"{final.name}.{secrets.token_hex(4)}{STAGING_SUFFIX}")
+    fresh.mkdir()
+    claim(fresh / OWNER_MARK)
+    try:
+        os.rename(fresh, staging)
+    except OSError:  # another writer was faster: its folder is not empty
+        shutil.rmtree(fresh)
+        _require_left_over(staging)
+        raise
     return staging
 
 
@@ -60,9 +72,8 @@ def commit(staging: str | Path, final: str | Path, replace: bool = False) -> Non
     staging, final = Path(staging), Path(final)
     if not (staging / MANIFEST_NAME).is_file():
         raise NotACheckpointError(f"nothing to commit: {MANIFEST_NAME} was not written", where=staging)
-    if final.exists() and not replace:
+    if os.path.lexists(final) and not replace:
         raise OutputExistsError("the output is already there", where=final)
-    (staging / _OWNER).unlink(missing_ok=True)
     folders = [staging, *(p for p in staging.rglob("*") if p.is_dir())]
     files = [p for p in staging.rglob("*") if p.is_file()]
     # Many small files: the flushes wait on the device, not on the processor.
@@ -70,23 +81,96 @@ def commit(staging: str | Path, final: str | Path, replace: bool = False) -> Non
         list(pool.map(_flush, files))
         list(pool.map(_flush, folders))
     aside = final.with_name(final.name + REPLACED_SUFFIX)
-    if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+    is_replacing = os.path.lexists(final)
+    if is_replacing:
+        if os.path.lexists(aside):
+            _require_left_over(aside)
+            _remove(aside)
+        claim(final / OWNER_MARK)  # so that it can be told from a user's own folder of that name
         os.rename(final, aside)
     os.rename(staging, final)
+    # Not before: until now only the mark said that the folder is somebody's.
+    (final / OWNER_MARK).unlink()
+    _flush(final)
     _flush(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    if is_replacing:
+        _remove(aside)
+
+
+def remove_left_overs(run_folder: str | Path) -> list[str]:
+    """Removes what dead runs, or failed saves of this one, have left in a run folder: folders under a temporary name
+    that carry our mark, and replaced checkpoints whose successor is there. Returns their names. Not to be called while
+    this process is writing there. Another machine's are left to it."""
+    removed = []
+    for path in sorted(Path(run_folder).iterdir()):
+        if path.suffix not in (STAGING_SUFFIX, REPLACED_SUFFIX) or path.is_symlink():
+            continue
+        mark = mark_of(path / OWNER_MARK)
+        if mark is None or not mark.is_here or (not mark.is_mine and lives(mark)):
+            continue
+        if path.suffix == STAGING_SUFFIX or (path.with_suffix("") / MANIFEST_NAME).is_file():
+            _remove(path)
+            removed.append(path.name)
+    return removed
+
+
+def _require_left_over(folder: Path) -> None:
+    """Raises OwnedByOtherError unless it carries our mark and its owner is dead, or this process."""
+    is_folder = stat.S_ISDIR(os.lstat(folder).st_mode)
+    mark = mark_of(folder / OWNER_MARK) if is_folder else None
+    if mark is None or not mark.host:
+        raise OwnedByOtherError(
+            "what stands where the output is to be written is not ours, and is left alone",
+            found=folder.name,
+            expected=f"nothing, or a left-over with a file {OWNER_MARK}",
+            where=folder,
+            do="move it away, or choose another output",
+        )
+    if not mark.is_mine and lives(mark, lambda: _written(folder)):
+        raise OwnedByOtherError("another process is writing this output", found=mark.told(), where=folder)
+
+
+def _written(folder: Path) -> object:
+    """What changes while somebody writes there."""
+    status = [(p.name, s.st_size, s.st_mtime_ns) for p in folder.rglob("*") if (s := _status(p))]
+    return sorted(status), mark_of(folder / OWNER_MARK)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except OSError:
+        return None
+
+
+def _remove(folder: Path) -> None:
+    """Under a name of its own first, so that of two that remove it one does."""
+    doomed = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{STAGING_SUFFIX}")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def point_to(run_folder: str | Path, pointer: str, tag: str) -> None:
-    """Atomically makes `run_folder/pointer` ("latest", "latest_universal", ...) contain `tag`."""
+    """Atomically makes `run_folder/pointer` ("latest", "latest_universal", ...) contain `tag`. Raises OutputExistsError
+    where a folder has the pointer's name."""
     run_folder = Path(run_folder)
-    temporary = run_folder / f".{pointer}{STAGING_SUFFIX}"
-    with open(temporary, "w") as file:
-        file.write(tag)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, run_folder / pointer)
+    temporary = run_folder / f".{pointer}.{secrets.token_hex(8)}{STAGING_SUFFIX}"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(tag)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.replace(temporary, run_folder / pointer)
+        except (IsADirectoryError, NotADirectoryError):
+            raise OutputExistsError(
+                f"a folder has the name of the pointer {pointer}",
+                where=run_folder / pointer,
+                do=f"move it away; {tag} itself is complete",
+            ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
     _flush(run_folder)
 
 
@@ -136,26 +220,8 @@ def data_files(folder: str | Path) -> list[str]:
     return sorted(
         p.relative_to(folder).as_posix()
         for p in folder.rglob("*")
-        if p.is_file() and p.name not in (MANIFEST_NAME, _OWNER)
+        if p.is_file() and p.name not in (MANIFEST_NAME, OWNER_MARK)
     )
-
-
-def _live_owner(staging: Path) -> int | None:
-    try:
-        owner = json.loads((staging / _OWNER).read_text())
-        pid = int(owner["pid"])
-        is_here = owner["host"] == socket.gethostname()
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if not is_here or pid == os.getpid():
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return pid
 
 
 def _flush(path: Path) -> None:

@@ -106,5 +106,9 @@ class OutputExistsError(UcpError):
     """The output is already there; nothing is overwritten."""
 
 
+class OwnedByOtherError(OutputExistsError):
+    """Another process is writing there, or what is there is not ours to remove."""
+
+
 class NotEnoughSpaceError(UcpError):
     """The disk cannot take the output."""

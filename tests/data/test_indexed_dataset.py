@@ -138,9 +138,9 @@ def test_missing_files_are_named(golden):
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path):
-    with pytest.raises(RuntimeError), IndexedDatasetWriter(tmp_path / "w") as writer:
+    with pytest.raises(RuntimeError, match="planted"), IndexedDatasetWriter(tmp_path / "w") as writer:
         writer.add_document([1])
-        raise RuntimeError
+        raise RuntimeError("planted")
     assert not list(tmp_path.iterdir())
 
 

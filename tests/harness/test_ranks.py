@@ -39,5 +39,6 @@ def _fail(rank, world_size, how):
     [("raise", "rank 1 raised: ValueError: planted"), ("kill", "rank 1 died"), ("hang", "rank 1 hung")],
 )
 def test_failure_names_the_rank(how, told):
-    with pytest.raises(RankFailure, match=told):
+    with pytest.raises(RankFailure, match=told) as caught:
         run_ranks(2, _fail, how, timeout=6 if how == "hang" else 60)
+    assert not isinstance(caught.value, AssertionError)

@@ -119,5 +119,5 @@ def test_compiles_where_every_size_is_one(name):
 def test_a_planted_fault_does_not_compile():
     """What the interpreter lets pass: a type that the compiler does not take."""
     kernel = _kernels()["gradient"]
-    with pytest.raises(triton.CompilationError):
+    with pytest.raises(triton.CompilationError, match="power of 2"):
         _compiled(kernel, {"BLOCK": 48}, "bf16", 90)  # not a power of two

@@ -22,7 +22,6 @@ from megatron.layers.moe import Dispatch, MoeMlp
 from megatron.layers.router_ledger import RouterLedger
 from megatron.parallel.context import ParallelContext, build_context
 from megatron.parallel.rng import RandomStreams
-from megatron.ucp.errors import ReplicaMismatchError
 from megatron.ucp.topology import Topology
 
 BARE, GATED = {"add_bias_linear": False}, {"add_bias_linear": False, "swiglu": True}
@@ -154,7 +153,7 @@ FAULTS = {
 def test_fault_is_seen(fault, place):
     name = "GELU with biases"
     results = [result[name] for result in _results(place, [name], fault)]
-    with pytest.raises((AssertionError, ReplicaMismatchError)):
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         places.check(KINDS[name], place, results)
 
 

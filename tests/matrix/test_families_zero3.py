@@ -51,6 +51,7 @@ def test_trains_as_one_process(name: str, more: dict, flags, one_process):
     place, (data, config) = cell(name), flags
     curves = run_ranks(place.world_size, _train_in_pieces, _argv(place, data, deepspeed_config=config, **more))[0]
     truth = one_process[place.model]
+    assert sorted(truth.losses) == sorted(curves.losses) == [1, 2, 3]
     for step, loss in truth.losses.items():
         assert curves.losses[step] == pytest.approx(loss, abs=2e-6)
         assert curves.grad_norms[step] == pytest.approx(truth.grad_norms[step], rel=2e-5)

@@ -160,6 +160,7 @@ def test_stages_with_other_parameter_groups(case: str, data):
     """Of which DeepSpeed reduces one norm each over the stages: with fewer on one it would wait forever."""
     alone = run_ranks(1, train, line(data, Cell(), UNEVEN[case]))[0]
     staged = run_ranks(2, train, line(data, Cell(pp=2, zero=1), UNEVEN[case]), timeout=60)[0]
+    assert sorted(staged.losses) == sorted(alone.losses) == [1, 2, 3, 4, 5]
     for step, loss in staged.losses.items():
         assert loss == pytest.approx(alone.losses[step], abs=2e-6)
         assert staged.grad_norms[step] == pytest.approx(alone.grad_norms[step], rel=2e-5)

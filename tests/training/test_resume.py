@@ -1,9 +1,12 @@
 """choose_resume is a table: every row is what a user did, and what must happen, with the reason told."""
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ucp.synthetic import make_state, model, write_native
 
 from megatron.training.resume import (
     Found,
@@ -14,7 +17,7 @@ from megatron.training.resume import (
     find_checkpoints,
 )
 from megatron.ucp.errors import NotACheckpointError
-from megatron.ucp.manifest import Manifest, write_manifest
+from megatron.ucp.manifest import Manifest, read_manifest, write_manifest
 from megatron.ucp.topology import Topology
 
 TP2, DP2 = Topology(tp_size=2), Topology(dp_size=2)
@@ -70,10 +73,6 @@ def _save(folder: Path, kind: str = "native", iteration: int = 7) -> Path:
 def test_find_follows_the_pointers(tmp_path):
     _save(tmp_path / "global_step7")
     _save(tmp_path / "global_step7_universal", "universal")
-    # No pointer: not a checkpoint to resume from, but not passed over in silence either.
-    found = find_checkpoints(tmp_path)
-    assert found == FoundCheckpoints(tmp_path, no_pointer_to=("global_step7", "global_step7_universal"))
-    assert "--load-tag to resume from one of global_step7, " in choose_resume(found, SAME).reason
     (tmp_path / "latest").write_text("global_step7")
     (tmp_path / "latest_universal").write_text("global_step7_universal")
     found = find_checkpoints(tmp_path)
@@ -114,3 +113,93 @@ def test_a_replacing_save_that_died_between_its_renames_is_told(tmp_path):
     (tmp_path / "latest").write_text("global_step7")
     with pytest.raises(NotACheckpointError, match="rename global_step7.replaced, which is whole, to global_step7"):
         find_checkpoints(tmp_path)
+
+
+# -- a lost pointer ----------------------------------------------------------------------------------------------------
+
+
+def _lose(run: Path, how: str) -> None:
+    pointer = run / "latest"
+    if how == "a folder":
+        pointer.mkdir()
+    elif how == "a FIFO":
+        os.mkfifo(pointer)
+    elif how == "a link to nowhere":
+        pointer.symlink_to(run / "gone")
+    elif how != "missing":
+        pointer.write_bytes(
+            {
+                "empty": b"",
+                "binary": b"\x00\xff\xfe" * 40,
+                "overlong": b"a" * 100_000,
+                "naming nothing": b"global_step999",
+                "leading out": b"../elsewhere",
+            }[how]
+        )
+
+
+LOST = (
+    "missing",
+    "a folder",
+    "a FIFO",
+    "a link to nowhere",
+    "empty",
+    "binary",
+    "overlong",
+    "naming nothing",
+    "leading out",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A complete save, to be copied."""
+    folder = tmp_path_factory.mktemp("whole") / "global_step5"
+    parameters = model(num_layers=1)[:3]
+    write_native(folder, make_state(parameters), TP2, 1, parameters=parameters)
+    return folder
+
+
+def _whole(whole: Path, folder: Path, iteration: int) -> Path:
+    shutil.copytree(whole, folder)
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, common={**manifest.common, "iteration": iteration}))
+    return folder
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_a_lost_pointer_leads_to_the_newest_whole_checkpoint(how, whole, tmp_path):
+    for iteration in (7, 70, 9, 80):
+        _whole(whole, tmp_path / f"global_step{iteration}", iteration)
+    next((tmp_path / "global_step80").glob("*optim_states.pt")).write_bytes(b"cut off")
+    (tmp_path / "global_step85").mkdir()  # never committed
+    (_save(tmp_path / "global_step90", iteration=90) / "ucp.json").write_text("{")
+    _lose(tmp_path, how)
+    found = find_checkpoints(tmp_path)
+    plan = choose_resume(found, SAME)
+    assert plan.folder == tmp_path / "global_step70"
+    assert any("latest" in note for note in plan.notes)
+    assert any("global_step90 is passed over" in note and "JSON" in note for note in plan.notes)
+    assert any("global_step80 is passed over" in note and "optim_states.pt: 7 bytes" in note for note in plan.notes)
+    with pytest.raises(ResumeError, match="--load-strict .*latest.*global_step90"):
+        choose_resume(found, replace(SAME, load_strict=True))
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_from_scratch_only_where_nothing_is_whole(how, tmp_path):
+    _lose(tmp_path, how)
+    found = find_checkpoints(tmp_path)
+    plan = choose_resume(found, SAME)
+    assert plan.is_fresh and bool(plan.notes) == (how != "missing")
+    with pytest.raises(ResumeError, match="no checkpoint in"):
+        choose_resume(found, replace(SAME, exit_on_missing_checkpoint=True))
+
+
+def test_a_lost_pointer_to_universal_folders(tmp_path):
+    _save(tmp_path / "global_step7")
+    (tmp_path / "latest").write_text("global_step7")
+    for iteration in (6, 7):
+        _save(tmp_path / f"global_step{iteration}_universal", "universal", iteration)
+    assert find_checkpoints(tmp_path).lost == ()  # nobody asked for it
+    found = find_checkpoints(tmp_path, only_universal=True)
+    assert found.universal.folder.name == "global_step7_universal" and "no latest_universal" in found.lost[0]

@@ -5,14 +5,17 @@ import json
 import os
 import pickle
 import shutil
+import socket
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from ucp.synthetic import make_state, model, write_native
 
 from megatron.ucp import commit as commit_module
-from megatron.ucp.commit import checksum_file, commit, point_to, require_space, stage
+from megatron.ucp.commit import checksum_file, commit, point_to, remove_left_overs, require_space, stage
 from megatron.ucp.convert import convert, main
 from megatron.ucp.diff import diff
 from megatron.ucp.errors import (
@@ -23,6 +26,7 @@ from megatron.ucp.errors import (
     NotACheckpointError,
     NotEnoughSpaceError,
     OutputExistsError,
+    OwnedByOtherError,
     ReplicaMismatchError,
     SourceError,
     UcpError,
@@ -249,10 +253,11 @@ def test_existing_output_is_left_alone(native):
     assert (output / "mine").read_text() == "x"
 
 
-def test_left_over_of_a_dead_run_is_removed_and_is_no_checkpoint(native):
+def test_left_over_of_a_dead_run_is_removed_and_is_no_checkpoint(native, dead_mark):
     left = native.parent / "u.tmp"
     shutil.copytree(native, left)
     (left / "stray.pt").write_text("x")
+    (left / ".writing").write_text(dead_mark)
     with pytest.raises(NotACheckpointError, match="did not finish"):
         open_source(left)
     output = convert(native, native.parent / "u").output
@@ -261,10 +266,87 @@ def test_left_over_of_a_dead_run_is_removed_and_is_no_checkpoint(native):
 
 def test_a_live_writer_is_not_disturbed(native):
     staging = stage(native.parent / "u")
-    (staging / ".writing").write_text(json.dumps({"host": commit_module.socket.gethostname(), "pid": 1}))
+    (staging / ".writing").write_text(json.dumps({"host": socket.gethostname(), "pid": 1}))
     with pytest.raises(OutputExistsError, match="pid 1"):
         convert(native, native.parent / "u")
     assert staging.exists()
+
+
+@pytest.mark.parametrize("name", ["u.tmp", "u.replaced"])
+@pytest.mark.parametrize("mark", [None, "not a mark", "{}", '{"host": "h", "pid": -1}'], ids=str)
+def test_a_folder_of_the_users_own_is_left_alone(native, name, mark):
+    for make in (lambda: convert(native, native.parent / "u"), lambda: _replace(native.parent / "u")):
+        theirs = native.parent / name
+        theirs.mkdir(exist_ok=True)
+        (theirs / "mine").write_text("x")
+        if mark is not None:
+            (theirs / ".writing").write_text(mark)
+        if name == "u.replaced" and not (native.parent / "u").exists():
+            convert(native, native.parent / "u")  # it does not stand in the way
+            continue
+        with pytest.raises(OwnedByOtherError, match="not ours"):
+            make()
+        assert (theirs / "mine").read_text() == "x"
+
+
+def _replace(final):
+    """As a save over an earlier one of the same step does."""
+    staging = stage(final, replace=True)
+    (staging / "ucp.json").write_text("2")
+    commit(staging, final, replace=True)
+
+
+def test_a_link_in_place_of_the_staging_folder_or_of_the_pointers_temporary_file(native, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/x").write_text("x")
+    (native.parent / "u.tmp").symlink_to(tmp_path / "home")
+    (native.parent / ".latest_universal.tmp").symlink_to(tmp_path / "home/x")
+    with pytest.raises(OwnedByOtherError, match="not ours"):
+        convert(native, native.parent / "u")
+    (native.parent / "u.tmp").unlink()
+    convert(native, native.parent / "u")
+    assert (tmp_path / "home/x").read_text() == "x" and [p.name for p in (tmp_path / "home").iterdir()] == ["x"]
+    assert (native.parent / "latest_universal").read_text() == "u"
+
+
+def test_the_mark_is_there_until_the_folder_has_its_name(native, monkeypatch):
+    """A second converter in the window between the last flush and the rename must find an owner."""
+    seen, rename = [], os.rename
+
+    def watched(source, target):
+        if str(target).endswith("/u"):
+            seen.append((Path(source) / ".writing").is_file())
+        rename(source, target)
+
+    monkeypatch.setattr(commit_module.os, "rename", watched)
+    output = convert(native, native.parent / "u").output
+    assert seen == [True] and not (output / ".writing").exists()
+
+
+def test_left_overs_are_removed_by_mark_only(tmp_path, dead_mark):
+    for name, mark in (
+        ("global_step1.tmp", dead_mark),
+        ("global_step2.tmp", None),
+        ("global_step3.tmp", json.dumps({"host": "elsewhere", "pid": 7})),
+        ("global_step4.tmp", json.dumps({"host": socket.gethostname(), "pid": 1})),
+        ("global_step5.replaced", dead_mark),
+        ("global_step6.replaced", dead_mark),
+        ("global_step6", None),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ucp.json").write_text("x")
+        if mark:
+            (tmp_path / name / ".writing").write_text(mark)
+    assert remove_left_overs(tmp_path) == ["global_step1.tmp", "global_step6.replaced"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f"global_step{n}" for n in ("2.tmp", "3.tmp", "4.tmp", "5.replaced", "6")]
+
+
+@pytest.fixture
+def dead_mark() -> str:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return json.dumps({"host": socket.gethostname(), "pid": process.pid})
 
 
 def test_full_disk_is_noticed_before_writing(native, monkeypatch):

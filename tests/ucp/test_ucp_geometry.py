@@ -218,5 +218,5 @@ def test_every_rank_has_its_own_coordinates(dp, tp, pp, sp):
 
 @pytest.mark.parametrize("sizes", [{"dp_size": 0}, {"tp_size": 1.5}, {"dp_size": 4, "ep_size": 3}])
 def test_impossible_topologies_are_refused(sizes):
-    with pytest.raises(UcpError):
+    with pytest.raises(UcpError, match="parallel degree|ep_size must divide"):
         Topology(**sizes)

@@ -13,6 +13,7 @@ from megatron.ucp.commit import STAGING_SUFFIX
 from megatron.ucp.errors import NotACheckpointError, listed
 from megatron.ucp.file_table import require_listed, require_sizes
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megatron.ucp.pointers import read_pointer
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import MODEL_FILE, ZERO_FILE
 from megatron.ucp.sources.deepspeed_moe import open_moe
@@ -41,13 +42,18 @@ def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
                 do="use an earlier checkpoint; the next save or conversion removes this folder",
             )
         return folder
-    for pointer in POINTERS:
-        if (folder / pointer).is_file():
-            target = folder / (folder / pointer).read_text().strip()
-            if target.is_dir() and _kind(target):
-                return target
-            raise NotACheckpointError(f"{pointer} points to what is not a checkpoint", found=target, where=folder)
     inside = [p.name for p in folder.iterdir() if p.is_dir() and _kind(p)]
+    for pointer in POINTERS:
+        named = read_pointer(folder, pointer)
+        if named.folder is not None and _kind(named.folder):
+            return named.folder
+        if named.folder is not None or named.fault:
+            raise NotACheckpointError(
+                f"{pointer} points to what is not a checkpoint",
+                found=named.fault or named.folder,
+                where=folder,
+                do=f"give one of the checkpoints inside: {listed(inside)}" if inside else None,
+            )
     raise NotACheckpointError(
         "not a checkpoint folder",
         found=sorted(p.name for p in folder.iterdir())[:20] or "an empty folder",

@@ -1,0 +1,57 @@
+"""A signal that asks the run to save and end at the next iteration, whoever sends it to whom.
+
+The one idea: launchers, schedulers and shells send the signal to every process that they find, data-loader workers
+included, and often twice. Here it is remembered; in the workers it is blocked, since they end with their rank anyway.
+
+    stop = StopSignal.install("SIGTERM")
+    with without_signals(["SIGTERM"]):          # processes started inside never see it
+        loader = iter(...)
+    if stop.is_set: ...
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class StopSignal:
+    def __init__(self, name: str) -> None:
+        self.name, self.is_set = name, False
+
+    @classmethod
+    def install(cls, name: str) -> StopSignal:
+        stop = cls(name)
+        signal.signal(signal.Signals[name], stop._handle)
+        # Before multiprocessing's own end, which sends SIGTERM to workers and waits for them.
+        atexit.register(_end_workers)
+        return stop
+
+    def ignore(self) -> None:
+        """From here on: the run ends by itself, and a second signal must not turn its success into a failure."""
+        signal.signal(signal.Signals[self.name], signal.SIG_IGN)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.is_set = True
+
+
+@contextmanager
+def without_signals(names: Iterable[str]) -> Iterator[None]:
+    """Blocked in this thread, and for good in the processes that it starts meanwhile; delivered here afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.Signals[name] for name in names])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_workers() -> None:
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call this a crash of the worker
+    for worker in workers:
+        worker.kill()
