@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     with built.ownership, built.run_log:
         progress = fit(built)
         # Not after an exit condition: whoever stopped the run may not wait for an evaluation.
-        if run.eval_iters and progress.iteration >= config.train_iters:
+        if run.eval_iters and progress.iteration >= built.last_iteration:
             test(built)
     return 0
 

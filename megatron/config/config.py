@@ -5,19 +5,19 @@ written, raises once with every problem, and returns the configuration with what
 
     config = parse(argv).config
     config = config.validate(world_size=8)       # ConfigError, or run.global_batch_size is a number
-    config.train_iters, config.parallel.topology(8)
+    config.length, config.parallel.topology(8)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 from megatron.config import model_checks, run_checks
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
 from megatron.config.errors import ConfigError
+from megatron.config.length import RunLength
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import ParallelConfig
@@ -51,18 +51,18 @@ class Config:
         return self._resolved(world_size)
 
     @property
-    def train_iters(self) -> int:
-        """Length of the run in iterations, whichever way it was given. Needs a resolved configuration where
-        it was given in samples or tokens."""
+    def length(self) -> RunLength:
+        """Needs a resolved configuration."""
         run = self.run
-        limits = []
-        if run.train_iters is not None:
-            limits.append(run.train_iters)
-        if run.train_samples is not None:
-            limits.append(run.train_samples // self._global_batch_size)
-        if run.train_tokens is not None:
-            limits.append(math.ceil(run.train_tokens / (self._global_batch_size * self.model.seq_length)))
-        return min(limits)
+        return RunLength(
+            self._global_batch_size, self.model.seq_length, run.train_iters, run.train_samples, run.train_tokens
+        )
+
+    @property
+    def train_iters(self) -> int:
+        """Iterations of a run that starts afresh. Needs a resolved configuration where the length was given in samples
+        or tokens."""
+        return self.length.last_iteration()
 
     @property
     def _global_batch_size(self) -> int:

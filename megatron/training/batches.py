@@ -92,8 +92,7 @@ def _samples_needed(config: Config, start: Progress) -> tuple[int, int, int]:
     """(train, valid, test) samples of the whole run, as Megatron counts them. What lies behind a resumed run may have
     been taken in batches of another size."""
     run = config.run
-    train_iters = config.train_iters
-    evaluations = train_iters // run.eval_interval + 1
-    train = start.consumed_train_samples + (train_iters - start.iteration) * run.global_batch_size
-    train = max(train, run.train_samples or 0)
+    done = (start.iteration, start.consumed_train_samples, start.consumed_train_tokens)
+    evaluations = config.length.last_iteration(*done) // run.eval_interval + 1
+    train = config.length.samples(*done)
     return train, evaluations * run.eval_iters * run.global_batch_size, run.eval_iters * run.global_batch_size

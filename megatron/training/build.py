@@ -108,7 +108,7 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
     engine = build_engine(
         config.optimizer, model, context, mpu, ds_config, late, fused_kernels=config.run.fused_kernels
     )
-    schedule = LearningRateSchedule(config.optimizer, config.train_iters, config.run.global_batch_size)
+    schedule = LearningRateSchedule(config.optimizer, config.length.planned_samples, config.run.global_batch_size)
     schedule.attach(engine.optimizer)
     live = LiveRun.of(
         engine, context, layouts, streams, schedule,

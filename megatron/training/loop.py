@@ -61,12 +61,24 @@ class Run:
     ownership: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     """Entered already; its end gives the folder of --save free for another run."""
 
+    @property
+    def last_iteration(self) -> int:
+        """At which it ends, from where it has come to."""
+        progress = self.progress
+        return self.config.length.last_iteration(
+            progress.iteration, progress.consumed_train_samples, progress.consumed_train_tokens
+        )
+
 
 def fit(run: Run) -> Progress:
     """Train until train_iters or an exit condition; returns how far it came. Collective over the world."""
     config, progress = run.config, run.progress
-    if progress.iteration >= config.train_iters:
-        log.info("nothing to train: iteration %d of %d is reached", progress.iteration, config.train_iters)
+    last_iteration = run.last_iteration
+    if progress.iteration >= last_iteration:
+        log.info(
+            "nothing to train: iteration %d of %d is reached, %d samples",
+            progress.iteration, last_iteration, progress.consumed_train_samples,
+        )  # fmt: skip
         return progress
     started = time.monotonic()
     stop = StopSignal.install(config.run.exit_signal) if config.run.exit_signal_handler else None
@@ -76,7 +88,7 @@ def fit(run: Run) -> Progress:
     saved_at = progress.iteration
     losses: list[float] = []
     skipped = since_line = 0
-    while progress.iteration < config.train_iters:
+    while progress.iteration < last_iteration:
         step = _one_iteration(run, train)
         run.run_log.step(step)
         skipped += step.is_skipped
@@ -85,7 +97,7 @@ def fit(run: Run) -> Progress:
         since_line += 1
         if progress.iteration % config.run.log_interval == 0:
             rate, since_line = throughput.since_last(since_line), 0
-            _log(run, step, rate, losses, skipped)
+            _log(run, step, rate, losses, skipped, last_iteration)
             losses, skipped = [], 0
         if config.run.eval_iters and progress.iteration % config.run.eval_interval == 0:
             with throughput.paused():
@@ -189,9 +201,9 @@ def test(run: Run) -> float | None:
     return loss
 
 
-def _log(run: Run, step: StepMetrics, rate: Rate, losses: list[float], skipped: int) -> None:
+def _log(run: Run, step: StepMetrics, rate: Rate, losses: list[float], skipped: int, last_iteration: int) -> None:
     mean = sum(losses) / len(losses) if losses else math.nan
-    log.info(console_line(step, rate, run.config.train_iters, mean, skipped))
+    log.info(console_line(step, rate, last_iteration, mean, skipped))
     run.run_log.rate(step.iteration, rate)
     run.run_log.expert_shares(step)
 

@@ -3,7 +3,7 @@
 The one idea: everything is counted in samples, as Megatron counts (optimizer_param_scheduler.py), so the curve
 goes on where it was when a run resumes with another number of ranks or another batch size.
 
-    schedule = LearningRateSchedule(config.optimizer, config.train_iters, config.run.global_batch_size)
+    schedule = LearningRateSchedule(config.optimizer, config.length.planned_samples, config.run.global_batch_size)
     schedule.attach(optimizer)               # sets the first learning rate
     schedule.step(global_batch_size)         # after each optimizer step that was not skipped
 """
@@ -70,14 +70,11 @@ class LearningRateCurve:
             raise ScheduleError("the schedule cannot be built: " + "; ".join(problems))
 
     @classmethod
-    def from_config(
-        cls, config: OptimizerConfig, train_iters: int, global_batch_size: int, train_samples: int | None = None
-    ) -> LearningRateCurve:
-        """Lengths in iterations become samples of this global batch size. A resolved configuration
-        (Config.validate) has none in tokens."""
+    def from_config(cls, config: OptimizerConfig, length: int, global_batch_size: int) -> LearningRateCurve:
+        """`length`: of the run, in samples. Lengths in iterations become samples of this global batch size. A resolved
+        configuration (Config.validate) has none in tokens."""
         if config.lr is None or config.lr_decay_tokens is not None or config.lr_warmup_tokens is not None:
             raise ScheduleError("the configuration is not resolved. What to do: config = config.validate(world_size)")
-        length = train_iters * global_batch_size if train_samples is None else train_samples
 
         def samples(in_samples: int | None, in_iters: int | None, default: float) -> float:
             if in_samples:
@@ -177,10 +174,9 @@ class LearningRateSchedule:
     for a group named no_decay or built without decay, else 1). A constant weight decay is left as built.
     """
 
-    def __init__(
-        self, config: OptimizerConfig, train_iters: int, global_batch_size: int, train_samples: int | None = None
-    ) -> None:
-        self.curve = LearningRateCurve.from_config(config, train_iters, global_batch_size, train_samples)
+    def __init__(self, config: OptimizerConfig, length: int, global_batch_size: int) -> None:
+        """`length`: of the run, in samples."""
+        self.curve = LearningRateCurve.from_config(config, length, global_batch_size)
         self.global_batch_size = global_batch_size
         self.num_samples = 0
         self._takes_flags = config.override_opt_param_scheduler
@@ -224,7 +220,8 @@ class LearningRateSchedule:
         difference, unless the flags say which to take."""
         saved_curve = LearningRateCurve(**{key: value for key, value in state.items() if key != "num_samples"})
         saved, mine = _relevant(saved_curve), _relevant(self.curve)
-        different = [name for name in {**saved, **mine} if saved.get(name) != mine.get(name)]
+        # A value that only one of the curves depends on says nothing where both have the same.
+        different = [name for name in {**saved, **mine} if getattr(saved_curve, name) != getattr(self.curve, name)]
         if different and not (self._takes_flags or self._takes_checkpoint):
             listed = "; ".join(
                 f"{name}: saved {getattr(saved_curve, name)}, now {getattr(self.curve, name)}" for name in different

@@ -70,3 +70,35 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(data, tmp_path
     # The first step's loss is that of the initial weights; what it made of them is saved before anyone can know.
     assert (tmp_path / "latest").read_text() == "global_step1"
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["global_step1"]
+
+
+@pytest.mark.parametrize("unit", ["samples", "tokens"])
+@pytest.mark.parametrize("batch, iterations", [(8, 15), (2, 30)])
+def test_a_length_in_samples_ends_there_under_another_batch_size(unit, batch, iterations, data, tmp_path):
+    """40 of 80 samples at batch 4, then at another: each sample once, and the learning rate of its sample count."""
+
+    def argv(batch_size: int, **flags) -> list[str]:
+        length = {"train_samples": 80} if unit == "samples" else {"train_tokens": 80 * 16}
+        return command_line(
+            data, iters=None, lr_decay_iters=None, lr_warmup_iters=None, global_batch_size=batch_size, eval_iters=0,
+            save=tmp_path, **length, **flags,
+        )  # fmt: skip
+
+    begun = run_ranks(1, _curves, argv(4, exit_interval=10))[0]
+    assert [step.consumed_samples for step in begun] == list(range(4, 44, 4))
+    ended = run_ranks(1, _curves, argv(batch, load=tmp_path))[0]
+    assert [step.iteration for step in ended] == list(range(11, iterations + 1))
+    assert [step.consumed_samples for step in ended] == list(range(40 + batch, 81, batch))
+    whole = run_ranks(1, _curves, [word for word in argv(2) if word not in ("--save", str(tmp_path))])[0]
+    rate_at = {step.consumed_samples - 2: step.learning_rate for step in whole}
+    assert max(rate_at) == 78
+    for step in ended:
+        assert step.learning_rate == pytest.approx(rate_at[step.consumed_samples - batch], rel=1e-12)
+
+
+def _curves(rank: int, world_size: int, argv: list[str]) -> list:
+    from megatron.training.loop import fit
+
+    run = build(argv, rank, world_size)
+    fit(run)
+    return run.run_log.steps

@@ -96,18 +96,18 @@ def config(**values: Any) -> OptimizerConfig:
 
 
 def test_lengths_in_iterations_become_samples() -> None:
-    curve = LearningRateCurve.from_config(config(lr_decay_iters=20, lr_wsd_decay_iters=3), 50, 8)
+    curve = LearningRateCurve.from_config(config(lr_decay_iters=20, lr_wsd_decay_iters=3), 400, 8)
     assert (curve.warmup, curve.decay, curve.wsd_decay, curve.weight_decay_length) == (40, 160, 24, 400)
-    assert LearningRateCurve.from_config(config(), 50, 8).decay == 400
-    assert LearningRateCurve.from_config(config(lr_warmup_iters=0, lr_warmup_fraction=0.1), 50, 8).warmup == 40
+    assert LearningRateCurve.from_config(config(), 400, 8).decay == 400
+    assert LearningRateCurve.from_config(config(lr_warmup_iters=0, lr_warmup_fraction=0.1), 400, 8).warmup == 40
     in_samples = config(lr_warmup_iters=0, lr_warmup_samples=33, lr_decay_samples=333)
-    curve = LearningRateCurve.from_config(in_samples, 50, 8)
+    curve = LearningRateCurve.from_config(in_samples, 400, 8)
     assert (curve.warmup, curve.decay) == (33, 333)
 
 
 def test_step_sets_every_group() -> None:
     optimizer = fake_optimizer({"weight_decay": 0.1}, {"weight_decay": 0.0, "lr_mult": 0.5})
-    schedule = LearningRateSchedule(config(), 40, 8).attach(optimizer)
+    schedule = LearningRateSchedule(config(), 320, 8).attach(optimizer)
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
     schedule.step(8)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([MAX / 5, MAX / 10])
@@ -121,7 +121,7 @@ def test_decoupled_learning_rate_is_megatrons() -> None:
     """The group's own peak and end on the same curve (megatron/core/optimizer_param_scheduler.py, get_lr)."""
     optimizer = fake_optimizer({"name": "decay"}, {"name": "decoupled"}, {"name": "decoupled_since_3"})
     own = config(lr_warmup_init=MIN, decoupled_lr=10 * MAX, decoupled_min_lr=2 * MIN)
-    schedule = LearningRateSchedule(own, 40, 8).attach(optimizer)
+    schedule = LearningRateSchedule(own, 320, 8).attach(optimizer)
     schedule.step(16)  # two of five iterations of warm-up
     warm = MIN + 0.4 * (10 * MAX - MIN)
     assert schedule.get_lr() == pytest.approx([MIN + 0.4 * (MAX - MIN), warm, warm])
@@ -131,13 +131,13 @@ def test_decoupled_learning_rate_is_megatrons() -> None:
     assert schedule.learning_rate == schedule.get_lr()[0]
     schedule.step(8 * 100)
     assert schedule.get_lr() == pytest.approx([MIN, 2 * MIN, 2 * MIN])
-    saved = LearningRateSchedule(own, 40, 8).state_dict()
+    saved = LearningRateSchedule(own, 320, 8).state_dict()
     with pytest.raises(ScheduleError, match="decoupled_max_lr: saved"):
-        LearningRateSchedule(config(lr_warmup_init=MIN), 40, 8).load_state_dict(saved)
+        LearningRateSchedule(config(lr_warmup_init=MIN), 320, 8).load_state_dict(saved)
 
 
 def test_decoupled_minimum_is_the_others_by_default() -> None:
-    curve = LearningRateCurve.from_config(config(decoupled_lr=10 * MAX), 50, 8)
+    curve = LearningRateCurve.from_config(config(decoupled_lr=10 * MAX), 400, 8)
     assert (curve.decoupled_max_lr, curve.decoupled_min_lr) == (10 * MAX, MIN)
 
 
@@ -148,7 +148,7 @@ def test_rising_weight_decay_spares_what_is_not_decayed() -> None:
         {"name": "other", "wd_mult": 0.5}, {"name": "experts", "weight_decay": 0.0},
         {"name": "experts_no_decay_since_20", "weight_decay": 0.0},
     )  # fmt: skip
-    LearningRateSchedule(rising, 40, 8).attach(optimizer).step(160)
+    LearningRateSchedule(rising, 320, 8).attach(optimizer).step(160)
     assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.0, 0.0, 0.1, 0.2, 0.0])
 
 
@@ -161,51 +161,60 @@ def run(schedule: LearningRateSchedule, num_steps: int, increment: int) -> list[
 
 
 def test_resume_is_exact() -> None:
-    whole = run(LearningRateSchedule(config(), 40, 8).attach(fake_optimizer()), 40, 8)
-    first = LearningRateSchedule(config(), 40, 8).attach(fake_optimizer())
+    whole = run(LearningRateSchedule(config(), 320, 8).attach(fake_optimizer()), 40, 8)
+    first = LearningRateSchedule(config(), 320, 8).attach(fake_optimizer())
     head = run(first, 17, 8)
-    second = LearningRateSchedule(config(), 40, 8).attach(fake_optimizer())
+    second = LearningRateSchedule(config(), 320, 8).attach(fake_optimizer())
     second.load_state_dict(first.state_dict())
     assert second.get_last_lr() == first.get_last_lr()
     assert head + run(second, 23, 8) == whole
 
 
 def test_resume_with_another_global_batch_size_goes_on_at_the_same_sample() -> None:
-    by_8 = LearningRateSchedule(config(lr_warmup_iters=0, lr_warmup_samples=40, lr_decay_samples=320), 40, 8)
+    by_8 = LearningRateSchedule(config(lr_warmup_iters=0, lr_warmup_samples=40, lr_decay_samples=320), 320, 8)
     run(by_8.attach(fake_optimizer()), 20, 8)
-    by_16 = LearningRateSchedule(config(lr_warmup_iters=0, lr_warmup_samples=40, lr_decay_samples=320), 20, 16)
+    by_16 = LearningRateSchedule(config(lr_warmup_iters=0, lr_warmup_samples=40, lr_decay_samples=320), 320, 16)
     by_16.attach(fake_optimizer())
     by_16.load_state_dict(by_8.state_dict())
     assert run(by_16, 1, 16) == run(by_8, 2, 8)[-1:]
 
 
 def test_lengths_in_iterations_under_another_batch_size_are_refused_unless_asked_for() -> None:
-    saved = LearningRateSchedule(config(), 40, 8).attach(fake_optimizer())
+    saved = LearningRateSchedule(config(), 320, 8).attach(fake_optimizer())
     run(saved, 20, 8)
     with pytest.raises(ScheduleError, match="warmup: saved 40, now 80; decay: saved 320, now 640"):
-        LearningRateSchedule(config(), 40, 16).load_state_dict(saved.state_dict())
-    kept = LearningRateSchedule(config(use_checkpoint_opt_param_scheduler=True), 40, 16).attach(fake_optimizer())
+        LearningRateSchedule(config(), 640, 16).load_state_dict(saved.state_dict())
+    kept = LearningRateSchedule(config(use_checkpoint_opt_param_scheduler=True), 640, 16).attach(fake_optimizer())
     kept.load_state_dict(saved.state_dict())
     assert run(kept, 1, 16) == run(saved, 2, 8)[-1:]
-    new = LearningRateSchedule(config(override_opt_param_scheduler=True), 40, 16).attach(fake_optimizer())
+    new = LearningRateSchedule(config(override_opt_param_scheduler=True), 640, 16).attach(fake_optimizer())
     new.load_state_dict(saved.state_dict())
     assert (new.num_samples, new.curve.decay) == (176, 640)
 
 
 def test_a_longer_run_with_the_same_decay_goes_on() -> None:
     """What does not shape the curve may differ: here only the length that a rising weight decay would have."""
-    short, long = (LearningRateSchedule(config(lr_decay_iters=40), iters, 8) for iters in (40, 80))
+    short, long = (LearningRateSchedule(config(lr_decay_iters=40), 8 * iters, 8) for iters in (40, 80))
     long.load_state_dict(short.state_dict())
     rising = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}
-    short, long = (LearningRateSchedule(config(lr_decay_iters=40, **rising), iters, 8) for iters in (40, 80))
+    short, long = (LearningRateSchedule(config(lr_decay_iters=40, **rising), 8 * iters, 8) for iters in (40, 80))
     with pytest.raises(ScheduleError, match="weight_decay_length: saved 320, now 640"):
         long.load_state_dict(short.state_dict())
+
+
+def test_only_what_differs_is_told() -> None:
+    """From a constant rate to a decaying one: that the other values matter now is no news where they are equal."""
+    saved = LearningRateSchedule(config(lr_decay_style="constant"), 320, 8).state_dict()
+    with pytest.raises(ScheduleError) as caught:
+        LearningRateSchedule(config(lr_decay_style="cosine"), 320, 8).load_state_dict(saved)
+    assert "style: saved constant, now cosine" in str(caught.value)
+    assert "decay:" not in str(caught.value) and "min_lr:" not in str(caught.value)
 
 
 def test_state_is_plain_json() -> None:
     import json
 
-    state = LearningRateSchedule(config(), 40, 8).state_dict()
+    state = LearningRateSchedule(config(), 320, 8).state_dict()
     assert json.loads(json.dumps(state)) == state
 
 
@@ -225,4 +234,4 @@ def test_impossible_curve_is_refused(values: dict[str, Any], part: str) -> None:
 
 def test_unresolved_configuration_is_refused() -> None:
     with pytest.raises(ScheduleError, match="config.validate"):
-        LearningRateSchedule(config(lr_decay_tokens=100), 40, 8)
+        LearningRateSchedule(config(lr_decay_tokens=100), 320, 8)
