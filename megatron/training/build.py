@@ -150,9 +150,17 @@ def _own(save: str | None, rank: int) -> contextlib.ExitStack:
     ownership = contextlib.ExitStack()
     with stops_all_ranks("taking the folder of --save"):
         if save and rank == 0:
-            Path(save).mkdir(parents=True, exist_ok=True)
+            if not Path(save).exists():
+                Path(save).mkdir(parents=True)
+                ownership.callback(_remove_empty, Path(save))
             ownership.enter_context(claimed(Path(save) / RUN_MARK))
     return ownership
+
+
+def _remove_empty(folder: Path) -> None:
+    """A run that was refused leaves nothing behind."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _plan(config: Config, topology: Any, zero_stage: int) -> ResumePlan:

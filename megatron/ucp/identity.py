@@ -11,6 +11,7 @@ two saves is ever used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -66,5 +67,6 @@ def _table(folder: Path):
     for root, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(root, name)
-            status = os.lstat(path)
-            yield os.path.relpath(path, folder), status.st_ino, status.st_size, status.st_mtime_ns
+            with contextlib.suppress(FileNotFoundError):  # gone since it was listed: the next table tells
+                status = os.lstat(path)
+                yield os.path.relpath(path, folder), status.st_ino, status.st_size, status.st_mtime_ns
