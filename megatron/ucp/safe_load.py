@@ -86,7 +86,9 @@ def load(path: str | Path, mmap: bool = True) -> Any:
             where=path,
             do="do not load it unless you know who made it; then save it again from plain tensors and dicts",
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # Whatever torch's unpickler and zip reader stumble over (IndexError, MemoryError, struct.error, ...) comes of
+        # what is in the file, and nothing of ours runs in there.
         raise CorruptFileError(
             f"not a readable .pt file ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
             where=path,

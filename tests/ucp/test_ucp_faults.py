@@ -36,6 +36,7 @@ from megatron.ucp.manifest import read_manifest, write_manifest
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import find_checkpoint, open_source
 from megatron.ucp.topology import Topology
+from megatron.ucp.torch_file import save
 from megatron.ucp.verify import verify
 
 STATE = make_state(model(), seed=4)
@@ -427,3 +428,25 @@ def test_errors_survive_pickling():
     error = MissingFileError("2 files are missing", found=["b", "a"], where="here", do="copy them")
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is MissingFileError and str(again) == str(error) and "a, b" in str(error)
+
+
+def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(native):
+    """617 bytes that would become gigabytes: one element, repeated by a stride of 0."""
+    path = native / ZERO_FILE
+    content = load(path, mmap=False)
+    flats = content["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+    flats[0] = torch.zeros(1).expand(1 << 29)
+    save(content, path)
+    write_manifest(native, replace(read_manifest(native), files={}, unverified="a test"))
+    assert_refused(native, CorruptFileError, "repeats its elements", ZERO_FILE)
+
+
+@pytest.mark.parametrize("error", [IndexError, MemoryError, RecursionError, AttributeError, AssertionError])
+def test_whatever_the_unpickler_stumbles_over_is_told_by_file(native, error, monkeypatch):
+    def broken(*args, **kwargs):
+        raise error("planted")
+
+    monkeypatch.setattr(torch, "load", broken)
+    with pytest.raises(CorruptFileError, match=f"{error.__name__}: planted") as caught:
+        load(native / ZERO_FILE)
+    assert ZERO_FILE in str(caught.value) and "what to do" in str(caught.value)

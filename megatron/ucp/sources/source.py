@@ -74,6 +74,13 @@ class FileCache:
         try:
             for part in key:
                 node = node[part]
+            if node.untyped_storage().nbytes() < node.numel() * node.element_size():
+                raise CorruptFileError(
+                    "a tensor repeats its elements: it claims more than the file holds",
+                    found=f"{' / '.join(map(str, key))}: {tuple(node.shape)} with strides {node.stride()}",
+                    where=path,
+                    do="use another checkpoint",
+                )
             return node.detach().contiguous().view(-1)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise CorruptFileError(
