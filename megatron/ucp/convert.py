@@ -76,19 +76,20 @@ def convert(
     require_space(output, num_bytes + _SPARE_BYTES)
     staging = stage(output)
     try:
-        manifest = write_universal(
-            source, staging, num_workers=num_workers, progress=_counter(progress, num_bytes) or (lambda n: None)
-        )
+        try:
+            manifest = write_universal(
+                source, staging, num_workers=num_workers, progress=_counter(progress, num_bytes) or (lambda n: None)
+            )
+        except (DigestMismatchError, SourceError, CorruptFileError) as error:
+            raise _naming_files(error, source) from error
         # The digests prove the tensors; what else was copied or read out of the files is proven by their checksums.
         require_unchanged(folder, source.manifest, num_workers=num_workers)
         write_manifest(staging, manifest)
         identity.require_unchanged()
         commit(staging, output)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         identity.require_unchanged()  # what was found wrong may be another save's
-        if isinstance(error, (DigestMismatchError, SourceError, CorruptFileError)):
-            raise _naming_files(error, source) from error
         raise
     point_to(output.parent, POINTER, output.name)
     seconds = time.perf_counter() - started
