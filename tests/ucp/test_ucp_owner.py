@@ -103,8 +103,11 @@ def test_what_is_no_mark_is_never_replaced(tmp_path):
 
 
 def test_of_many_that_claim_at_once_one_gets_it(tmp_path):
+    # Each looks for long at the dead one's mark, so that without the lock several would find it dead at once.
     script = (
-        "import sys; from megatron.ucp.owner import claim\n"
+        "import sys, time; from megatron.ucp import owner; from megatron.ucp.owner import claim\n"
+        "lives = owner.lives\n"
+        "owner.lives = lambda mark: (time.sleep(0.3), False)[1] if mark.pid == 2**22 + 1 else lives(mark)\n"
         "sys.stdin.readline()\n"
         "try: claim(sys.argv[1]); print('mine', flush=True)\n"
         "except Exception as error: print(type(error).__name__, flush=True)\n"
