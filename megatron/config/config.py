@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megatron.config import model_checks, run_checks
+from megatron.config import batch_checks, model_checks, run_checks
+from megatron.config.batch_sizes import BatchSizes
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
 from megatron.config.errors import ConfigError
@@ -39,7 +40,8 @@ class Config:
         problems = [
             *model_checks.model_problems(self.model),
             *model_checks.parallel_problems(self.model, self.parallel, world_size),
-            *model_checks.batch_problems(self.run, self.parallel, world_size),
+            *batch_checks.batch_problems(self.run, self.parallel, world_size),
+            *batch_checks.rampup_problems(self.run, self.parallel, world_size, None if self.checkpoint.load else 0),
             *run_checks.optimizer_problems(self.optimizer, self.run),
             *run_checks.optimizer_topology_problems(self.optimizer, self.parallel, self.model),
             *run_checks.run_problems(self.run),
@@ -54,9 +56,17 @@ class Config:
     def length(self) -> RunLength:
         """Needs a resolved configuration."""
         run = self.run
-        return RunLength(
-            self._global_batch_size, self.model.seq_length, run.train_iters, run.train_samples, run.train_tokens
-        )
+        return RunLength(self.batch_sizes, self.model.seq_length, run.train_iters, run.train_samples, run.train_tokens)
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Of every step. Needs a resolved configuration."""
+        return BatchSizes(self._global_batch_size, self.run.rampup_batch_size)
+
+    def require_batch_sizes(self, world_size: int, consumed_samples: int) -> None:
+        """What is still to come of a ramp-up must fit `world_size` ranks. Raises ConfigError."""
+        if problems := [*batch_checks.rampup_problems(self.run, self.parallel, world_size, consumed_samples)]:
+            raise ConfigError(problems)
 
     @property
     def train_iters(self) -> int:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron.config.batch_sizes import BatchSizes
+
 
 @dataclass(frozen=True)
 class RunLength:
-    global_batch_size: int
+    batch_sizes: BatchSizes
     seq_length: int
     train_iters: int | None = None
     train_samples: int | None = None
@@ -30,15 +32,16 @@ class RunLength:
         if self.train_iters is not None:
             limits.append(self.train_iters)
         if self.train_samples is not None:
-            limits.append(iteration + (self.train_samples - samples) // self.global_batch_size)
+            limits.append(iteration + self.batch_sizes.num_batches(samples, self.train_samples))
         if self.train_tokens is not None:
-            limits.append(iteration + math.ceil((self.train_tokens - tokens) / self._tokens_per_batch))
+            end = samples + math.ceil((self.train_tokens - tokens) / self.seq_length)
+            limits.append(iteration + self.batch_sizes.num_batches(samples, end, is_last_begun=True))
         return min(limits)
 
     def samples(self, iteration: int = 0, samples: int = 0, tokens: int = 0) -> int:
         """Of the whole run, those behind included: what the data must reach to."""
         left = max(0, self.last_iteration(iteration, samples, tokens) - iteration)
-        reached = samples + left * self.global_batch_size
+        reached = self.batch_sizes.samples_after(samples, left)
         return reached if self.train_samples is None else max(reached, self.train_samples)
 
     @property
@@ -46,13 +49,9 @@ class RunLength:
         """What the schedule is made for: the same under every batch size, unless the length was given in iterations."""
         limits = []
         if self.train_iters is not None:
-            limits.append(self.train_iters * self.global_batch_size)
+            limits.append(self.batch_sizes.samples_after(0, self.train_iters))
         if self.train_samples is not None:
             limits.append(self.train_samples)
         if self.train_tokens is not None:
             limits.append(math.ceil(self.train_tokens / self.seq_length))
         return min(limits)
-
-    @property
-    def _tokens_per_batch(self) -> int:
-        return self.global_batch_size * self.seq_length

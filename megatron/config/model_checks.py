@@ -1,4 +1,4 @@
-"""Checks of the model, of how it is cut, and of the batch: one generator per subject, which never stops early.
+"""Checks of the model and of how it is cut: one generator per subject, which never stops early.
 
 The one idea: a problem lists the legal values nearest to what was asked, so the next command line is right.
 
@@ -14,7 +14,6 @@ from megatron.config.checking import at_least, divisors, flag_of, nearest, withi
 from megatron.config.errors import Problem
 from megatron.config.model import ModelConfig
 from megatron.config.parallel import ParallelConfig
-from megatron.config.run import RunConfig
 
 
 def legal_tensor_sizes(model: ModelConfig) -> list[int]:
@@ -309,27 +308,4 @@ def _sequence_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator
             expected=f"a multiple of {step}",
             flags=("--sequence-parallel", "--seq-length"),
             fix=f"--seq-length {' or '.join(str(n) for n in (below, below + step) if n)}, or drop --sequence-parallel",
-        )
-
-
-def batch_problems(run: RunConfig, parallel: ParallelConfig, world_size: int) -> Iterator[Problem]:
-    yield from at_least(1, run, "micro_batch_size")
-    if run.global_batch_size is None or run.micro_batch_size < 1 or parallel.model_parallel_size < 1:
-        return
-    yield from at_least(1, run, "global_batch_size")
-    dp_size = world_size // parallel.model_parallel_size
-    step = run.micro_batch_size * dp_size
-    if dp_size >= 1 and run.global_batch_size >= 1 and run.global_batch_size % step:
-        below = run.global_batch_size // step * step
-        legal = [n for n in divisors(run.global_batch_size) if run.global_batch_size % (n * dp_size) == 0]
-        fix = f"--global-batch-size {' or '.join(str(n) for n in (below, below + step) if n)}"
-        if legal:
-            fix += ", or --micro-batch-size of " + nearest(legal, run.micro_batch_size)
-        yield Problem(
-            "the global batch is not a multiple of micro batch x data parallel size",
-            found=f"--global-batch-size {run.global_batch_size} with --micro-batch-size {run.micro_batch_size} "
-            f"on {dp_size} data parallel ranks",
-            expected=f"a multiple of {step} = {run.micro_batch_size} x {dp_size}",
-            flags=("--global-batch-size", "--micro-batch-size"),
-            fix=fix,
         )

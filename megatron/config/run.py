@@ -18,6 +18,11 @@ class RunConfig:
     global_batch_size: int | None = flag(
         None, help="sequences of one optimizer step; default: micro batch x data parallel size", unit="samples"
     )
+    rampup_batch_size: tuple[int, ...] | None = flag(
+        None,
+        help="START INCREMENT SAMPLES: from START in steps of INCREMENT to --global-batch-size, over the first SAMPLES",
+        unit="samples",
+    )
     train_iters: int | None = flag(None, help="length of the run", unit="iterations")
     train_samples: int | None = flag(None, help="length of the run", unit="samples")
     train_tokens: int | None = flag(None, help="length of the run, beside one of the others", unit="tokens")

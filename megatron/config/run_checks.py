@@ -121,7 +121,7 @@ def optimizer_topology_problems(
 
 def _schedule_problems(optimizer: OptimizerConfig, run: RunConfig) -> Iterator[Problem]:
     """Units that do not fit, and lengths that leave nothing to decay; as upstream's own checks."""
-    by_samples = run.train_samples is not None
+    by_samples = run.train_samples is not None or run.rampup_batch_size is not None
     wrong_unit = "iters" if by_samples else "samples"
     stems = ("lr_decay", "lr_warmup", "lr_wsd_decay")
     odd = [flag_of(f"{stem}_{wrong_unit}") for stem in stems if getattr(optimizer, f"{stem}_{wrong_unit}")]

@@ -4,7 +4,7 @@ The one idea: a script written for upstream either runs and is told what had no 
 cannot run. Nothing is ignored in silence. A flag leaves this table when its feature is built.
 
     ACCEPTED["--no-query-key-layer-scaling"].reason     # said as a note when the flag is given
-    REFUSED["--rampup-batch-size"].reason               # said as a problem
+    REFUSED["--batch-size"].reason                      # said as a problem
 """
 
 from __future__ import annotations
@@ -112,7 +112,6 @@ _SCHEDULE = "DeepSpeed's own pipeline schedule is used"
 _LIMITED = "not built; the data efficiency library is not connected"
 
 REFUSED = _table(
-    ("--rampup-batch-size", "the global batch size is constant: give the final --global-batch-size", "*"),
     ("--batch-size", "an old name: use --micro-batch-size", 1),
     ("--warmup", "an old name: use --lr-warmup-fraction or --lr-warmup-iters", 1),
     ("--no-save-optim --no-save-rng", _SAVES),

@@ -86,6 +86,8 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
         log.warning("warning: %s", note)
     log.info("%s", plan.reason)
 
+    start = _start(config, plan)
+    config.require_batch_sizes(launch.world_size, start.consumed_train_samples)
     context = build_context(topology, config.parallel.sequence_parallel)
     streams = RandomStreams(config.run.seed, context)
     register_expert_groups(context, zero_stage)
@@ -93,7 +95,7 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
     log.info("kernels: %s", kernels.described())
     ledger = RouterLedger()
     with stops_all_ranks("reading the dataset"):
-        batches = Batches(config, context, eod=tokenizer.eod, start=_start(config, plan))
+        batches = Batches(config, context, eod=tokenizer.eod, start=start)
     mpu = Mpu(context)
     construction = partitioned_construction(ds_config, mpu)
     model = build_model(
@@ -114,6 +116,7 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
         engine, context, layouts, streams, schedule,
         model=_identity(config.model),
         train_order=batches.train_order(),
+        batch_sizes=config.batch_sizes,
         padded_vocab_size=config.model.padded_vocab_size(topology.tp_size),
     )  # fmt: skip
     log.info(
@@ -194,7 +197,7 @@ def _start(config: Config, plan: ResumePlan) -> Progress:
     """How far the Source had come: the data must reach from there to the end."""
     if plan.is_fresh or config.checkpoint.finetune:
         return Progress()
-    return progress_of(_manifest(plan.folder).common, config.run.global_batch_size)
+    return progress_of(_manifest(plan.folder).common, config.batch_sizes)
 
 
 def _late(config: Config, plan: ResumePlan) -> dict[str, str]:

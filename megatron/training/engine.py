@@ -249,6 +249,21 @@ def backward_scale(engine: PlainEngine | PipeEngine) -> float:
     return scale / engine.gradient_accumulation_steps()
 
 
+def set_global_batch_size(engine: PlainEngine | PipeEngine, size: int, data_parallel_size: int) -> None:
+    """From the next step on, by more or fewer micro batches. Only between steps: what is accumulated is of one size.
+    Local; `size` is a multiple of micro batch x data parallel size and the same on every rank."""
+    micro_batch_size = engine.train_micro_batch_size_per_gpu()
+    num_micro_batches = size // (micro_batch_size * data_parallel_size)
+    if num_micro_batches == engine.gradient_accumulation_steps():
+        return
+    # DeepSpeed counts a sample once for every rank of a sequence parallel group.
+    engine.set_train_batch_size(num_micro_batches * micro_batch_size * engine.dp_world_size)
+    # Where it looks for the end of a step: (micro_steps + 1) % accumulation steps.
+    engine.micro_steps = engine.global_steps * num_micro_batches
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+        engine.optimizer.gradient_accumulation_steps = num_micro_batches  # a copy, of ZeRO with offload
+
+
 def train_step(engine: PlainEngine | PipeEngine, micro_batches: Iterator[Mapping[str, torch.Tensor]]) -> float:
     """One optimizer step over one global batch; returns its mean loss. Collective over the world.
 
@@ -269,10 +284,13 @@ def train_step(engine: PlainEngine | PipeEngine, micro_batches: Iterator[Mapping
 
 @torch.no_grad()
 def evaluate(
-    engine: PlainEngine | PipeEngine, micro_batches: Iterator[Mapping[str, torch.Tensor]], num_batches: int
+    engine: PlainEngine | PipeEngine,
+    micro_batches: Iterator[Mapping[str, torch.Tensor]],
+    num_batches: int,
+    num_micro_batches: int,
 ) -> float:
-    """Mean loss over `num_batches` global batches, without dropout. Collective over the world."""
-    num_micro_batches = engine.gradient_accumulation_steps()
+    """Mean loss over `num_batches` global batches of `num_micro_batches` on each data parallel rank, without dropout.
+    Collective over the world."""
     total = 0.0
     for _ in range(num_batches):
         if isinstance(engine, PipelineEngine):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.config.batch_sizes import BatchSizes
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.rng import RandomStreams
 from megatron.training.agreement import CheckpointError, gathered
@@ -60,11 +61,7 @@ class LiveRun:
     """What a Source must agree on: ModelConfig as plain values."""
     train_order: Mapping[str, Any]
     """Which samples come in which order (`Batches.train_order`); a Source's other one is told."""
-
-    @property
-    def global_batch_size(self) -> int:
-        """In samples. DeepSpeed counts a sample once for every rank that has a chunk of it."""
-        return self.engine.train_batch_size() // self.context.sp_size
+    batch_sizes: BatchSizes
 
     @classmethod
     def of(
@@ -77,6 +74,7 @@ class LiveRun:
         *,
         model: Mapping[str, Any],
         train_order: Mapping[str, Any],
+        batch_sizes: BatchSizes,
         padded_vocab_size: int,
     ) -> LiveRun:
         """`layouts` is this stage's. Collective over the world."""
@@ -93,4 +91,4 @@ class LiveRun:
         state = EngineState(engine, atlas.layouts, context, atlas.pp_stages, atlas.frozen)
         if isinstance(state.base, Muon):
             state.base.attach(state)
-        return cls(engine, context, streams, schedule, atlas, state, dict(model), dict(train_order))
+        return cls(engine, context, streams, schedule, atlas, state, dict(model), dict(train_order), batch_sizes)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.config.batch_sizes import BatchSizes
 from megatron.config.optimizer import base_group
 from megatron.training.agreement import (
     CheckpointError,
@@ -297,7 +298,7 @@ def _tell_what_changed(live: LiveRun, source: Source, options: LoadOptions) -> N
 
 def _restore_common(live: LiveRun, source: Source, options: LoadOptions, is_same_topology: bool) -> Progress:
     common = source.manifest.common
-    progress = progress_of(common, live.global_batch_size)
+    progress = progress_of(common, live.batch_sizes)
     engine = live.engine
     if not options.with_progress:
         return Progress()
@@ -327,16 +328,16 @@ def _restore_common(live: LiveRun, source: Source, options: LoadOptions, is_same
     return progress
 
 
-def progress_of(common: Mapping[str, Any], global_batch_size: int) -> Progress:
-    """How far the Source had come. Of a foreign one that does not count samples, what this run's batch size makes of
+def progress_of(common: Mapping[str, Any], batch_sizes: BatchSizes) -> Progress:
+    """How far the Source had come. Of a foreign one that does not count samples, what this run's batch sizes make of
     its iterations, and a warning."""
     known = {field.name for field in dataclasses.fields(Progress)}
     progress = Progress(**{key: common[key] for key in known if common.get(key) is not None})
     if progress.iteration and common.get("consumed_train_samples") is None:
-        progress.consumed_train_samples = progress.iteration * global_batch_size
+        progress.consumed_train_samples = batch_sizes.samples_after(0, progress.iteration)
         log.warning(
-            "warning: the Source does not say how many samples it consumed; %d iterations of %d are assumed",
-            progress.iteration, global_batch_size,
+            "warning: the Source does not say how many samples it consumed; of %d iterations %d are assumed",
+            progress.iteration, progress.consumed_train_samples,
         )  # fmt: skip
     return progress
 

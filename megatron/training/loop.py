@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.config.config import Config
 from megatron.layers.router_ledger import RouterLedger
 from megatron.training.batches import Batches
-from megatron.training.engine import backward_scale, evaluate, train_step
+from megatron.training.engine import backward_scale, evaluate, set_global_batch_size, train_step
 from megatron.training.expert_metrics import expert_metrics
 from megatron.training.live_run import LiveRun
 from megatron.training.metrics import Rate, StepMetrics, Throughput, console_line, duration
@@ -83,8 +83,7 @@ def fit(run: Run) -> Progress:
     started = time.monotonic()
     stop = StopSignal.install(config.run.exit_signal) if config.run.exit_signal_handler else None
     train = run.batches.train(progress.consumed_train_samples)
-    tokens_per_iteration = config.run.global_batch_size * config.model.seq_length
-    throughput = Throughput(tokens_per_iteration, run.flops_per_token, dist.get_world_size())
+    throughput = Throughput(progress.consumed_train_tokens, run.flops_per_token, dist.get_world_size())
     saved_at = progress.iteration
     losses: list[float] = []
     skipped = since_line = 0
@@ -96,7 +95,7 @@ def fit(run: Run) -> Progress:
             losses.append(step.loss)
         since_line += 1
         if progress.iteration % config.run.log_interval == 0:
-            rate, since_line = throughput.since_last(since_line), 0
+            rate, since_line = throughput.since_last(since_line, progress.consumed_train_tokens), 0
             _log(run, step, rate, losses, skipped, last_iteration)
             losses, skipped = [], 0
         if config.run.eval_iters and progress.iteration % config.run.eval_interval == 0:
@@ -123,6 +122,8 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
     scaler = run.live.state.loss_scaler if run.config.optimizer.precision == "fp16" else None
     loss_scale = None if scaler is None else float(scaler.cur_scale)
     skipped_before = engine.skipped_steps
+    global_batch_size = run.config.batch_sizes.at(progress.consumed_train_samples)
+    set_global_batch_size(engine, global_batch_size, run.live.context.dp_size)
     try:
         with _explained_loss_scale(progress.iteration + 1):
             run.ledger.scale = backward_scale(engine)
@@ -139,7 +140,6 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
                 f"loss is {loss} at iteration {progress.iteration + 1} (learning rate {learning_rate:.3e}). The last "
                 "checkpoint is untouched; resume from it with a lower --lr, or look at the data of this iteration."
             )
-    global_batch_size = run.config.run.global_batch_size
     progress.iteration += 1
     progress.consumed_train_samples += global_batch_size
     progress.consumed_train_tokens += global_batch_size * run.config.model.seq_length
@@ -183,11 +183,17 @@ def validate(run: Run) -> float | None:
     if batches is None:
         return None
     with run.live.streams.preserved():
-        loss = evaluate(run.live.engine, batches, config.run.eval_iters)
+        loss = evaluate(run.live.engine, batches, config.run.eval_iters, _final_micro_batches(run))
     progress.consumed_valid_samples += config.run.eval_iters * config.run.global_batch_size
     log.info("validation at iteration %d | loss %.6f | ppl %.4g", progress.iteration, loss, math.exp(min(20, loss)))
     run.run_log.validation(progress.iteration, progress.consumed_train_samples, progress.consumed_train_tokens, loss)
     return loss
+
+
+def _final_micro_batches(run: Run) -> int:
+    """Of an evaluation's global batches: of one size, however far a ramp-up has come (as Megatron's)."""
+    config = run.config.run
+    return config.global_batch_size // (config.micro_batch_size * run.live.context.dp_size)
 
 
 def test(run: Run) -> float | None:
@@ -196,7 +202,7 @@ def test(run: Run) -> float | None:
     if batches is None:
         log.info("no test: --split leaves no test part")
         return None
-    loss = evaluate(run.live.engine, batches, run.config.run.eval_iters)
+    loss = evaluate(run.live.engine, batches, run.config.run.eval_iters, _final_micro_batches(run))
     log.info("test | loss %.6f | ppl %.4g", loss, math.exp(min(20, loss)))
     return loss
 

@@ -1,7 +1,7 @@
 """What a training step measured, and the one console line that tells it.
 
-    throughput = Throughput(tokens_per_step, flops_per_token, world_size)
-    print(console_line(step, throughput.since_last(), ...))
+    throughput = Throughput(consumed_tokens, flops_per_token, world_size)
+    print(console_line(step, throughput.since_last(num_iterations, consumed_tokens), ...))
 
 TFLOP/s counts the model's own multiply-adds (forward + backward, no recomputation), per accelerator.
 """
@@ -51,7 +51,8 @@ class Rate:
 class Throughput:
     """Wall time between log lines, turned into rates. The clock starts at construction."""
 
-    tokens_per_iteration: int
+    consumed_tokens: int
+    """Of the run, at the last line."""
     flops_per_token: float
     world_size: int
     _last_time: float = field(default_factory=time.perf_counter)
@@ -63,12 +64,16 @@ class Throughput:
         yield
         self._last_time += time.perf_counter() - started
 
-    def since_last(self, num_iterations: int) -> Rate:
+    def since_last(self, num_iterations: int, consumed_tokens: int) -> Rate:
         now = time.perf_counter()
-        seconds = (now - self._last_time) / num_iterations
-        self._last_time = now
-        tokens_per_second = self.tokens_per_iteration / seconds
-        return Rate(seconds, tokens_per_second, tokens_per_second * self.flops_per_token / self.world_size / 1e12)
+        seconds = now - self._last_time
+        tokens_per_second = (consumed_tokens - self.consumed_tokens) / seconds
+        self._last_time, self.consumed_tokens = now, consumed_tokens
+        return Rate(
+            seconds / num_iterations,
+            tokens_per_second,
+            tokens_per_second * self.flops_per_token / self.world_size / 1e12,
+        )
 
 
 def memory_gib() -> float:

@@ -251,7 +251,7 @@ def _common(live: LiveRun, progress: Progress) -> dict[str, Any]:
         if scaler is None
         else {key: getattr(scaler, key) for key in LOSS_SCALER_FIELDS if hasattr(scaler, key)},
         "rng": {"file": RNG_FILE, "world_size": dist.get_world_size()},
-        "global_batch_size": live.global_batch_size,
+        "global_batch_size": live.batch_sizes.at(progress.consumed_train_samples),
         "train_order": live.train_order,
         "engine": {
             "global_samples": live.engine.global_samples // live.context.sp_size,

@@ -85,12 +85,10 @@ def test_upstream_defaults() -> None:
 
 
 def test_every_mistake_is_named_at_once() -> None:
-    text = problems_of(
-        "--num-layer", "2", "--hidden-size", "big", "--rampup-batch-size", "4", "4", "100", "--bf16", "--fp16"
-    )
+    text = problems_of("--num-layer", "2", "--hidden-size", "big", "--batch-size", "4", "--bf16", "--fp16")
     for part in (
         "unknown flag --num-layer", "did you mean --num-layers", "--hidden-size has a value", "big",
-        "--rampup-batch-size is refused", "--bf16 and --fp16", "--micro-batch-size is missing",
+        "--batch-size is refused", "--bf16 and --fp16", "--micro-batch-size is missing",
         "--num-attention-heads is missing",
     ):  # fmt: skip
         assert part in text

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron.config.batch_sizes import BatchSizes
 from megatron.config.length import RunLength
 
 
@@ -25,13 +26,13 @@ from megatron.config.length import RunLength
     ],
 )
 def test_last_iteration(batch, given, done, last, reach):
-    length = RunLength(batch, 16, **given)
+    length = RunLength(BatchSizes(batch), 16, **given)
     assert length.last_iteration(*done) == last
     assert length.samples(*done) == reach
 
 
 def test_the_schedule_is_made_for_the_same_samples_under_every_batch_size():
     for batch in (2, 4, 8, 16):
-        assert RunLength(batch, 16, train_samples=80).planned_samples == 80
-        assert RunLength(batch, 16, train_tokens=1281).planned_samples == 81
-        assert RunLength(batch, 16, train_iters=10).planned_samples == 10 * batch
+        assert RunLength(BatchSizes(batch), 16, train_samples=80).planned_samples == 80
+        assert RunLength(BatchSizes(batch), 16, train_tokens=1281).planned_samples == 81
+        assert RunLength(BatchSizes(batch), 16, train_iters=10).planned_samples == 10 * batch
