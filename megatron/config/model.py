@@ -47,7 +47,8 @@ class ModelConfig:
     )
     vocab_size: int | None = flag(
         None,
-        help="true number of tokens; default: the tokenizer's (a NullTokenizer needs it here)",
+        help="true number of tokens; default: the tokenizer's. Of a NullTokenizer the number of its words N, to which "
+        "the end-of-document id N is added",
         unit="tokens",
     )
     make_vocab_size_divisible_by: int = flag(

@@ -255,9 +255,9 @@ def data_problems(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
             )  # fmt: skip
         elif not Path(path).exists():
             yield Problem(f"the file of {flag_of(name)} does not exist", found=str(Path(path).absolute()), flags=flags)
-    if data.tokenizer_type == "NullTokenizer" and model.vocab_size is None:
+    if data.tokenizer_type == "NullTokenizer" and (model.vocab_size is None or model.vocab_size < 2):
         yield Problem(
-            "a NullTokenizer does not know the size of the vocabulary",
+            "a NullTokenizer does not know how many words there are",
             flags=("--vocab-size", "--tokenizer-type"), fix="give --vocab-size",
         )  # fmt: skip
 

@@ -18,6 +18,8 @@ def settle(sections: Mapping[str, Values], names: Collection[str]) -> list[str]:
     notes = [*_settle_zero_stage(sections["parallel"], sections["run"])]
     notes += _settle_pipeline(sections["parallel"], sections["run"])
     model = sections["model"]
+    if sections["data"].get("tokenizer_type") == "NullTokenizer" and "--vocab-size" in names and model["vocab_size"]:
+        model["vocab_size"] += 1  # As upstream: so many words, and after them the end-of-document id.
     if model.get("use_rotary_position_embeddings") or model.get("position_embedding_type") in ("rope", "alibi"):
         model["add_position_embedding"] = False  # As upstream: rotary replaces the table.
     if model.get("position_embedding_type") == "rope":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,14 +113,25 @@ def check_vocabulary(indexed: IndexedDataset, vocab_size: int) -> None:
 
     Files over 64 M tokens are looked at in 64 places; the rest is checked as samples are read.
     """
+    for start, block in _looked_at(indexed):
+        if int(block.max()) >= vocab_size or int(block.min()) < 0:
+            raise _mismatch(indexed.prefix, block, vocab_size, f"tokens {start} to {start + len(block) - 1}")
+
+
+def without_token(paths: Sequence[str], token: int) -> list[str]:
+    """The prefixes in whose files `token` was not found, looking where `check_vocabulary` looks."""
+    files = (IndexedDataset(entry.prefix) for entry in parse_data_path(paths))
+    return [file.prefix for file in files if not any((block == token).any() for _, block in _looked_at(file))]
+
+
+def _looked_at(indexed: IndexedDataset) -> Iterator[tuple[int, np.ndarray]]:
+    """(first position, tokens): all of a small file, 64 places of a large one."""
     tokens = indexed.tokens
     starts = range(0, len(tokens), _BLOCK)
     if len(tokens) > _CHECKED_WHOLE:
         starts = np.linspace(0, len(tokens) - _BLOCK, _CHECKED_BLOCKS, dtype=np.int64)
     for start in starts:
-        block = tokens[start : start + _BLOCK]
-        if int(block.max()) >= vocab_size or int(block.min()) < 0:
-            raise _mismatch(indexed.prefix, block, vocab_size, f"tokens {start} to {start + len(block) - 1}")
+        yield int(start), tokens[start : start + _BLOCK]
 
 
 def order_crc32(dataset: GPTDataset | BlendedDataset) -> str:

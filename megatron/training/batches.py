@@ -6,6 +6,7 @@ for batch in batches.train(progress.consumed_train_samples): ...   # {"tokens", 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,20 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megatron.config.config import Config
-from megatron.data.gpt_dataset import build_datasets, order_crc32
+from megatron.data.gpt_dataset import build_datasets, order_crc32, without_token
 from megatron.data.loader import Collator, build_loader
 from megatron.data.sampler import SampleIndexer
 from megatron.parallel.context import ParallelContext
 from megatron.training.progress import Progress
 from megatron.training.stop_signal import without_signals
 
+log = logging.getLogger(__name__)
+
 
 class Batches:
     """The three splits. Every rank builds the same; construction is local (the index cache is race-safe)."""
 
-    def __init__(self, config: Config, context: ParallelContext, eod: int | None, start: Progress) -> None:
+    def __init__(self, config: Config, context: ParallelContext, eod: int, start: Progress) -> None:
         self.context = context
         self.micro_batch_size = config.run.micro_batch_size
         self.samples_per_evaluation = max(1, config.run.eval_iters * config.run.global_batch_size)
@@ -48,6 +51,12 @@ class Batches:
             cache_dir=config.data.data_cache_path,
             vocab_size=config.model.vocab_size,
         )
+        if config.data.eod_mask_loss and (prefixes := without_token(config.data.data_path, eod)):
+            log.warning(
+                "warning: --eod-mask-loss masks nothing in %s: the tokenizer's end-of-document id %d was not found "
+                "there. Was the data made with another tokenizer, or without --append-eod?",
+                ", ".join(prefixes), eod,
+            )  # fmt: skip
 
     def train_order(self) -> dict[str, Any]:
         """What a resumed run must have in common with its Source, for every sample to be seen once, in order."""

@@ -22,7 +22,7 @@ from deepspeed.accelerator import get_accelerator
 import megatron
 from megatron.config.config import Config
 from megatron.config.model import ModelConfig
-from megatron.data.tokenizer import build_tokenizer
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.kernels.kernels import choose
 from megatron.layers.router_ledger import RouterLedger
 from megatron.model.build import build_model, parameter_layouts
@@ -66,13 +66,7 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
 
 def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) -> Run:
     with stops_all_ranks("reading the tokenizer"):
-        tokenizer = build_tokenizer(
-            config.data.tokenizer_type,
-            vocab_file=config.data.vocab_file,
-            merge_file=config.data.merge_file,
-            tokenizer_model=config.data.tokenizer_model,
-            vocab_size=config.model.vocab_size,
-        )
+        tokenizer = _tokenizer(config)
     model_config = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
     config = dataclasses.replace(config, model=model_config)
     topology = config.parallel.topology(launch.world_size)
@@ -144,6 +138,18 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
         flops_per_token(config.model),
         ledger,
         ownership,
+    )
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    data, vocab_size = config.data, config.model.vocab_size
+    is_null = data.tokenizer_type == "NullTokenizer"
+    return build_tokenizer(
+        data.tokenizer_type,
+        vocab_file=data.vocab_file,
+        merge_file=data.merge_file,
+        tokenizer_model=data.tokenizer_model,
+        vocab_size=vocab_size - 1 if is_null and vocab_size else vocab_size,  # the words, without end of document
     )
 
 

@@ -82,7 +82,7 @@ def command_line(data: Path, *, tp=1, pp=1, zero=0, micro_batch=1, iters=4, **fl
         "seq_length": 16,
         "max_position_embeddings": 16,
         "make_vocab_size_divisible_by": 8,
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": VOCAB_SIZE - 1,  # the words of a NullTokenizer, which adds the end of a document
         "tokenizer_type": "NullTokenizer",
         "data_path": data,
         "split": "90,10,0",

@@ -70,7 +70,7 @@ OTHER_MODELS = {
     "width": ({"hidden_size": 64}, "model.hidden_size: 32 in the Source, 64 here", "final_norm.bias: shape (32,)"),
     "vocabulary": (
         {"vocab_size": 120},
-        "model.vocab_size: 101 in the Source, 120 here",
+        "model.vocab_size: 101 in the Source, 121 here",
         "word_embeddings.weight: shape",
     ),
     "untied": ({"untie_embeddings_and_output_weights": True}, "parameters the Source lacks: lm_head.weight"),
