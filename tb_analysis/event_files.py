@@ -41,16 +41,22 @@ def read_curve(folder: Path, key: str) -> Curve:
     points: list[Point] = []
     for file in sorted(folder.glob(f"*{EVENT_FILE_MARK}*")):
         for tag, point in _scalars(file):
-            keys.add(tag)
-            if tag == key:
+            if isinstance(point, Point):
+                keys.add(tag)
+            if tag != key:
+                continue
+            if isinstance(point, Point):
                 points.append(point)
+            else:
+                points = [known for known in points if known.step < point]
     if not points:
         found = ", ".join(repr(k) for k in sorted(keys)) or "no scalars at all"
         raise MissingKeyError(f"{folder}: no scalar {key!r}; found: {found}. Give one with --tb_event_key.")
     return Curve.from_points(points)
 
 
-def _scalars(file: Path) -> Iterator[tuple[str, Point]]:
+def _scalars(file: Path) -> Iterator[tuple[str, Point | int]]:
+    """(tag, a point of its curve, or the step at which a resumed run ended it: megatron/training/tensorboard.py)."""
     # EventFileLoader turns old-style simple_value summaries (torch's writer) into tensors, so both kinds
     # of writer are read by the one line below. A truncated last record, the mark of a killed run, ends the
     # file quietly.
@@ -58,6 +64,8 @@ def _scalars(file: Path) -> Iterator[tuple[str, Point]]:
         if not event.HasField("summary"):
             continue
         for value in event.summary.value:
+            if value.WhichOneof("value") is None:
+                yield value.tag, event.step
             if not value.HasField("tensor"):
                 continue
             array = make_ndarray(value.tensor)

@@ -127,6 +127,8 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
             config.run.tensorboard_dir,
             _describe(config, context, plan, zero_stage, progress),
             launch.rank,
+            progress,
+            {layer: config.model.num_experts_of(layer) for layer in config.model.moe_layers},
             config.run.tensorboard_queue_size,
         )
     return Run(

@@ -1,8 +1,8 @@
 """TensorBoard curves under upstream's keys, and run.json, which says what run they are of.
 
-    with RunLog.open(folder, description, rank) as run_log:      # writes on rank 0 only
-        run_log.step(metrics, rate)
-        run_log.validation(iteration, loss)
+    with RunLog.open(folder, description, rank, progress) as run_log:      # writes on rank 0 only
+        run_log.step(metrics)
+        run_log.validation(iteration, samples, tokens, loss)
 
 The keys are those of Megatron-DeepSpeed (megatron/training.py, training_log), so tools that read its events read ours.
 """
@@ -17,8 +17,17 @@ from types import TracebackType
 from typing import Any
 
 from megatron.training.metrics import Rate, StepMetrics
+from megatron.training.progress import Progress
 
 RUN_FILE = "run.json"
+
+_OF_STEPS = (
+    "lm-loss-training/lm loss", "learning-rate/learning-rate", "grad-norm/grad-norm", "batch-size/batch-size",
+    "loss-scale/loss-scale",
+)  # fmt: skip
+_OF_RATES = ("iteration-time/iteration-time", "throughput/tokens per second", "throughput/TFLOPs per rank")
+_OF_ROUTERS = ("load balancing loss", "z loss", "router entropy", "dropped")
+_OF_VALIDATION = ("lm loss validation", "lm loss validation ppl")
 
 
 class RunLog:
@@ -28,15 +37,28 @@ class RunLog:
         self._writer = writer
 
     @classmethod
-    def open(cls, folder: str | None, description: Mapping[str, Any], rank: int, queue_size: int = 1000) -> RunLog:
-        """Start an event file in `folder`; `description` becomes run.json beside it."""
+    def open(
+        cls,
+        folder: str | None,
+        description: Mapping[str, Any],
+        rank: int,
+        progress: Progress,
+        experts: Mapping[int, int] | None = None,
+        queue_size: int = 1000,
+    ) -> RunLog:
+        """Start an event file in `folder`; `description` becomes run.json beside it. What earlier files there say of
+        steps after `progress` is of another branch, which is no longer shown. `experts`: layer -> how many."""
         if folder is None or rank != 0:
             return cls(None)
         from torch.utils.tensorboard import SummaryWriter
 
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / RUN_FILE).write_text(json.dumps(description, indent=2, default=str) + "\n")
-        return cls(SummaryWriter(log_dir=folder, max_queue=queue_size))
+        goes_on = any(Path(folder).glob("*events.out.tfevents*"))
+        writer = SummaryWriter(log_dir=folder, max_queue=queue_size)
+        if goes_on:
+            _purge(writer, progress, experts or {})
+        return cls(writer)
 
     def __enter__(self) -> RunLog:
         return self
@@ -100,3 +122,42 @@ def _expert_curves(step: StepMetrics) -> dict[str, float]:
         curves[f"moe-layer-{layer.layer}/largest load"] = layer.largest_load
         curves[f"moe-layer-{layer.layer}/smallest load"] = layer.smallest_load
     return curves
+
+
+def _purge(writer: Any, progress: Progress, experts: Mapping[int, int]) -> None:
+    """Have readers forget what is said of steps after `progress`.
+
+    TensorBoard's own mark of a restart (SummaryWriter's purge_step) is one number for all curves, so it cannot serve
+    curves over iterations, samples and tokens at once. What serves is the older rule, which TensorBoard follows where
+    a file says that it is of version 1: an event of a lower step than the one before it ends the curves that it names
+    there (event_accumulator.py, _CheckForOutOfOrderStepAndMaybePurge). A value without a number names a curve and adds
+    nothing to it. TensorBoard's data server follows the same rule in every version.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    events = writer._get_file_writer()  # torch's own way to its FileWriter, which takes any event
+    events.add_event(Event(file_version="brain.Event:1"), step=0)
+    over_all, over_iterations = curve_names(experts)
+    for suffix, reached, names in (
+        ("", progress.iteration, (*over_all, *over_iterations)),
+        (" vs samples", progress.consumed_train_samples, over_all),
+        (" vs tokens", progress.consumed_train_tokens, over_all),
+    ):
+        events.add_event(Event(summary=Summary()), step=2**62)
+        values = [Summary.Value(tag=f"{name}{suffix}") for name in names]
+        events.add_event(Event(summary=Summary(value=values)), step=reached + 1)
+    events.add_event(Event(file_version="brain.Event:2"), step=progress.iteration)
+
+
+def curve_names(experts: Mapping[int, int]) -> tuple[list[str], list[str]]:
+    """(curves that there are over iterations, samples and tokens, those over iterations only) of a run with so many
+    `experts` in each layer that has any."""
+    over_all = [*_OF_STEPS, *(f"lm-loss-validation/{name}" for name in _OF_VALIDATION)]
+    over_iterations = list(_OF_RATES)
+    if experts:
+        over_all += [f"moe-training/{name}" for name in _OF_ROUTERS]
+    for layer, count in experts.items():
+        over_all += [f"moe-layer-{layer}/{end} load" for end in ("largest", "smallest")]
+        over_iterations += [f"moe-layer-{layer}/share of expert {expert}" for expert in range(count)]
+    return over_all, over_iterations

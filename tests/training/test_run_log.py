@@ -174,3 +174,63 @@ def test_router_statistics_are_those_of_one_process(with_experts, world_size, fl
                 assert layer.shares == pytest.approx(truth.shares, abs=1e-12)
                 for name in ("layer", "load_balancing_loss", "z_loss", "entropy", "dropped"):
                     assert getattr(layer, name) == pytest.approx(getattr(truth, name), abs=1e-6), name
+
+
+# -- a run that goes on from an earlier step ------------------------------------------------------------------------
+
+
+def _shown(folder: Path) -> dict[str, list[int]]:
+    """Steps of every curve, as TensorBoard's reader of whole events gives them."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def _served(folder: Path) -> dict[str, list[int]]:
+    """The same as its reader of tensors gives them: what `tensorboard --load_fast=false` serves."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as Served
+
+    events = Served(str(folder), tensor_size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tags in events.Tags().values() if isinstance(tags, list) for tag in tags]
+    return {tag: [event.step for event in events.Tensors(tag)] for tag in tags}
+
+
+@pytest.mark.parametrize("reader", [_shown, _served], ids=["scalars", "tensors"])
+@pytest.mark.parametrize("kind", ["plain", "experts"])
+def test_one_branch_is_shown_after_a_resume_from_an_earlier_step(reader, kind, tmp_path):
+    """On every axis; also of curves that the resumed run has nothing to say of."""
+    data = write_dataset(tmp_path / "log_text_document")
+    flags = {
+        "log_interval": 1,
+        "eval_iters": 1,
+        "eval_interval": 2,
+        "save_interval": 2,
+        "tensorboard_dir": tmp_path / "tb",
+    }
+    flags |= {**EXPERTS, "iters": 6} if kind == "experts" else {"iters": 6}
+    run_ranks(1, _train, command_line(data, **flags, save=tmp_path / "save"))
+    before = reader(tmp_path / "tb")
+    (tmp_path / "save" / "latest").write_text("global_step2")
+    argv = command_line(data, **flags | {"eval_interval": 100}, load=tmp_path / "save", exit_interval=3)
+    run_ranks(1, _train, argv)
+    after = reader(tmp_path / "tb")
+    assert set(after) == set(before) and len(before) > 20
+    for tag, steps in before.items():
+        unit = 8 if tag.endswith(" vs samples") else 128 if tag.endswith(" vs tokens") else 1
+        is_validation = "validation" in tag
+        assert steps == [unit * i for i in ((2, 4, 6) if is_validation else range(1, 7))], tag
+        assert after[tag] == [unit * i for i in ((2,) if is_validation else (1, 2, 3))], tag
+
+
+def test_the_analysis_sees_the_branch_that_goes_on(tmp_path):
+    from tb_analysis.event_files import read_curve
+
+    data = write_dataset(tmp_path / "log_text_document")
+    flags = {"iters": 6, "save_interval": 2, "tensorboard_dir": tmp_path / "tb"}
+    run_ranks(1, _train, command_line(data, **flags, save=tmp_path / "save"))
+    (tmp_path / "save" / "latest").write_text("global_step2")
+    run_ranks(1, _train, command_line(data, **flags, load=tmp_path / "save", exit_interval=3))
+    for suffix, unit in (("", 1), (" vs samples", 8), (" vs tokens", 128)):
+        curve = read_curve(tmp_path / "tb", f"lm-loss-training/lm loss{suffix}")
+        assert list(curve.steps) == [unit * i for i in (1, 2, 3)]
