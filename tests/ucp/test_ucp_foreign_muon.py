@@ -41,6 +41,8 @@ def _train(rank: int, world_size: int, folder: str, zero: dict):
     torch._dynamo.config.disable = True  # importing DeepSpeed's Muon compiles its kernels, for minutes on a CPU
     import deepspeed
 
+    # Its own fallback where FusedAdam cannot be had, which would be compiled here first, for minutes.
+    vars(deepspeed.ops.adam).pop("FusedAdam", None)
     net = Net()
     for p in net.parameters():
         p.use_muon = p.dim() > 1

@@ -57,7 +57,8 @@ def test_patterns_are_listed():
 
 def test_every_file_of_a_universal_folder_is_one_of_those_described(folders):
     known = re.compile(
-        r"zero/[^/]+/(fp32|exp_avg|exp_avg_sq|step)\.pt|zero/optimizer_state\.pt|mp_rank_\d\d_model_states\.pt|ucp\.json"
+        r"zero/[^/]+/(fp32|exp_avg|exp_avg_sq|step)\.pt|zero/optimizer_state\.pt|ucp\.json|"
+        r"(zero_pp_rank_0_)?mp_rank_\d\d_model_states\.pt"
     )
     found = {p.relative_to(folders[1]).as_posix() for p in folders[1].rglob("*") if p.is_file()}
     assert all(known.fullmatch(path) for path in found), found

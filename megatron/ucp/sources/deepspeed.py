@@ -165,11 +165,15 @@ class DeepSpeedSource:
                 content[FROZEN] = None
             files[f"mp_rank_{mp_rank:02d}_model_states.pt"] = content
         if self.manifest.is_partitioned:
-            optimizer = dict(self._cache.load(self.files.zeros[0, 0])["optimizer_state_dict"])
+            content = self._cache.load(self.files.zeros[0, 0])
+            optimizer = {"ds_version": content.get("ds_version")} | content["optimizer_state_dict"]
             base = optimizer.pop("optimizer_state_dict" if self.manifest.zero_stage == 3 else "base_optimizer_state")
             for key in ("param_slice_mappings", "single_partition_of_fp32_groups", "fp32_flat_groups"):
                 optimizer.pop(key, None)
-            groups = base.get("param_groups", []) if isinstance(base, dict) else []
+            # `elastic_checkpoint` saves a list of states and no group's values: named, so that the states are loaded.
+            groups = (
+                base.get("param_groups", []) if isinstance(base, dict) else [{"params": [i]} for i in range(len(base))]
+            )
         else:
             content = self._cache.load(self.files.model(0))
             groups = content["optimizer"]["param_groups"]

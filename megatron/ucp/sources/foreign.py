@@ -1,4 +1,5 @@
-"""Source: DeepSpeed's files without a ucp.json, understood from what they say about themselves. ZeRO-1 to 3.
+"""Source: DeepSpeed's files without a ucp.json, understood from what they say about themselves. ZeRO-1 to 3; ZeRO-0
+is read by foreign_zero0.py.
 
 The one idea: the model states list every parameter in the order in which it lies in the flat tensors (`param_shapes`),
 so that names, shapes, groups and places follow; how tensor-parallel shards fit together is said by DeepSpeed's
@@ -29,6 +30,7 @@ from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import Files, find_files, list_files
 from megatron.ucp.sources.flat_order import flat_fragments, sub_groups
 from megatron.ucp.sources.flat_states import Fragment, Fragments
+from megatron.ucp.sources.foreign_zero0 import open_zero0
 from megatron.ucp.sources.layer_files import Shapes, frozen_in_layers, is_weight
 from megatron.ucp.sources.source import FileCache, Source
 from megatron.ucp.sources.universal import NO_MANIFEST, common_from_model_states, group_values
@@ -40,6 +42,9 @@ _NUM_COMPARED = 16
 def open_foreign(folder: str | Path, column_parallel: tuple[str, ...] = ()) -> Source:
     """Opens every file. Raises, before any tensor is read, MissingFileError, CorruptFileError, SourceError (the files
     contradict each other) or UnsupportedCheckpointError."""
+    found = list_files(folder)
+    if found.models and not found.zeros:
+        return open_zero0(Path(folder))
     return ForeignReader(Path(folder), column_parallel).source()
 
 
@@ -101,12 +106,6 @@ class ForeignReader:
     def _check_kind(self, found: Files) -> None:
         if not found.models:
             raise MissingFileError("no model states (*mp_rank_*_model_states.pt)", where=self.folder)
-        if not found.zeros:
-            raise UnsupportedCheckpointError(
-                "ZeRO-0 keeps the optimizer's state by index, and without ucp.json nothing names the indices",
-                where=self.folder,
-                do="resume it with the program that saved it, under ZeRO-1, and save again",
-            )
 
     def _complete(self, found: Files) -> Files:
         return find_files(self.folder, Manifest("native", self.topology, {}, zero_stage=self.stage))

@@ -34,6 +34,7 @@ from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import FORMAT_VERSION, FileInfo, Manifest
 from megatron.ucp.safe_load import SubparamShape
 from megatron.ucp.sources.source import Source
+from megatron.ucp.targets.loader_files import loader_files
 from megatron.ucp.topology import Topology
 from megatron.ucp.torch_file import TensorFile, save
 
@@ -188,21 +189,10 @@ def file_keys(layout: Layout, name: str) -> dict[str, Any]:
     return keys
 
 
-def _step_object(source: Source, name: str) -> Any:
-    """As the optimizer keeps it; a tensor where it counts for several parameters in one place."""
-    step, counted = source.step_object(name), source.step(name)
-    is_counted_here = counted is None or (step is not None and float(step) == counted)
-    return step if is_counted_here else torch.tensor(counted)
-
-
 def _write_side_files(source: Source, folder: Path) -> dict[str, FileInfo]:
-    """Steps, the optimizer's common state, model states, and whatever else the save had that is not a .pt file."""
+    """What DeepSpeed's loaders ask for, and whatever else the save had that is not a .pt file."""
     infos: dict[str, FileInfo] = {}
-    contents = source.side_files()
-    for name in source.manifest.parameters:
-        if (step := _step_object(source, name)) is not None:
-            contents[f"zero/{name}/step.pt"] = step
-    for relative, content in contents.items():
+    for relative, content in loader_files(source).items():
         save(content, folder / relative)
         infos[relative] = checksum_file(folder / relative)
     for relative in source.manifest.files:

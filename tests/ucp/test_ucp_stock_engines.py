@@ -1,0 +1,164 @@
+"""What we convert, in stock DeepSpeed engines: every ZeRO stage to every other, on another number of ranks.
+
+Both programs are plain `deepspeed.initialize` over a `torch.nn.Module`. The truth is the state of the saving engine,
+gathered from the live tensors before the save.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from harness.ranks import run_ranks
+from megatron.ucp.convert import convert
+
+BATCH, WIDTH, STEPS = 12, 20, 3
+TAG = "global_step3"
+STATES = ("exp_avg", "exp_avg_sq")
+
+
+class Net(nn.Module):
+    def __init__(self, seed: int):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, 7, bias=False)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.out(x)
+
+
+@dataclass
+class Seen:
+    state: dict = field(default_factory=dict)
+    """(name, "fp32" or a moment) -> tensor"""
+    steps: set = field(default_factory=set)
+    groups: list = field(default_factory=list)
+    loss: float = 0.0
+
+
+def _engine(stage: int, world_size: int, seed: int, with_groups: bool, lr: float, more: dict):
+    import deepspeed
+
+    net = Net(seed)
+    parameters = list(net.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups if with_groups else parameters, lr=lr)
+    config = {"train_micro_batch_size_per_gpu": BATCH // world_size, "zero_optimization": {"stage": stage}, **more}
+    config["zero_optimization"] |= {"stage": stage}
+    return deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
+
+
+def _batch(step: int, rank: int, world_size: int) -> torch.Tensor:
+    return torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step)).chunk(world_size)[rank]
+
+
+def _step(engine, step: int, rank: int, world_size: int) -> float:
+    loss = (engine(_batch(step, rank, world_size)) - 1).square().mean()
+    engine.backward(loss)
+    engine.step()
+    mean = loss.detach().clone()
+    torch.distributed.all_reduce(mean)
+    return float(mean) / world_size
+
+
+def _seen(engine) -> Seen:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    seen = Seen()
+    stage = engine.zero_optimization_stage()
+    base = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+    names = {param: name for name, param in engine.module.named_parameters()}
+    if stage == 0:
+        for param, name in names.items():
+            seen.state[name, "fp32"] = param.detach().clone()
+            seen.state |= {(name, key): base.state[param][key].clone() for key in STATES}
+    elif stage == 3:
+        for param, name in names.items():
+            seen.state[name, "fp32"] = safe_get_full_fp32_param(param).clone()
+            seen.state |= {(name, key): safe_get_full_optimizer_state(param, key).clone() for key in STATES}
+    else:  # DeepSpeed's accessors know the moments of the first parameter group only
+        for flat, group in zip(engine.optimizer.single_partition_of_fp32_groups, engine.optimizer.bit16_groups):
+            for key in ("fp32", *STATES):
+                part = flat.detach() if key == "fp32" else base.state[flat][key]
+                parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
+                torch.distributed.all_gather(parts, part.contiguous())
+                whole = torch.cat(parts)[: sum(p.numel() for p in group)]
+                for param, values in zip(group, whole.split([p.numel() for p in group])):
+                    seen.state[names[param], key] = values.view(param.shape).clone()
+    seen.steps = {float(state["step"]) for state in base.state.values()}
+    seen.groups = [(group["lr"], group["weight_decay"]) for group in base.param_groups]
+    return seen
+
+
+def _save(rank: int, world_size: int, folder: str, stage: int, with_groups: bool, more: dict):
+    engine = _engine(stage, world_size, 0, with_groups, 1e-2, more)
+    for step in range(STEPS):
+        _step(engine, step, rank, world_size)
+    seen = _seen(engine)
+    engine.save_checkpoint(folder, tag=TAG)
+    seen.loss = _step(engine, STEPS, rank, world_size)
+    return seen
+
+
+def _load(rank: int, world_size: int, folder: str, stage: int, with_groups: bool):
+    """Into an engine of other weights and another learning rate, that has already taken a step."""
+    more = {"checkpoint": {"load_universal": True}, "zero_optimization": {}}
+    engine = _engine(stage, world_size, 7, with_groups, 3e-4, more)
+    _step(engine, 50, rank, world_size)
+    path, _ = engine.load_checkpoint(folder, tag=f"{TAG}_universal")
+    assert path is not None and engine.global_steps == STEPS
+    seen = _seen(engine)
+    seen.loss = _step(engine, STEPS, rank, world_size)
+    return seen
+
+
+SOURCES = {
+    "zero0": (0, {}),
+    "zero1": (1, {}),
+    "zero2": (2, {}),
+    "zero3": (3, {}),
+    "zero1-elastic": (1, {"zero_optimization": {"elastic_checkpoint": True}}),
+    "zero2-elastic": (2, {"zero_optimization": {"elastic_checkpoint": True}}),
+}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["groups", "one-group"])
+def with_groups(request) -> bool:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def source(request, tmp_path_factory, with_groups) -> tuple[Path, Seen, str]:
+    stage, more = SOURCES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    more = {"zero_optimization": {}} | more
+    seen = run_ranks(2, _save, str(folder), stage, with_groups, more)[0]
+    convert(folder / TAG, folder / f"{TAG}_universal", num_workers=1)
+    return folder, seen, request.param
+
+
+@pytest.mark.parametrize("stage, world_size", [(1, 3), (2, 1), (3, 3), (3, 1)])
+def test_a_stock_engine_goes_on(source, stage: int, world_size: int, with_groups: bool):
+    folder, saved, kind = source
+    for found in run_ranks(world_size, _load, str(folder), stage, with_groups):
+        assert set(found.state) == set(saved.state)
+        for key, tensor in saved.state.items():
+            assert torch.equal(found.state[key], tensor), key
+        assert found.steps == saved.steps == {float(STEPS)}
+        assert found.loss == pytest.approx(saved.loss, abs=1e-6)
+        if "elastic" in kind:  # such a save does not keep them
+            assert [lr for lr, _ in found.groups] == [3e-4] * len(found.groups)
+        elif stage == 3:  # stock sets the first group's values everywhere (stage3.py, load_hp_checkpoint_state...)
+            assert found.groups == [saved.groups[0]] * len(found.groups)
+        else:
+            assert found.groups == saved.groups
