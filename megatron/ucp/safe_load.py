@@ -1,7 +1,9 @@
 """The one function that reads a .pt file. It never runs code from the file.
 
-The one idea: torch's restricted unpickler (`weights_only=True`), plus inert stand-ins for the few classes that
-DeepSpeed puts into its files, so that they open without importing DeepSpeed; anything else is refused by name.
+The one idea: torch's restricted unpickler (`weights_only=True`), plus inert stand-ins: for the few classes that
+DeepSpeed puts into its files, so that they open without importing DeepSpeed, and for whatever else a program keeps
+beside its weights (stand_ins.py). Names that can do harm are refused, and so are compressed records, whose size in
+memory has nothing to do with the file's.
 
     state = load(path)["optimizer_state_dict"]      # tensors are memory-mapped: a page is read when it is touched
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import pickletools
+import re
 import threading
 import zipfile
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron.ucp.errors import CorruptFileError, MissingFileError, UnsafePickleError
+from megatron.ucp.stand_ins import is_dangerous, stand_ins
 
 
 class Inert:
@@ -61,6 +65,9 @@ STAND_INS: list[tuple[Any, str]] = [
     (argparse.Namespace, "argparse.Namespace"),
 ]
 
+_BY_NUMBER = re.compile(rb"c((?:__builtin__|builtins)\nbytearray\n|torch(?:\.\w+)?\n\w+Tensor\n)")
+"""In a pickle of torch.save's protocol: what makes `bytearray(n)` and `torch.FloatTensor(n)`, allowed to torch.
+`torch.Tensor` is in honest files too, as a class; `FileCache.tensor` holds every tensor against its file's size."""
 _LOCK = threading.Lock()
 _PICKLES_IN_LEGACY_FILE = 4
 """Magic number, version, machine, content."""
@@ -71,13 +78,10 @@ def load(path: str | Path, mmap: bool = True) -> Any:
     path = Path(path)
     if not path.is_file():
         raise MissingFileError("no such file", where=path)
-    is_mapped = mmap and zipfile.is_zipfile(path)
     try:
-        # The allow-list is the process's, so a second thread must not see it end.
-        with _LOCK, torch.serialization.safe_globals(STAND_INS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+        return _load(path, mmap)
     except pickle.UnpicklingError as error:
-        unknown = _unknown_globals(path)
+        unknown = [name for name in _unknown_globals(path) if is_dangerous(name)]
         if not unknown and "global" not in str(error).lower():
             raise CorruptFileError(f"not a readable .pt file: {str(error).splitlines()[0]}", where=path) from error
         raise UnsafePickleError(
@@ -86,6 +90,8 @@ def load(path: str | Path, mmap: bool = True) -> Any:
             where=path,
             do="do not load it unless you know who made it; then save it again from plain tensors and dicts",
         ) from None
+    except (CorruptFileError, UnsafePickleError):
+        raise
     except Exception as error:
         # Whatever torch's unpickler and zip reader stumble over (IndexError, MemoryError, struct.error, ...) comes of
         # what is in the file, and nothing of ours runs in there.
@@ -94,6 +100,54 @@ def load(path: str | Path, mmap: bool = True) -> Any:
             where=path,
             do="copy it again from where it was saved",
         ) from error
+
+
+def _load(path: Path, mmap: bool) -> Any:
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _require_bounded(path)
+    unknown: set[str] | None = None
+    containers: dict[str, type] = {}
+    while True:
+        more = stand_ins(unknown or (), containers)
+        try:
+            # The allow-list is the process's, so a second thread must not see it end.
+            with _LOCK, torch.serialization.safe_globals([*STAND_INS, *more]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        except pickle.UnpicklingError as error:
+            if unknown is None:  # the first time: now they are worth looking for
+                unknown = set(_unknown_globals(path))
+                if not unknown or any(map(is_dangerous, unknown)):
+                    raise
+                continue
+            # A class that the file fills as a list or a dict becomes one.
+            filled = next((pair for pair in more if repr(pair[0]) in str(error)), None)
+            if filled is None or filled[1] in containers:
+                raise
+            containers[filled[1]] = dict if "SETITEM" in str(error) else list
+
+
+def _require_bounded(path: Path) -> None:
+    """What the file holds says what it needs: torch.save compresses nothing, and asks for no memory by a number."""
+    with zipfile.ZipFile(path) as file:
+        packed = [info.filename for info in file.infolist() if info.compress_type != zipfile.ZIP_STORED]
+        pickles = [] if packed else [info for info in file.infolist() if info.filename.endswith("/data.pkl")]
+        by_number = sorted({name.decode() for info in pickles for name in _BY_NUMBER.findall(file.read(info))})
+    if by_number:
+        raise UnsafePickleError(
+            "the file calls for memory by a number, whatever it holds itself",
+            found=[name.replace("\n", ".").strip(".") for name in by_number],
+            where=path,
+            do="save it again from plain tensors and dicts",
+        )
+    if packed:
+        raise CorruptFileError(
+            "the file is compressed, so that its size does not bound what it unpacks to",
+            found=packed[:5],
+            expected="records as torch.save writes them",
+            where=path,
+            do="save it again with torch.save",
+        )
 
 
 def _unknown_globals(path: Path) -> list[str]:

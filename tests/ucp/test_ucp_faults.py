@@ -213,12 +213,6 @@ def test_malicious_pickle_is_refused_and_not_run(native, monkeypatch, tmp_path, 
     assert (tmp_path / "owned").exists()  # the payload was real
 
 
-def test_unknown_class_is_refused_by_name(tmp_path):
-    torch.save({"x": Payload}, tmp_path / "x.pt")
-    with pytest.raises(UnsafePickleError, match="Payload"):
-        load(tmp_path / "x.pt")
-
-
 def test_run_folder_is_understood_and_said(native, capsys):
     (native.parent / "latest").write_text("global_step5")
     assert find_checkpoint(native.parent) == native
@@ -438,7 +432,7 @@ def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(native):
     flats[0] = torch.zeros(1).expand(1 << 29)
     save(content, path)
     write_manifest(native, replace(read_manifest(native), files={}, unverified="a test"))
-    assert_refused(native, CorruptFileError, "repeats its elements", ZERO_FILE)
+    assert_refused(native, CorruptFileError, "claims more than the file holds", ZERO_FILE)
 
 
 @pytest.mark.parametrize("error", [IndexError, MemoryError, RecursionError, AttributeError, AssertionError])

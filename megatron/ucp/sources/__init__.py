@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron.ucp.commit import STAGING_SUFFIX
-from megatron.ucp.errors import NotACheckpointError, listed
+from megatron.ucp.errors import CorruptFileError, NotACheckpointError, UcpError, listed
 from megatron.ucp.file_table import require_listed, require_sizes
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.ucp.pointers import read_pointer
@@ -70,10 +70,20 @@ def open_source(folder: str | Path, tag: str | None = None, column_parallel: tup
     kind = _kind(folder)
     if kind == "manifest":
         return _open_listed(folder, read_manifest(folder))
-    if kind == "universal":
-        source: Source = UniversalSource(folder, infer_manifest(folder))
-    else:
-        source = (open_moe if has_experts(folder) else open_foreign)(folder, column_parallel)
+    try:
+        if kind == "universal":
+            source: Source = UniversalSource(folder, infer_manifest(folder))
+        else:
+            source = (open_moe if has_experts(folder) else open_foreign)(folder, column_parallel)
+    except UcpError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Without a ucp.json every value is looked up where DeepSpeed would have put it.
+        raise CorruptFileError(
+            f"the files are not as DeepSpeed writes them ({type(error).__name__}: {error})"[:400],
+            where=folder,
+            do="use another checkpoint",
+        ) from error
     source.manifest.require_sound(folder)
     return source
 

@@ -74,9 +74,10 @@ class FileCache:
         try:
             for part in key:
                 node = node[part]
-            if node.untyped_storage().nbytes() < node.numel() * node.element_size():
+            held = node.untyped_storage().nbytes()
+            if held < node.numel() * node.element_size() or held > path.stat().st_size:
                 raise CorruptFileError(
-                    "a tensor repeats its elements: it claims more than the file holds",
+                    "a tensor claims more than the file holds",
                     found=f"{' / '.join(map(str, key))}: {tuple(node.shape)} with strides {node.stride()}",
                     where=path,
                     do="use another checkpoint",

@@ -14,11 +14,16 @@ load_hp_checkpoint_state_from_checkpoint_dir), ZeRO-3 `optimizer_state_dict` wit
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
+from megatron.ucp.errors import listed
 from megatron.ucp.sources.source import Source
+from megatron.ucp.stand_ins import without_strangers
+
+log = logging.getLogger(__name__)
 
 OPTIMIZER_FILE = "zero/optimizer_state.pt"
 _OF_STAGE_3 = "zero_pp_rank_0_"
@@ -36,7 +41,15 @@ def loader_files(source: Source) -> dict[str, Any]:
         state = {"step": next(iter(steps.values()))} if steps else {}
         content["optimizer_state_dict"] = {"state": {0: state}, "param_groups": groups}
         files[OPTIMIZER_FILE] = content
-    return files
+    return {path: _readable(path, content) for path, content in files.items()}
+
+
+def _readable(path: str, content: Any) -> Any:
+    """Without objects of unknown classes, which whoever reads the file could not load either."""
+    kept, left_out = without_strangers(content)
+    if left_out:
+        log.warning("warning: left out of %s: %s", path, listed(left_out))
+    return kept
 
 
 def _step_object(source: Source, name: str) -> Any:
