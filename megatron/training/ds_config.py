@@ -46,6 +46,7 @@ FLAG_OF = {
 
 MUST_AGREE = (*tuple(FLAG_OF)[:6], ("pipeline", "pipe_partitioned"), ("pipeline", "grad_partitioned"))
 
+_GONE = "DeepSpeed has taken it out, and stops at its name"
 # DeepSpeed's features under which a saved state cannot be placed or a global batch is not what the flags say.
 REFUSED = {
     ("elasticity", "enabled"): "it changes the batch sizes that the flags give",
@@ -65,6 +66,16 @@ REFUSED = {
         "torch_autocast",
         "enabled",
     ): "its loss scale is neither saved nor known to routers; use --bf16 or --fp16",
+    ("amp", "enabled"): f"{_GONE}; use --bf16 or --fp16",
+    ("sparse_attention",): _GONE,
+    ("sparse_gradients",): _GONE,
+    ("compression_training",): _GONE,
+    ("quantize_training", "enabled"): _GONE,
+    ("eigenvalue", "enabled"): _GONE,
+    ("nebula", "enabled"): _GONE,
+    ("graph_harvesting",): _GONE,
+    ("zero_optimization", "mics_hierarchical_params_gather"): _GONE,
+    ("zero_optimization", "zeropp_loco_param"): _GONE,
     ("bf16", "bf16_master_weights_and_grads"): "there would be no fp32 master weights to save",
     ("fp16", "fp16_master_weights_and_grads"): "there would be no fp32 master weights to save",
 }
@@ -98,10 +109,13 @@ def deepspeed_config(config: Config, topology: Topology, user_json: Json | None 
     if "bfloat16" in user:  # DeepSpeed's old name of the block
         user.setdefault("bf16", user.pop("bfloat16"))
     flags = flag_values(config, topology)
+    off = _drop_switched_off(user, flags)
     problems = [*_contradictions(flags, user, topology), *_refused(user), *_refused_with_experts(user, topology)]
     if problems:
         raise ConfigError(problems)
     notes: list[str] = []
+    if off:
+        notes.append("switched off in the DeepSpeed JSON, so left out: " + ", ".join(off))
     if flags["zero_optimization"]["stage"] == 0 and config.optimizer.precision != "fp32":
         flags["zero_optimization"]["stage"] = 1
         user.get("zero_optimization", {}).pop("stage", None)
@@ -121,6 +135,34 @@ def deepspeed_config(config: Config, topology: Topology, user_json: Json | None 
     if won:
         notes.append("the DeepSpeed JSON wins over the flags: " + ", ".join(won))
     return merged, notes
+
+
+def _drop_switched_off(user: Json, flags: Json) -> list[str]:
+    """Take out, in place, what is there only to say that it is off; returns what. DeepSpeed stops at the very name of a
+    feature that it has taken out, and at "false" where it expects a block."""
+    told: list[str] = []
+    for key, value in list(user.items()):
+        if key not in flags and _is_off(value):
+            del user[key]
+            told.append(key)
+        elif isinstance(flags.get(key), Mapping) and (value is None or value is False):
+            del user[key]
+    zero = user.get("zero_optimization")
+    names = [path[1] for path in REFUSED if path[0] == "zero_optimization"] if isinstance(zero, dict) else []
+    for name in names:
+        if name in zero and zero[name] in (None, False, OFF.get(("zero_optimization", name))):
+            del zero[name]
+            told.append(f"zero_optimization.{name}")
+    return told
+
+
+def _is_off(value: Any) -> bool:
+    """False, null, `{"enabled": false, ...}`, or a block of nothing but such blocks."""
+    if not isinstance(value, Mapping):
+        return value is None or value is False
+    if "enabled" in value:
+        return value["enabled"] is False
+    return bool(value) and all(isinstance(inner, Mapping) and _is_off(inner) for inner in value.values())
 
 
 def flag_values(config: Config, topology: Topology) -> Json:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from harness.ranks import run_ranks
+from matrix.recording import command_line, train, write_dataset
 from megatron.config.config import Config
 from megatron.config.errors import ConfigError
 from megatron.config.model import ModelConfig
@@ -213,3 +215,66 @@ def test_what_deepspeed_asserts_with_experts_is_refused(name: str) -> None:
 def test_features_that_are_off_are_not_refused() -> None:
     block = {"zero_hpz_partition_size": 1, "mics_shard_size": -1, "zero_quantized_weights": False}
     assert deepspeed_config(config(), Topology(), {"zero_optimization": block})[0]["zero_optimization"]["stage"] == 1
+
+
+# -- what is there only to say that it is off -----------------------------------------------------------------------
+
+
+def _keys_of_deepspeed() -> list[str]:
+    """Every name of DeepSpeed's table that may stand at the top of the JSON, and those that it has taken out."""
+    from deepspeed.runtime import config as deepspeed_config_module
+    from deepspeed.runtime import constants
+
+    names = {
+        value
+        for name, value in vars(constants).items()
+        if name.isupper() and isinstance(value, str) and value.isidentifier() and value.islower()
+    }
+    return sorted(names | set(deepspeed_config_module._REMOVED_TOP_LEVEL_CONFIG_KEYS))
+
+
+def test_whatever_is_switched_off_is_as_if_it_were_not_there() -> None:
+    keys = _keys_of_deepspeed()
+    assert len(keys) > 60 and {"curriculum_learning", "elasticity", "amp", "sparse_gradients"} <= set(keys)
+    plain, _ = deepspeed_config(config(), Topology(dp_size=2))
+    for key in keys:
+        if key in plain or key == "bfloat16":  # the old name of bf16, which the flags give
+            continue
+        nested = {"a": {"enabled": False}, "b": {"shared": {"enabled": False}}}
+        for value in ({"enabled": False}, {"enabled": False, "other": {"x": 1}}, False, None, nested):
+            found, notes = deepspeed_config(config(), Topology(dp_size=2), {key: value})
+            assert found == plain, (key, value)
+            assert any(key in note for note in notes), (key, value)
+    for key in ("fp16", "bf16", "zero_optimization"):
+        assert deepspeed_config(config(), Topology(dp_size=2), {key: False})[0] == plain
+    for key, value in (("mics_shard_size", -1), ("zeropp_loco_param", None), ("zero_quantized_weights", False)):
+        assert deepspeed_config(config(), Topology(dp_size=2), {"zero_optimization": {key: value}})[0] == plain
+
+
+def test_what_is_off_does_not_stop_deepspeed(tmp_path) -> None:
+    """A real run with everything that DeepSpeed knows switched off at once."""
+    from deepspeed.runtime import config as deepspeed_config_module
+
+    off: dict[str, Any] = {key: {"enabled": False} for key in _keys_of_deepspeed()}
+    kept = ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler", "train_batch_size", "gradient_clipping")
+    off = {
+        key: value
+        for key, value in off.items()
+        if key not in kept and key not in deepspeed_config(config(), Topology(dp_size=2))[0]
+    }
+    off["zero_optimization"] = dict.fromkeys(deepspeed_config_module._REMOVED_ZERO_CONFIG_KEYS, False)
+    (tmp_path / "ds.json").write_text(json.dumps(off))
+    data = write_dataset(tmp_path / "off_text_document")
+    with_it, without = (
+        run_ranks(1, train, command_line(data, iters=2, num_layers=1, zero=1, **flags))[0].losses
+        for flags in ({"deepspeed_config": tmp_path / "ds.json"}, {})
+    )
+    assert with_it == without
+
+
+@pytest.mark.parametrize(
+    "key", ["amp", "elasticity", "curriculum_learning", "eigenvalue", "nebula", "quantize_training"]
+)
+def test_what_deepspeed_has_taken_out_is_refused_where_it_is_on(key) -> None:
+    with pytest.raises(ConfigError, match=f"{key}.enabled in the DeepSpeed JSON is refused"):
+        deepspeed_config(config(), Topology(dp_size=2), {key: {"enabled": True}})
