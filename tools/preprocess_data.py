@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         append_eod=args.append_eod,
         workers=args.workers,
         txt_documents=args.txt_documents,
+        replace_broken_text=args.replace_broken_text,
     )
     for name, note in _NOTES.items():
         if getattr(args, name) is not None:
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{done.documents} documents, {done.tokens} tokens in {seconds:.1f} s "
         f"({done.tokens / seconds / 1e6:.2f} M tokens/s, {done.bytes_total / seconds / 1e6:.2f} MB/s)"
         + (f"; {done.empty} empty documents left out" if done.empty else "")
+        + (f"; broken text replaced in {done.replaced}" if done.replaced else "")
     )
     for key in job.json_keys:
         print(f"wrote {job.output(key)}.bin and .idx")
@@ -129,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer-model", help="HFTokenizer: local folder with tokenizer.json")
     add("--vocab-size", type=int, help="NullTokenizer: number of ids")
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    add("--replace-broken-text", action="store_true", help="U+FFFD for what is no text, instead of an error; counted")
     add("--dataset-impl", default="mmap", help="only mmap")
     add("--workers", type=int, default=1, help="tokenising processes (1)")
     add("--log-interval", type=int, default=1000, help="documents between lines of progress (1000)")

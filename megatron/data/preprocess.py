@@ -63,6 +63,8 @@ class PreprocessJob:
     """Tokenising processes; with 1 everything happens in this process."""
     txt_documents: str = "block"
     """What a document is in a .txt file: one of TXT_DOCUMENTS."""
+    replace_broken_text: bool = False
+    """What is no text (bytes that are no UTF-8, half a surrogate pair) becomes U+FFFD instead of an error."""
 
     def output(self, key: str) -> str:
         return f"{self.output_prefix}_{key}_document"
@@ -70,13 +72,15 @@ class PreprocessJob:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a running job is. `documents` counts those written, `empty` those left out for having no text."""
+    """How far a running job is. `documents` counts those written, `empty` those left out for having no text, `replaced`
+    those in which something that is no text was replaced."""
 
     bytes_done: int
     bytes_total: int
     documents: int
     empty: int
     tokens: int
+    replaced: int = 0
 
 
 def preprocess(job: PreprocessJob, report: Callable[[Progress], None] | None = None) -> Progress:
@@ -102,6 +106,7 @@ def preprocess(job: PreprocessJob, report: Callable[[Progress], None] | None = N
                 writers[0].num_documents,
                 done.empty + encoded.num_empty,
                 sum(writer.num_tokens for writer in writers),
+                done.replaced + encoded.num_replaced,
             )
             if report:
                 report(done)
@@ -127,6 +132,7 @@ class _Encoded:
     columns: tuple[tuple[np.ndarray, list[int]], ...]  # per key: tokens of all documents, tokens per document
     num_bytes: int
     num_empty: int
+    num_replaced: int
 
 
 def _check(job: PreprocessJob) -> None:
@@ -183,22 +189,42 @@ class _Encoder:
 
     def __call__(self, batch: _Batch) -> _Encoded:
         columns = tuple(([], []) for _ in self._job.json_keys)
-        num_empty = 0
+        num_empty = self._num_replaced = 0
         for line_number, raw in batch.lines:
             texts = self._texts(batch.path, line_number, raw)
-            if not all(texts):
+            if not any(texts):
                 num_empty += 1
                 continue
+            self._require_all(texts, batch.path, line_number)
             for (tokens, lengths), text in zip(columns, texts, strict=True):
                 ids = self._ids(batch.path, line_number, text)
                 tokens.append(np.asarray(ids, dtype=self._dtype))
                 lengths.append(len(ids))
         empty = np.empty(0, self._dtype)
         arrays = tuple((np.concatenate(tokens or [empty]), lengths) for tokens, lengths in columns)
-        return _Encoded(arrays, batch.num_bytes, num_empty)
+        return _Encoded(arrays, batch.num_bytes, num_empty, self._num_replaced)
+
+    def _require_all(self, texts: list[str], path: str, line_number: int) -> None:
+        """Document i of every key's dataset is of one line, so a line cannot give a document to some keys only."""
+        if not all(texts):
+            raise InputTextError(
+                "a line has text under one key and none under another",
+                found=", ".join(key for key, text in zip(self._job.json_keys, texts) if not text) + " empty",
+                expected="text under each of --json-keys, or under none",
+                where=f"{path}, line {line_number}",
+                do="leave the line out of the file, fill it, or tokenise one key at a time",
+            )
 
     def _ids(self, path: str, line_number: int, text: str) -> list[int]:
-        ids = self._tokenizer.tokenize(text)
+        try:
+            ids = self._tokenizer.tokenize(text)
+        except Exception as error:  # whatever a tokenizer stumbles over is of this line
+            raise InputTextError(
+                "the tokenizer cannot take a document",
+                found=f"{type(error).__name__}: {error}"[:200],
+                where=f"{path}, line {line_number}",
+                do="look at the line, and at --tokenizer-type",
+            ) from error
         if self._job.append_eod:
             ids.append(self._tokenizer.eod)
         if ids and not 0 <= min(ids) <= max(ids) < self._tokenizer.vocab_size:
@@ -213,28 +239,51 @@ class _Encoder:
 
     def _texts(self, path: str, line_number: int, raw: bytes) -> list[str]:
         try:
-            text = raw.decode("utf-8")
+            text, is_replaced = raw.decode("utf-8"), False
         except UnicodeDecodeError as error:
-            raise InputTextError(
-                "the input is not UTF-8 text",
-                found=f"byte 0x{raw[error.start]:02x}",
-                expected="UTF-8",
-                where=f"{path}, line {line_number}",
-                do="convert the file, for example with iconv",
-            ) from error
+            if not self._job.replace_broken_text:
+                raise InputTextError(
+                    "the input is not UTF-8 text",
+                    found=f"byte 0x{raw[error.start]:02x}",
+                    expected="UTF-8",
+                    where=f"{path}, line {line_number}",
+                    do="convert the file, for example with iconv, or give --replace-broken-text",
+                ) from error
+            text, is_replaced = raw.decode("utf-8", errors="replace"), True
+        self._num_replaced += is_replaced
         if path.endswith(".txt"):
             return [text.replace("\r\n", "\n").strip("\n")]
         try:
             record = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            at = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise InputTextError(
                 "a line is not JSON",
-                found=f"{text[:60]!r} ({error.msg} at column {error.colno})",
+                found=f"{text[:60]!r} ({at})",
                 expected='one JSON object, for example {"text": "..."}',
                 where=f"{path}, line {line_number}",
                 do="one object on each line; if the file is plain text, let its name end in .txt",
             ) from error
-        return [self._value(record, key, path, line_number) for key in self._job.json_keys]
+        texts = [self._value(record, key, path, line_number) for key in self._job.json_keys]
+        whole = [self._whole(text, path, line_number) for text in texts]
+        self._num_replaced += whole != texts and not is_replaced
+        return whole
+
+    def _whole(self, text: str, path: str, line_number: int) -> str:
+        """JSON can write half a surrogate pair, which is no character."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            if not self._job.replace_broken_text:
+                raise InputTextError(
+                    "a text has half a surrogate pair, which is no character",
+                    found=f"{text[error.start]!r} at character {error.start}",
+                    where=f"{path}, line {line_number}",
+                    do="mend the line, or give --replace-broken-text",
+                ) from error
+            # A pair of halves that were written one by one is a character after all.
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
+        return text
 
     @staticmethod
     def _value(record: object, key: str, path: str, line_number: int) -> str:

@@ -86,6 +86,10 @@ BAD_INPUTS = {
     "not-utf8": (b'{"text": "1"}\n{"text": "\xff"}\n', "byte 0xff"),
     "id-outside": (b'{"text": "1001"}\n', "ids in [1001, 1001]"),
     "nothing": (b"\n\n", "no document"),
+    "half-a-surrogate-pair": (b'{"text": "1"}\n{"text": "2 \\ud83d"}\n', "half a surrogate pair"),
+    "too-deep": (b'{"text": ' + b"[" * 100_000 + b"\n", "a line is not JSON"),
+    "a-long-number": (b'{"text": "1", "n": ' + b"1" * 5000 + b"}\n", "a line is not JSON"),
+    "no-number": (b'{"text": "1 two"}\n', "the tokenizer cannot take a document"),
 }
 
 
@@ -108,6 +112,28 @@ def _refused(tmp_path, capsys, name, workers):
     err = capsys.readouterr().err
     assert "InputTextError" in err and message in err
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_broken_text_is_replaced_and_counted(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "Hello \\ud83d world"}\n{"text": "Hello \xff"}\n{"text": "Hello"}\n')
+    prefix = str(tmp_path / "o")
+    assert main(["--input", str(tmp_path / "a.jsonl"), "--output-prefix", prefix, "--replace-broken-text", *GPT2]) == 0
+    tokenizer = GPT2BPETokenizer(DATA / "gpt2-vocab.json", DATA / "gpt2-merges.txt")
+    found = [tokenizer.detokenize(ids) for ids in documents(f"{prefix}_text_document")]
+    assert found == ["Hello \ufffd world", "Hello \ufffd", "Hello"]
+    assert "broken text replaced in 2" in capsys.readouterr().out
+
+
+def test_a_line_with_text_under_some_keys_only_is_refused(tmp_path, capsys):
+    """It used to be left out with its body, and counted as empty."""
+    (tmp_path / "a.jsonl").write_text('{"title": "1", "body": "2"}\n{"title": "", "body": "3"}\n')
+    keys = ["--json-keys", "title", "body", *NULL]
+    assert main(["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "o"), *keys]) == 1
+    err = capsys.readouterr().err
+    assert "a.jsonl, line 2" in err and "title empty" in err
+    (tmp_path / "a.jsonl").write_text('{"title": "1", "body": "2"}\n{"title": "", "body": ""}\n')
+    assert main(["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "o"), *keys]) == 0
+    assert "1 empty documents left out" in capsys.readouterr().out
 
 
 def test_files_that_cannot_be(tmp_path, capsys):
