@@ -189,9 +189,10 @@ class _Encoder:
 
     def __call__(self, batch: _Batch) -> _Encoded:
         columns = tuple(([], []) for _ in self._job.json_keys)
-        num_empty = self._num_replaced = 0
+        num_empty = num_replaced = 0
         for line_number, raw in batch.lines:
-            texts = self._texts(batch.path, line_number, raw)
+            texts, is_replaced = self._texts(batch.path, line_number, raw)
+            num_replaced += is_replaced
             if not any(texts):
                 num_empty += 1
                 continue
@@ -202,7 +203,7 @@ class _Encoder:
                 lengths.append(len(ids))
         empty = np.empty(0, self._dtype)
         arrays = tuple((np.concatenate(tokens or [empty]), lengths) for tokens, lengths in columns)
-        return _Encoded(arrays, batch.num_bytes, num_empty, self._num_replaced)
+        return _Encoded(arrays, batch.num_bytes, num_empty, num_replaced)
 
     def _require_all(self, texts: list[str], path: str, line_number: int) -> None:
         """Document i of every key's dataset is of one line, so a line cannot give a document to some keys only."""
@@ -237,7 +238,8 @@ class _Encoder:
             )
         return ids
 
-    def _texts(self, path: str, line_number: int, raw: bytes) -> list[str]:
+    def _texts(self, path: str, line_number: int, raw: bytes) -> tuple[list[str], bool]:
+        """(text under each key, whether something that is no text was replaced)"""
         try:
             text, is_replaced = raw.decode("utf-8"), False
         except UnicodeDecodeError as error:
@@ -250,9 +252,8 @@ class _Encoder:
                     do="convert the file, for example with iconv, or give --replace-broken-text",
                 ) from error
             text, is_replaced = raw.decode("utf-8", errors="replace"), True
-        self._num_replaced += is_replaced
         if path.endswith(".txt"):
-            return [text.replace("\r\n", "\n").strip("\n")]
+            return [text.replace("\r\n", "\n").strip("\n")], is_replaced
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -266,8 +267,7 @@ class _Encoder:
             ) from error
         texts = [self._value(record, key, path, line_number) for key in self._job.json_keys]
         whole = [self._whole(text, path, line_number) for text in texts]
-        self._num_replaced += whole != texts and not is_replaced
-        return whole
+        return whole, is_replaced or whole != texts
 
     def _whole(self, text: str, path: str, line_number: int) -> str:
         """JSON can write half a surrogate pair, which is no character."""

@@ -80,8 +80,9 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
         log.warning("warning: %s", note)
     log.info("%s", plan.reason)
 
-    start = _start(config, plan)
-    config.require_batch_sizes(launch.world_size, start.consumed_train_samples)
+    with stops_all_ranks("reading how far the checkpoint had come"):
+        start = _start(config, plan)
+        config.require_batch_sizes(launch.world_size, start.consumed_train_samples)
     context = build_context(topology, config.parallel.sequence_parallel)
     streams = RandomStreams(config.run.seed, context)
     register_expert_groups(context, zero_stage)

@@ -65,9 +65,12 @@ STAND_INS: list[tuple[Any, str]] = [
     (argparse.Namespace, "argparse.Namespace"),
 ]
 
-_BY_NUMBER = re.compile(rb"c((?:__builtin__|builtins)\nbytearray\n|torch(?:\.\w+)?\n\w+Tensor\n)")
-"""In a pickle of torch.save's protocol: what makes `bytearray(n)` and `torch.FloatTensor(n)`, allowed to torch.
-`torch.Tensor` is in honest files too, as a class; `FileCache.tensor` holds every tensor against its file's size."""
+_GLOBAL = re.compile(rb"c([\w.]+)\n(bytearray|\w+Tensor)\n")
+_BY_NUMBER = re.compile(r"(?:__builtin__|builtins)\.bytearray|torch[\w.]*\.\w+Tensor")
+"""What makes `bytearray(n)` and `torch.FloatTensor(n)`, allowed to torch. `torch.Tensor` is in honest files too, as a
+class; `FileCache.tensor` holds every tensor against its file's size."""
+_MAX_CONTAINERS = 50
+"""Unknown classes of lists and dicts in one file; for each the file is read once more."""
 _LOCK = threading.Lock()
 _PICKLES_IN_LEGACY_FILE = 4
 """Magic number, version, machine, content."""
@@ -104,8 +107,7 @@ def load(path: str | Path, mmap: bool = True) -> Any:
 
 def _load(path: Path, mmap: bool) -> Any:
     is_zip = zipfile.is_zipfile(path)
-    if is_zip:
-        _require_bounded(path)
+    _require_bounded(path, is_zip)
     unknown: set[str] | None = None
     containers: dict[str, type] = {}
     while True:
@@ -122,21 +124,26 @@ def _load(path: Path, mmap: bool) -> Any:
                 continue
             # A class that the file fills as a list or a dict becomes one.
             filled = next((pair for pair in more if repr(pair[0]) in str(error)), None)
-            if filled is None or filled[1] in containers:
+            if filled is None or filled[1] in containers or len(containers) >= _MAX_CONTAINERS:
                 raise
             containers[filled[1]] = dict if "SETITEM" in str(error) else list
 
 
-def _require_bounded(path: Path) -> None:
+def _require_bounded(path: Path, is_zip: bool) -> None:
     """What the file holds says what it needs: torch.save compresses nothing, and asks for no memory by a number."""
-    with zipfile.ZipFile(path) as file:
-        packed = [info.filename for info in file.infolist() if info.compress_type != zipfile.ZIP_STORED]
-        pickles = [] if packed else [info for info in file.infolist() if info.filename.endswith("/data.pkl")]
-        by_number = sorted({name.decode() for info in pickles for name in _BY_NUMBER.findall(file.read(info))})
-    if by_number:
+    packed: list[str] = []
+    if is_zip:
+        with zipfile.ZipFile(path) as file:
+            packed = [info.filename for info in file.infolist() if info.compress_type != zipfile.ZIP_STORED]
+            pickles = [] if packed else [info for info in file.infolist() if info.filename.endswith("/data.pkl")]
+            found = {match for info in pickles for match in _GLOBAL.findall(file.read(info))}
+        names = {f"{module.decode()}.{name.decode()}" for module, name in found}
+    else:
+        names = _globals_of_legacy_file(path)
+    if by_number := sorted(filter(_BY_NUMBER.fullmatch, names)):
         raise UnsafePickleError(
             "the file calls for memory by a number, whatever it holds itself",
-            found=[name.replace("\n", ".").strip(".") for name in by_number],
+            found=by_number,
             where=path,
             do="save it again from plain tensors and dicts",
         )
@@ -156,13 +163,18 @@ def _unknown_globals(path: Path) -> list[str]:
     try:
         if zipfile.is_zipfile(path):
             return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - known)
-        names: set[str] = set()
-        with open(path, "rb") as file:
-            for _ in range(_PICKLES_IN_LEGACY_FILE):
-                names |= _globals_of_pickle(file)
+        names = _globals_of_legacy_file(path)
         return sorted(name for name in names - known if not name.startswith(("torch.", "collections.")))
     except Exception:  # a hostile file may break the scan too; the refusal stands without the list
         return []
+
+
+def _globals_of_legacy_file(path: Path) -> set[str]:
+    names: set[str] = set()
+    with open(path, "rb") as file:
+        for _ in range(_PICKLES_IN_LEGACY_FILE):
+            names |= _globals_of_pickle(file)
+    return names
 
 
 def _globals_of_pickle(file: BinaryIO) -> set[str]:

@@ -15,6 +15,8 @@ import struct
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from megatron.ucp.errors import CorruptFileError
+
 _DANGEROUS = frozenset(
     {
         "os", "posix", "nt", "sys", "subprocess", "commands", "importlib", "runpy", "shutil", "socket", "pty", "ctypes",
@@ -31,7 +33,11 @@ _HARMLESS_BUILTINS = frozenset(
         "slice", "object",
     }
 )  # fmt: skip
-_NUMPY_SCALARS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "b1": "?"}
+_NUMPY_SCALARS = {
+    "f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "u2": "H",
+    "u1": "B", "b1": "?",
+}  # fmt: skip
+"""numpy's type codes -> struct's."""
 
 
 class Stranger:
@@ -83,20 +89,26 @@ def _stand_in(name: str, container: type | None) -> Callable:
         return _new_list
     if name == "collections.defaultdict":
         return _new_dict
-    kind = type(leaf, (Stranger,), {"name": "numpy.ndarray" if leaf == "_reconstruct" else name})
+    # Named in full, so that two classes called alike are told apart in torch's messages.
+    names = {"name": "numpy.ndarray" if leaf == "_reconstruct" else name, "__module__": "inert", "__qualname__": name}
+    kind = type(leaf, (Stranger,), names)
     if container is not None:
         kind.__new__ = staticmethod(lambda cls, *values: container())  # type: ignore[method-assign]
     return kind
 
 
+class _Scalar(Stranger):
+    name = "a numpy scalar"
+
+
 def _number(dtype: Any, content: Any = b"") -> Any:
-    """A numpy scalar; as it came where it is not of one of the common types."""
+    """A numpy scalar; inert where it is not of one of the common types."""
     kind = dtype.values[0] if isinstance(dtype, Stranger) and dtype.values else None
     order = dtype.state[1] if isinstance(dtype, Stranger) and isinstance(dtype.state, tuple) else "<"
     code = _NUMPY_SCALARS.get(kind) if isinstance(kind, str) else None
     content = content.encode("latin1") if isinstance(content, str) else content
     if code is None or not isinstance(content, bytes) or len(content) != struct.calcsize(code):
-        return None
+        return _Scalar(dtype, content)
     return struct.unpack((">" if order == ">" else "<") + code, content)[0]
 
 
@@ -112,42 +124,70 @@ def _new_dict(*_: Any) -> dict:
     return {}
 
 
+_FUNCTIONS = {_number: "numpy.scalar", _path: "pathlib", _new_list: "collections.deque", _new_dict: "defaultdict"}
+
+
 def without_strangers(content: Any) -> tuple[Any, list[str]]:
     """(a copy of dicts, lists and tuples without them, what was left out: "args.policy (my.Policy)"). In lists and
-    tuples None keeps their place."""
-    left_out: list[str] = []
-    return _without(content, "", left_out, 0), left_out
+    tuples None keeps their place. Raises CorruptFileError for what is nested too deep or holds itself."""
+    cleaner = _Cleaner()
+    return cleaner.clean(content, "", 0), cleaner.left_out
 
 
 _LEFT_OUT = object()
 _MAX_DEPTH = 100
 
 
-def _without(value: Any, place: str, left_out: list[str], depth: int) -> Any:
-    if isinstance(value, (Stranger, type)) and (isinstance(value, Stranger) or issubclass(value, Stranger)):
-        left_out.append(f"{place} ({value.name})")
-        return _LEFT_OUT
-    if depth > _MAX_DEPTH:
-        return value
-    if isinstance(value, dict):
-        kept = {}
-        for key, entry in value.items():
-            inside = f"{place}.{key}" if place else str(key)
-            if isinstance(key, Stranger):
-                left_out.append(f"{inside} ({key.name})")
-            elif (clean := _without(entry, inside, left_out, depth + 1)) is not _LEFT_OUT:
-                kept[key] = clean
-        return kept if len(kept) < len(value) or any(kept[k] is not value[k] for k in kept) else value
-    if type(value) in (list, tuple, set):
-        kept_list = [_without(entry, f"{place}[{i}]", left_out, depth + 1) for i, entry in enumerate(value)]
-        if all(new is old for new, old in zip(kept_list, value)):
+class _Cleaner:
+    """Each object once, however often it is referred to: a few lines of a pickle can hold 2^100 ways to one."""
+
+    def __init__(self) -> None:
+        self.left_out: list[str] = []
+        self._done: dict[int, Any] = {}
+
+    def clean(self, value: Any, place: str, depth: int) -> Any:
+        if name := _stranger_name(value):
+            self.left_out.append(f"{place} ({name})")
+            return _LEFT_OUT
+        attributes = getattr(value, "__dict__", None) if type(value).__module__ in _WITH_ATTRIBUTES else None
+        if not isinstance(value, dict) and type(value) not in (list, tuple, set) and attributes is None:
             return value
-        return type(value)(None if entry is _LEFT_OUT else entry for entry in kept_list)
-    state = getattr(value, "__dict__", None)
-    if isinstance(state, dict) and type(value).__module__ in ("argparse", "megatron.ucp.safe_load"):
-        clean = _without(state, place, left_out, depth + 1)
-        if clean is not state:
+        if depth > _MAX_DEPTH:
+            raise CorruptFileError(f"nested more than {_MAX_DEPTH} deep, or in itself", found=place[:200])
+        if id(value) not in self._done:
+            self._done[id(value)] = self._rebuilt(value, attributes, place, depth + 1)
+        return self._done[id(value)]
+
+    def _rebuilt(self, value: Any, attributes: dict | None, place: str, depth: int) -> Any:
+        """`value` itself where nothing is left out of it."""
+        if attributes is not None:
+            clean = self.clean(attributes, place, depth)
+            if clean is attributes:
+                return value
             copied = type(value).__new__(type(value))
             copied.__dict__.update(clean)
             return copied
-    return value
+        if isinstance(value, dict):
+            kept = {}
+            for key, entry in value.items():
+                inside = f"{place}.{key}" if place else str(key)
+                if name := _stranger_name(key):
+                    self.left_out.append(f"{inside} ({name})")
+                elif (clean := self.clean(entry, inside, depth)) is not _LEFT_OUT:
+                    kept[key] = clean
+            return value if len(kept) == len(value) and all(kept[k] is value[k] for k in kept) else kept
+        entries = [self.clean(entry, f"{place}[{i}]", depth) for i, entry in enumerate(value)]
+        if all(new is old for new, old in zip(entries, value)):
+            return value
+        return type(value)(None if entry is _LEFT_OUT else entry for entry in entries)
+
+
+_WITH_ATTRIBUTES = ("argparse", "megatron.ucp.safe_load")
+"""Modules of the classes that are kept, with what they hold."""
+
+
+def _stranger_name(value: Any) -> str | None:
+    """What the file called it, if it is a stand-in or an object of one."""
+    if isinstance(value, Stranger) or (isinstance(value, type) and issubclass(value, Stranger)):
+        return value.name
+    return _FUNCTIONS.get(value) if callable(value) else None

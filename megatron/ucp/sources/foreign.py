@@ -31,6 +31,7 @@ from megatron.ucp.sources.deepspeed_files import Files, find_files, list_files
 from megatron.ucp.sources.flat_order import flat_fragments, sub_groups
 from megatron.ucp.sources.flat_states import Fragment, Fragments
 from megatron.ucp.sources.foreign_zero0 import open_zero0
+from megatron.ucp.sources.group_names import names_or_numbers
 from megatron.ucp.sources.layer_files import Shapes, frozen_in_layers, is_weight
 from megatron.ucp.sources.source import FileCache, Source
 from megatron.ucp.sources.universal import NO_MANIFEST, common_from_model_states, group_values
@@ -233,7 +234,7 @@ class ForeignReader:
         for mp, tables in order.items():
             base = self._base_state(self.files.zeros[0, mp])
             group_of = _flat_to_group(base, len(tables))
-            names_of_groups = self._group_names(mp) or [str(index) for index in range(len(tables))]
+            names_of_groups = names_or_numbers(self._param_groups(mp)) or [str(index) for index in range(len(tables))]
             for flat, names in enumerate(tables):
                 state = base[flat] if isinstance(base, list) else base["state"].get(flat, {})
                 tensors = tuple(k for k, v in state.items() if torch.is_tensor(v) and v.dim() > 0)
@@ -253,13 +254,9 @@ class ForeignReader:
     def _groups(self, mp: int) -> dict[str, dict[str, Any]]:
         """Hyper-parameters by the groups' names."""
         return {
-            name: group_values(group) for name, group in zip(self._group_names(mp), self._param_groups(mp), strict=True)
+            name: group_values(group)
+            for name, group in zip(names_or_numbers(self._param_groups(mp)), self._param_groups(mp), strict=True)
         }
-
-    def _group_names(self, mp: int) -> list[str]:
-        """Their numbers where they have none or the same."""
-        names = [str(group.get("name", index)) for index, group in enumerate(self._param_groups(mp))]
-        return names if len(set(names)) == len(names) else [str(index) for index in range(len(names))]
 
     def _param_groups(self, mp: int) -> list[dict[str, Any]]:
         base = self._base_state(self.files.zeros[0, mp])

@@ -23,6 +23,7 @@ from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import list_files
+from megatron.ucp.sources.group_names import names_or_numbers
 from megatron.ucp.sources.layer_files import is_weight
 from megatron.ucp.sources.source import FileCache, Source
 from megatron.ucp.sources.universal import NO_MANIFEST, common_from_model_states, group_values
@@ -54,7 +55,7 @@ def open_zero0(folder: Path) -> Source:
     groups, state = optimizer["param_groups"], optimizer["state"]
     owner = {index: number for number, group in enumerate(groups) for index in group["params"]}
     names = _names(folder, content, weights, groups, state)
-    names_of_groups = _group_names(groups)
+    names_of_groups = names_or_numbers(groups)
     parameters = {}
     for index, name in enumerate(names):
         of_param = state.get(index, {})
@@ -202,12 +203,6 @@ def _ways(shapes: Sequence[Shape], groups: Sequence[Sequence[Shape | None]]) -> 
             takers.append(taker)
         found.append(tuple(reversed(takers)))
     return found
-
-
-def _group_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Their numbers where they have none or the same."""
-    names = [str(group.get("name", index)) for index, group in enumerate(groups)]
-    return names if len(set(names)) == len(names) else [str(index) for index in range(len(names))]
 
 
 def _refuse(folder: Path, why: str, found: Any, do: str) -> NoReturn:

@@ -13,13 +13,19 @@ Source of the names: deepspeed/moe/utils.py (split_params_into_different_moe_gro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron.ucp.sources.universal import group_values
 
 Seen = dict[str, list[dict[str, Any]]]
 """Name -> the hyper-parameters found under it, in order; kept from one file to the next."""
+
+
+def names_or_numbers(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The groups' own names, or their numbers where they have none or the same."""
+    names = [str(group.get("name", index)) for index, group in enumerate(groups)]
+    return names if len(set(names)) == len(names) else [str(index) for index in range(len(names))]
 
 
 def group_names(groups: Iterable[Mapping[str, Any]], seen: Seen) -> list[str]:

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from megatron.ucp.errors import listed
+from megatron.ucp.errors import CorruptFileError, listed
 from megatron.ucp.sources.source import Source
-from megatron.ucp.stand_ins import without_strangers
+from megatron.ucp.stand_ins import Stranger, without_strangers
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ _OF_STAGE_3 = "zero_pp_rank_0_"
 
 
 def loader_files(source: Source) -> dict[str, Any]:
-    """Content by relative path: steps, the optimizer's common state, model states."""
-    files = dict(source.side_files())
+    """Content by relative path: steps, the optimizer's common state, model states. Raises CorruptFileError."""
+    files = {path: _readable(path, content) for path, content in source.side_files().items()}
     steps = {name: step for name in source.manifest.parameters if (step := _step_object(source, name)) is not None}
     files |= {f"zero/{name}/step.pt": step for name, step in steps.items()}
     files |= {f"{_OF_STAGE_3}{path}": content for path, content in files.items() if path.startswith("mp_rank_")}
@@ -41,7 +41,7 @@ def loader_files(source: Source) -> dict[str, Any]:
         state = {"step": next(iter(steps.values()))} if steps else {}
         content["optimizer_state_dict"] = {"state": {0: state}, "param_groups": groups}
         files[OPTIMIZER_FILE] = content
-    return {path: _readable(path, content) for path, content in files.items()}
+    return files
 
 
 def _readable(path: str, content: Any) -> Any:
@@ -55,5 +55,7 @@ def _readable(path: str, content: Any) -> Any:
 def _step_object(source: Source, name: str) -> Any:
     """As the optimizer keeps it; a tensor where it counts for several parameters in one place."""
     step, counted = source.step_object(name), source.step(name)
+    if isinstance(step, Stranger):
+        raise CorruptFileError("an optimizer's step is no number", found=f"{step!r} of {name}", where=source.folder)
     is_counted_here = counted is None or (step is not None and float(step) == counted)
     return step if is_counted_here else torch.tensor(counted)
