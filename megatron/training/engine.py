@@ -260,8 +260,6 @@ def set_global_batch_size(engine: PlainEngine | PipeEngine, size: int, data_para
     engine.set_train_batch_size(num_micro_batches * micro_batch_size * engine.dp_world_size)
     # Where it looks for the end of a step: (micro_steps + 1) % accumulation steps.
     engine.micro_steps = engine.global_steps * num_micro_batches
-    if hasattr(engine.optimizer, "gradient_accumulation_steps"):
-        engine.optimizer.gradient_accumulation_steps = num_micro_batches  # a copy, of ZeRO with offload
 
 
 def train_step(engine: PlainEngine | PipeEngine, micro_batches: Iterator[Mapping[str, torch.Tensor]]) -> float:

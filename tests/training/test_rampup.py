@@ -95,7 +95,7 @@ def test_the_same_as_a_plain_loop(cell: Cell, data, truth):
 
 
 def test_offloaded(data, truth, tmp_path):
-    """ZeRO-2 with offload keeps the number of micro batches of its own: at 1 it accumulates nothing."""
+    """ZeRO-2 with offload keeps the number of micro batches that it was built for, the final one."""
     config = tmp_path / "ds.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
     steps, _, _ = run_ranks(4, _steps, _argv(data, Cell(dp=4, zero=2), deepspeed_config=config))[0]
