@@ -234,7 +234,7 @@ class ForeignReader:
         for mp, tables in order.items():
             base = self._base_state(self.files.zeros[0, mp])
             group_of = _flat_to_group(base, len(tables))
-            names_of_groups = names_or_numbers(self._param_groups(mp)) or [str(index) for index in range(len(tables))]
+            names_of_groups = self._group_names(mp) or [str(index) for index in range(len(tables))]
             for flat, names in enumerate(tables):
                 state = base[flat] if isinstance(base, list) else base["state"].get(flat, {})
                 tensors = tuple(k for k, v in state.items() if torch.is_tensor(v) and v.dim() > 0)
@@ -254,9 +254,12 @@ class ForeignReader:
     def _groups(self, mp: int) -> dict[str, dict[str, Any]]:
         """Hyper-parameters by the groups' names."""
         return {
-            name: group_values(group)
-            for name, group in zip(names_or_numbers(self._param_groups(mp)), self._param_groups(mp), strict=True)
+            name: group_values(group) for name, group in zip(self._group_names(mp), self._param_groups(mp), strict=True)
         }
+
+    def _group_names(self, mp: int) -> list[str]:
+        """Experts' groups are named otherwise: deepspeed_moe.py."""
+        return names_or_numbers(self._param_groups(mp))
 
     def _param_groups(self, mp: int) -> list[dict[str, Any]]:
         base = self._base_state(self.files.zeros[0, mp])
