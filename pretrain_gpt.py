@@ -29,13 +29,15 @@ def main(argv: list[str]) -> int:
     # Imported late: what is wrong with the flags is told without waiting for DeepSpeed to load.
     from megatron.training.build import build_run
     from megatron.training.loop import fit, test
+    from megatron.training.presence import Presence
 
-    built = build_run(config, launch)
-    with built.ownership, built.run_log:
-        progress = fit(built)
-        # Not after an exit condition: whoever stopped the run may not wait for an evaluation.
-        if run.eval_iters and progress.iteration >= built.last_iteration:
-            test(built)
+    with Presence.of_world(run.distributed_timeout_minutes) as presence:
+        built = build_run(config, launch)
+        with built.ownership, built.run_log:
+            progress = fit(built, presence.at)
+            # Not after an exit condition: whoever stopped the run may not wait for an evaluation.
+            if run.eval_iters and progress.iteration >= built.last_iteration:
+                test(built)
     return 0
 
 

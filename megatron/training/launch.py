@@ -113,12 +113,28 @@ def init_distributed(launch: LaunchInfo, backend: str = "nccl", timeout_minutes:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(launch.local_rank)
     timeout = timedelta(minutes=timeout_minutes)
+    set_timeout_of_groups(timeout)
     if launch.is_plain and not torch.distributed.is_initialized():
         # One process meets nobody: no port to be taken, no file to be left behind.
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return notes
+
+
+def set_timeout_of_groups(timeout: timedelta) -> None:
+    """Of every process group that is made from now on, by DeepSpeed too, which names no timeout when it makes one:
+    torch's defaults (10 minutes for nccl, 30 for all others) are replaced. Raises LaunchError."""
+    from torch.distributed import distributed_c10d
+
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        if not hasattr(distributed_c10d, name):
+            raise LaunchError(
+                f"--distributed-timeout-minutes cannot reach every process group: this torch has no "
+                f"torch.distributed.distributed_c10d.{name}. What to do: install a version of torch that the README "
+                "names"
+            )
+        setattr(distributed_c10d, name, timeout)
 
 
 def check_precision(precision: str) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,9 @@ class Run:
         )
 
 
-def fit(run: Run) -> Progress:
-    """Train until train_iters or an exit condition; returns how far it came. Collective over the world."""
+def fit(run: Run, begins: Callable[[int], None] = lambda iteration: None) -> Progress:
+    """Train until train_iters or an exit condition; returns how far it came. `begins` is told each iteration as it
+    begins. Collective over the world."""
     config, progress = run.config, run.progress
     last_iteration = run.last_iteration
     if progress.iteration >= last_iteration:
@@ -88,6 +89,7 @@ def fit(run: Run) -> Progress:
     losses: list[float] = []
     skipped = since_line = 0
     while progress.iteration < last_iteration:
+        begins(progress.iteration + 1)
         step = _one_iteration(run, train)
         run.run_log.step(step)
         skipped += step.is_skipped
