@@ -51,7 +51,9 @@ class Sign:
     host: str
     pid: int
     error: str
-    """With which it left, if it did."""
+    """With which it left, if it did, unless it was another that it waited for."""
+    is_waiting: bool
+    """It saw a collective fail itself, so it is not the one to look for, silent or not."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, process {self.pid}), last seen at iteration {self.iteration}"
@@ -67,6 +69,7 @@ class Presence:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._timeout_minutes, self._interval = timeout_minutes, interval
         self._iteration = self._count = 0
+        self._error, self._is_waiting = "", False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
         if store is not None:
@@ -95,10 +98,16 @@ class Presence:
         try:
             if self._store is None or not isinstance(error, Exception):
                 return
-            if is_failure_of_collective(error):
-                raise LostRankError(self._explained(error)) from error
-            with contextlib.suppress(Exception):  # the store may have gone with another rank
-                self._say(f"{type(error).__name__}: {_first_line(error)}")
+            if not is_failure_of_collective(error):
+                self._error = f"{type(error).__name__}: {_first_line(error)}"
+                with contextlib.suppress(Exception):  # the store may have gone with another rank
+                    self._say()
+                return
+            self._is_waiting = True
+            text = self._explained(error)
+            if self._rank == 0:
+                time.sleep(self._interval)  # its process may hold the store: the others still listen
+            raise LostRankError(text) from error
         finally:
             self._ended.set()
 
@@ -133,29 +142,32 @@ class Presence:
                     "(--distributed-timeout-minutes)", sign, now - since, self._timeout_minutes,
                 )  # fmt: skip
 
-    def _say(self, error: str = "") -> None:
+    def _say(self) -> None:
         self._count += 1
-        sign = [self._count, self._iteration, socket.gethostname(), os.getpid(), error]
+        sign = [self._count, self._iteration, socket.gethostname(), os.getpid(), self._error, self._is_waiting]
         self._store.set(str(self._rank), json.dumps(sign))
 
     # -- what is known of the others -----------------------------------------------------------------------------
 
     def _signs(self) -> dict[int, Sign]:
         """Of the ranks that have ever said something."""
-        known = [rank for rank in range(self._world_size) if self._store.check([str(rank)])]
-        texts = self._store.multi_get([str(rank) for rank in known])
-        return {rank: Sign(rank, *json.loads(text)) for rank, text in zip(known, texts, strict=True)}
+        known = [str(rank) for rank in range(self._world_size)]
+        if not self._store.check(known):  # one question, but for the first moments
+            known = [rank for rank in known if self._store.check([rank])]
+        texts = self._store.multi_get(known)
+        return {int(rank): Sign(int(rank), *json.loads(text)) for rank, text in zip(known, texts, strict=True)}
 
     def missing(self) -> list[Sign]:
         """The ranks that left with an error, or else those that are silent while this one listens for as many
         intervals as a rank may miss. Raises what the store raises where it is gone."""
+        self._say()
         before = self._signs()
         left = [sign for sign in before.values() if sign.error]
         if left:
             return left
         time.sleep(_MISSED * self._interval)
-        after = self._signs()
-        return [sign for rank, sign in before.items() if rank != self._rank and after[rank].count == sign.count]
+        after = {rank: sign for rank, sign in self._signs().items() if rank in before}
+        return [sign for sign in after.values() if sign.count == before[sign.rank].count and not sign.is_waiting]
 
     def _explained(self, error: BaseException) -> str:
         head = f"a collective failed on rank {self._rank} in iteration {self._iteration}: {_first_line(error)}\n"
