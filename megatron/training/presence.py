@@ -33,8 +33,6 @@ INTERVAL = 5.0
 """Seconds between two signs of a rank."""
 _MISSED = 3
 """Signs that may be missed before a rank is called missing; a machine that swaps is late, not gone."""
-_FAILURES_OF_COLLECTIVES = ("gloo", "nccl", "process group", "processgroup", "connection closed", "socket", "tcpstore")
-"""Words in the messages with which torch ends a collective (RuntimeError and its kinds), in lower case."""
 
 
 class LostRankError(RuntimeError):
@@ -201,8 +199,7 @@ def is_failure_of_collective(error: BaseException) -> bool:
     """Whether torch.distributed raised this: it has kinds of its own, and gloo's are plain RuntimeErrors."""
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True
-    text = str(error).lower()
-    return type(error) is RuntimeError and any(word in text for word in _FAILURES_OF_COLLECTIVES)
+    return type(error) is RuntimeError and "gloo" in str(error).lower()
 
 
 def _first_line(error: BaseException) -> str:

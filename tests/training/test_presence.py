@@ -41,6 +41,8 @@ def _wait_for_victim(rank: int, world_size: int, fault: str) -> tuple[str, str] 
 
     lines: list[str] = []
     module.log.warning = lambda text, *args: lines.append(text % args)
+    if fault == "failed":
+        module._MISSED = 10_000  # who left with an error is known without listening for silence
     group = dist.new_group(list(range(world_size)), timeout=timedelta(seconds=3))
     pair = dist.new_group([1, VICTIM], timeout=timedelta(seconds=1))
     pids = [None] * world_size
