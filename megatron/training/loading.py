@@ -45,6 +45,7 @@ from megatron.ucp.experts import holding, numbered
 from megatron.ucp.file_table import changed_files
 from megatron.ucp.fragment import numel
 from megatron.ucp.identity import Identity
+from megatron.ucp.json_checks import shown
 from megatron.ucp.manifest import MANIFEST_NAME
 from megatron.ucp.sources import Source, open_source
 
@@ -123,6 +124,7 @@ def _check_source(live: LiveRun, source: Source, options: LoadOptions) -> None:
     if options.with_optimizer:
         live.state.make_states()
         problems += _state_problems(live, source)
+        problems += live.state.hyper_parameter_faults(_saved_groups(live, source.manifest.optimizer.groups))
         lacking = {group["name"] for group, is_new in _groups(live, source) if not is_new}
         lacking -= set(source.manifest.optimizer.groups)
         if lacking and not live.schedule.takes_flags:
@@ -220,17 +222,27 @@ def _set_numbers(live: LiveRun, source: Source, flat: torch.Tensor, names: list[
         live.state.set_scalar(flat, key, first[key])
 
 
+def _saved_groups(live: LiveRun, saved: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """By this run's groups. One that the Source had frozen takes those of the group that it would have joined."""
+    return {group: saved.get(group) or saved.get(base_group(group)) or {} for group in live.state.hyper_parameters()}
+
+
 def _set_hyper_parameters(live: LiveRun, saved: Mapping[str, Mapping[str, Any]]) -> None:
     """The Source's, by group name, but for those that the schedule sets. Where the flags ask for others that is told,
-    since they have no effect. A group that the Source had frozen takes those of the group that it would have joined."""
-    saved = {group: saved.get(group) or saved.get(base_group(group)) or {} for group in live.state.hyper_parameters()}
+    since they have no effect."""
+    saved = _saved_groups(live, saved)
     ours = {"lr", "initial_lr"} | ({"weight_decay"} if live.schedule.takes_flags else set())
     for group, values in live.state.hyper_parameters().items():
+        if unsaid := sorted(values.keys() - saved[group].keys() - ours):
+            log.warning("warning: the Source does not say %s of group %s: as the flags say", ", ".join(unsaid), group)
+        if unknown := sorted(saved[group].keys() - values.keys() - ours):
+            log.warning("warning: no optimizer here has %s of group %s of the Source", _some(unknown), group)
         for key, value in values.items():
             if key not in ours and saved[group].get(key, value) != value:
                 log.warning("warning: %s of group %s goes on as %s, not %s", key, group, saved[group][key], value)
+    known = {group: values.keys() for group, values in live.state.hyper_parameters().items()}
     live.state.set_hyper_parameters(
-        {group: {key: v for key, v in values.items() if key not in ours} for group, values in saved.items()}
+        {group: {k: v for k, v in values.items() if k in known[group] - ours} for group, values in saved.items()}
     )
 
 
@@ -333,6 +345,8 @@ def progress_of(common: Mapping[str, Any], batch_sizes: BatchSizes) -> Progress:
     its iterations, and a warning."""
     known = {field.name for field in dataclasses.fields(Progress)}
     progress = Progress(**{key: common[key] for key in known if common.get(key) is not None})
+    if unsaid := sorted(key for key in known - {"consumed_train_samples"} if common.get(key) is None):
+        log.warning("warning: the Source does not say its %s: counted from 0 here", ", ".join(unsaid))
     if progress.iteration and common.get("consumed_train_samples") is None:
         progress.consumed_train_samples = batch_sizes.samples_after(0, progress.iteration)
         log.warning(
@@ -345,19 +359,21 @@ def progress_of(common: Mapping[str, Any], batch_sizes: BatchSizes) -> Progress:
 def compare_models(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """One line for every value of the model that differs; values only one side knows are not compared."""
     return [
-        f"model.{key}: {saved[key]!r} in the Source, {wanted[key]!r} here"
+        f"model.{key}: {shown(saved[key])} in the Source, {wanted[key]!r} here"
         for key in sorted(set(saved) & set(wanted))
         if saved[key] != wanted[key]
     ]
 
 
 def changed_order(saved: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> list[str]:
-    """Empty if the samples go on in the Source's order; otherwise why they do not, one line each. Not an error:
-    people do change their data on purpose."""
-    if not saved or saved["order_crc32"] == wanted["order_crc32"]:
+    """Empty if the samples go on in the Source's order; otherwise why they do not, or why nobody knows, one line each.
+    Not an error: people do change their data on purpose."""
+    if not saved:
+        return ["the Source does not say in which order its training samples came: it cannot be compared"]
+    if saved.get("order_crc32") == wanted["order_crc32"]:
         return []
     reasons = [
-        f"{key} was {saved[key]}, is {wanted[key]}"
+        f"{key} was {shown(saved.get(key))}, is {wanted[key]}"
         for key in wanted
         if key != "order_crc32" and saved.get(key) != wanted[key]
     ]

@@ -19,6 +19,7 @@ import torch
 
 from megatron.parallel.context import ParallelContext
 from megatron.training.optimizer_probe import STEP, is_elementwise, kept_states, kind_of_state
+from megatron.ucp.json_checks import shown
 
 _HOW = ("fused", "foreach", "capturable", "differentiable")
 """Of torch's optimizers: which implementation steps, which is the machine's choice (--fused-kernels), not the run's."""
@@ -191,6 +192,16 @@ class OptimizerStates(ABC):
             for group in self.base.param_groups
         }
 
+    def hyper_parameter_faults(self, groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Values of `set_hyper_parameters`'s argument that are not of the kind that the optimizer has there."""
+        return [
+            f"optimizer group {group}: {key} is {shown(groups[group][key])} in the Source, {shown(value)} here"
+            for group, values in self.hyper_parameters().items()
+            for key, value in values.items()
+            if key in groups.get(group, {}) and key not in _HOW and value is not None
+            if _kind(groups[group][key]) != _kind(value)
+        ]
+
     def set_hyper_parameters(self, groups: Mapping[str, Mapping[str, Any]]) -> None:
         """In place and by name: group indices differ between topologies (a stage drops its empty groups)."""
         for group in self.base.param_groups:
@@ -215,6 +226,12 @@ def _set_number(owner: Any, key: str, value: float) -> None:
         owner[key].fill_(value)
     else:
         owner[key] = type(owner.get(key, 0))(value)
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_kind(entry) for entry in value]
+    return "a number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value)
 
 
 def _plain(value: Any) -> Any:

@@ -40,8 +40,10 @@ def restore_streams(streams: RandomStreams, source: Source, iteration: int, is_s
         streams.load_state_dict(_saved_states(source, named["file"]))
         return
     streams.reseed(iteration)
-    why = "the Source names no file of them" if is_same_topology else "the topology changed"
-    log.info("random streams start anew at iteration %d: %s", iteration, why)
+    if is_same_topology:
+        log.warning("warning: random streams start anew at iteration %d: the Source names no file of them", iteration)
+    else:
+        log.info("random streams start anew at iteration %d: the topology changed", iteration)
 
 
 def _saved_states(source: Source, file: str) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from megatron.config.optimizer import (
     is_decayed,
     is_decoupled,
 )
+from megatron.ucp.json_checks import number, record, text, whole
 
 
 class ScheduleError(ValueError):
@@ -55,9 +56,9 @@ class LearningRateCurve:
     def __post_init__(self) -> None:
         problems = []
         if self.style not in DECAY_STYLES:
-            problems.append(f"style {self.style!r}, expected one of {', '.join(DECAY_STYLES)}")
+            problems.append(f"style {self.style[:60]!r}, expected one of {', '.join(DECAY_STYLES)}")
         if self.wsd_style not in WSD_DECAY_STYLES:
-            problems.append(f"wsd_style {self.wsd_style!r}, expected one of {', '.join(WSD_DECAY_STYLES)}")
+            problems.append(f"wsd_style {self.wsd_style[:60]!r}, expected one of {', '.join(WSD_DECAY_STYLES)}")
         for prefix in ("", "decoupled_"):
             least, most = getattr(self, f"{prefix}min_lr"), getattr(self, f"{prefix}max_lr")
             if most is not None and not 0 <= least <= most:
@@ -166,6 +167,13 @@ def _relevant(curve: LearningRateCurve) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in irrelevant}
 
 
+_OF_TYPE = {"float": number(), "str": text, "float | None": number(optional=True)}
+_SAVED = record(
+    {"num_samples": whole(), **{f.name: _OF_TYPE[str(f.type)] for f in dataclasses.fields(LearningRateCurve)}},
+    required=("num_samples", "max_lr"),  # the others have defaults: an older version did not know all
+)
+
+
 class LearningRateSchedule:
     """Sets lr (and, if it rises, weight decay) of an optimizer's groups. May be given to DeepSpeed as its
     lr_scheduler, or stepped by the caller; not both.
@@ -218,13 +226,21 @@ class LearningRateSchedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved schedule, exactly. Where its curve is not this one's, ScheduleError names every
         difference, unless the flags say which to take."""
+        faults: list[str] = []
+        _SAVED(lambda place, what: faults.append(f"{place}: {what}"), "schedule", state)
+        if faults:
+            raise ScheduleError(
+                f"the checkpoint's schedule cannot be read: {'; '.join(faults[:20])}. What to do: go on without it, by "
+                "--no-load-lr-state, or use another checkpoint"
+            )
         saved_curve = LearningRateCurve(**{key: value for key, value in state.items() if key != "num_samples"})
         saved, mine = _relevant(saved_curve), _relevant(self.curve)
         # A value that only one of the curves depends on says nothing where both have the same.
         different = [name for name in {**saved, **mine} if getattr(saved_curve, name) != getattr(self.curve, name)]
         if different and not (self._takes_flags or self._takes_checkpoint):
             listed = "; ".join(
-                f"{name}: saved {getattr(saved_curve, name)}, now {getattr(self.curve, name)}" for name in different
+                f"{name}: saved {str(getattr(saved_curve, name))[:60]}, now {getattr(self.curve, name)}"
+                for name in different
             )
             raise ScheduleError(
                 f"the schedule differs from the checkpoint's (lengths in samples): {listed}. What to do: give the "
@@ -233,7 +249,7 @@ class LearningRateSchedule:
             )
         if self._takes_checkpoint:
             self.curve = saved_curve
-        self.num_samples = int(state["num_samples"])
+        self.num_samples = state["num_samples"]
         self.apply()
 
     @property

@@ -11,13 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 _MAX_LISTED = 20
+_MAX_ITEM, _MAX_TEXT = 400, 4000
+"""Characters of one of several and of one alone: what a file says must not fill the terminal."""
 
 
 def listed(items: Iterable[object], limit: int = _MAX_LISTED) -> str:
     """Sorted, comma-separated, cut off after `limit` with the count of what is left."""
-    names = sorted(str(item) for item in items)
+    names = sorted(_clipped(str(item), _MAX_ITEM) for item in items)
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f", ... and {rest} more" if rest > 0 else "")
+
+
+def _clipped(text: str, size: int) -> str:
+    """No longer than that, and without what a terminal would obey."""
+    if len(text) > size:
+        text = f"{text[:size]}... ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class UcpError(Exception):
@@ -33,11 +44,11 @@ class UcpError(Exception):
         do: str | None = None,
     ):
         self.what, self.found, self.expected, self.where, self.do = what, found, expected, where, do
-        parts = [what]
+        parts = [_clipped(what, _MAX_TEXT)]
         for label, value in (("found", found), ("expected", expected), ("where", where), ("what to do", do)):
             if value is not None:
                 text = listed(value) if isinstance(value, (list, tuple, set, frozenset)) else str(value)
-                parts.append(f"  {label}: {text}")
+                parts.append(f"  {label}: {_clipped(text, _MAX_TEXT)}")
         super().__init__("\n".join(parts))
 
     def __reduce__(self):

@@ -205,7 +205,12 @@ class Manifest:
     def require_sound(self, where: object) -> None:
         """For what was worked out from a folder without a ucp.json: its names and sizes are a stranger's too. Raises
         ManifestError."""
-        faults = manifest_faults(json.loads(json.dumps(self.to_json())))
+        content = self.to_json()
+        if not _is_unicode(content):
+            raise ManifestError(
+                "what the files say of themselves is not Unicode", where=where, do="use another checkpoint"
+            )
+        faults = manifest_faults(json.loads(json.dumps(content)))
         if faults:
             raise ManifestError(
                 f"what the files say of themselves cannot be: {len(faults)} fault(s)",
@@ -256,12 +261,23 @@ def parse_manifest(raw: bytes, where: Path) -> Manifest:
         raise ManifestError("nested too deep", where=where, do=_USE_ANOTHER) from None
     except ValueError as error:
         raise ManifestError(f"not JSON: {error}"[:400], where=where, do=_USE_ANOTHER) from error
+    if b"\\ud" in raw.lower() and not _is_unicode(data):
+        raise ManifestError("not Unicode: half of a surrogate pair", where=where, do=_USE_ANOTHER)
     if isinstance(data, dict) and "checksum" in data:
         _check_checksum(raw, data["checksum"], where)
     return Manifest.from_json(data, where=where)
 
 
 _USE_ANOTHER = "the file is damaged: use another checkpoint"
+
+
+def _is_unicode(data: Any) -> bool:
+    """JSON can write what no text holds ("\\ud83d"), and what nobody can print then."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -43,6 +43,8 @@ MAX_ELEMENTS = 1 << 48
 MAX_PARTS = 4096
 """Of one cut."""
 MAX_STATES = 64
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Of weights in forward and backward."""
 
 FIELDS = (
     "format_version",
@@ -147,7 +149,7 @@ _PARAMETER_FIELDS = {
     "shapes": mapping(_SHAPE, _name),
     "pp_stages": list_of(whole(0, MAX_DEGREE), low=1, high=MAX_DEGREE),
     "is_trainable": flag,
-    "dtype": text,
+    "dtype": one_of(*DTYPES),
 }
 _PARAMETER = record(_PARAMETER_FIELDS, required=("layout", "states", "pp_stages"))
 _DEGREES = ("dp_size", "tp_size", "pp_size", "sp_size", "ep_size")
@@ -266,6 +268,10 @@ def _check_together(add: Add, data: Mapping[str, Any], is_strict: bool) -> None:
         _check_complete(add, data)
     for name, info in parameters.items():
         _check_parameter(add, f"parameters.{name}", info, topology.pp_size)
+    groups = data["optimizer"].get("groups", {})
+    for name, info in parameters.items():
+        if is_strict and groups and (group := info.get("group")) and group not in groups:
+            add(f"parameters.{name}.group", f"{shown(group)} is none of optimizer.groups")
     _check_digests(add, data)
     if is_strict and not data["unverified"]:
         for table in ("digests", "files"):

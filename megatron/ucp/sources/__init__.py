@@ -75,17 +75,29 @@ def open_source(folder: str | Path, tag: str | None = None, column_parallel: tup
             source: Source = UniversalSource(folder, infer_manifest(folder))
         else:
             source = (open_moe if has_experts(folder) else open_foreign)(folder, column_parallel)
+        source.manifest.require_sound(folder)
+        _require_readable(source)
     except UcpError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # Without a ucp.json every value is looked up where DeepSpeed would have put it.
         raise CorruptFileError(
             f"the files are not as DeepSpeed writes them ({type(error).__name__}: {error})"[:400],
             where=folder,
             do="use another checkpoint",
         ) from error
-    source.manifest.require_sound(folder)
     return source
+
+
+def _require_readable(source: Source) -> None:
+    """Every value that is going to be read is looked up once, and no element of a tensor read: without checksums a file
+    may hold anything where DeepSpeed would have put it."""
+    for name, info in source.manifest.parameters.items():
+        for state in info.states:
+            for piece in source.pieces(name, state):
+                source.tensor(piece)
+        source.step_object(name)
+    source.side_files()
 
 
 def _open_listed(folder: Path, manifest: Manifest) -> Source:

@@ -29,8 +29,10 @@ import torch
 from megatron.ucp.errors import CorruptFileError, ManifestError, SourceError, listed
 from megatron.ucp.experts import experts_of_shard
 from megatron.ucp.fragment import Runs, clip_local, shard_runs
+from megatron.ucp.json_checks import shown
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest
+from megatron.ucp.manifest_schema import MAX_ELEMENTS
 from megatron.ucp.sources.agreement import require_agreement
 from megatron.ucp.sources.deepspeed_files import find_files
 from megatron.ucp.sources.flat_states import FlatStates, Fragment, Fragments
@@ -216,9 +218,12 @@ class DeepSpeedSource:
     def _flat_sizes(self, file: Path, group: int) -> tuple[int, ...]:
         """Of the flat tensor of masters, as it is there and with its padding, which DeepSpeed may leave out."""
         size = self._cache.tensor(file, self._key(group, "fp32")).numel()
-        paddings = self._cache.load(file)["optimizer_state_dict"].get("group_paddings") or []
-        padding = paddings[group] if group < len(paddings) else 0
-        return size, size + int(padding)
+        try:
+            paddings = self._cache.load(file)["optimizer_state_dict"].get("group_paddings") or []
+            padding = _count(paddings[group]) if group < len(paddings) else 0
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CorruptFileError("group_paddings is no list of sizes", found=repr(error)[:200], where=file) from error
+        return size, size + padding
 
     def _is_muon(self, part: Fragment) -> bool:
         optimizer = self._cache.load(part.file)["optimizer_state_dict"]
@@ -283,9 +288,9 @@ class DeepSpeedSource:
                     for name, address in mapping.items():
                         before = fragments.setdefault((name, self._shard(name, mp_rank, zero_rank)), [])
                         start = before[-1].stop if before else 0
-                        stop = start + address.numel
-                        before.append(Fragment(file, group, address.start, start, stop))
-            except (KeyError, TypeError, AttributeError) as error:
+                        stop = start + _count(address.numel)
+                        before.append(Fragment(file, group, _count(address.start), start, stop))
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
                 raise CorruptFileError("no parameter table (param_slice_mappings)", where=file) from error
         return fragments
 
@@ -330,6 +335,13 @@ def stage3_interval(numel: int, zero_rank: int, zero_size: int) -> tuple[int, in
     """ZeRO-3 cuts every parameter by itself into equal pieces; the last ones are padded, and may be nothing else."""
     length = -(-numel // zero_size)
     return min(zero_rank * length, numel), min((zero_rank + 1) * length, numel)
+
+
+def _count(value: Any) -> int:
+    """Of elements. Raises ValueError for what a file may hold instead."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_ELEMENTS:
+        raise ValueError(f"{shown(value)} is no number of elements")
+    return value
 
 
 def _find(manifest: Manifest, name: str, state: str):

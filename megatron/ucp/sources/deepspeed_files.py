@@ -55,16 +55,17 @@ def find_files(folder: Path, manifest: Manifest) -> Files:
     num_mp = topology.pp_size * topology.tp_size
     found = list_files(folder)
     is_stage3 = manifest.zero_stage == 3
-    num_expected = topology.zero_size * num_mp
-    if (is_stage3 or manifest.is_partitioned) and num_expected > len(found.zeros) + _MAX_MISSING:
+    num_zero = topology.zero_size if is_stage3 or manifest.is_partitioned else 1
+    num_found = len(found.zeros) if num_zero > 1 else max(len(found.zeros), len(found.models))
+    if num_zero * num_mp > num_found + _MAX_MISSING:
         raise MissingFileError(
             f"more than {_MAX_MISSING} files of the checkpoint are missing",
-            found=f"{len(found.zeros)} files of optimizer states",
-            expected=f"{num_expected}: one per rank of {topology}, ZeRO-{manifest.zero_stage}",
+            found=f"{len(found.zeros)} files of optimizer states, {len(found.models)} of model states",
+            expected=f"{num_zero * num_mp}: one per rank of {topology}, ZeRO-{manifest.zero_stage}",
             where=folder,
             do="bring the files of every node into this folder",
         )
-    every_rank = {(z, mp) for z in range(topology.zero_size) for mp in range(num_mp)}
+    every_rank = {(z, mp) for z in range(num_zero) for mp in range(num_mp)}
     zeros = every_rank if manifest.is_partitioned else set()
     models = every_rank if is_stage3 else {(0, mp) for mp in range(num_mp)}
     prefix = "zero_pp_rank_{}_mp_rank_{:02d}" if is_stage3 else "mp_rank_{1:02d}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from megatron.ucp.sources.universal import group_values
+import torch
 
 Seen = dict[str, list[dict[str, Any]]]
 """Name -> the hyper-parameters found under it, in order; kept from one file to the next."""
@@ -24,7 +24,7 @@ Seen = dict[str, list[dict[str, Any]]]
 
 def names_or_numbers(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     """The groups' own names, or their numbers where they have none or the same."""
-    names = [str(group.get("name", index)) for index, group in enumerate(groups)]
+    names = [_name(group, index) for index, group in enumerate(groups)]
     return names if len(set(names)) == len(names) else [str(index) for index in range(len(names))]
 
 
@@ -32,10 +32,24 @@ def group_names(groups: Iterable[Mapping[str, Any]], seen: Seen) -> list[str]:
     """By index of the group; a group without a name has its index."""
     names = []
     for index, group in enumerate(groups):
-        name, values = str(group.get("name", index)), group_values(dict(group))
+        name, values = _name(group, index), group_values(dict(group))
         known = seen.setdefault(name, [])
         if values not in known:
             known.append(values)
         place = known.index(values)
         names.append(name if place == 0 else f"{name}.{place + 1}")
     return names
+
+
+def _name(group: Mapping[str, Any], index: int) -> str:
+    name = group.get("name")
+    return name if isinstance(name, str) else str(index)
+
+
+def group_values(group: dict) -> dict:
+    """A torch param_group as JSON values, without its parameters."""
+    plain = (bool, int, float, str, type(None))
+    values = {key: float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 else v for key, v in group.items()}
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if key != "params"}
+    is_plain = {k: all(isinstance(e, plain) for e in (v if isinstance(v, list) else [v])) for k, v in values.items()}
+    return {k: v for k, v in values.items() if is_plain[k]}

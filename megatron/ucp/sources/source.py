@@ -56,6 +56,15 @@ class Source(Protocol):
         that belongs to no parameter, and the model state files without their tensors."""
 
 
+def _no_state(value: Any) -> str | None:
+    """Why these values cannot be copied element by element; None where they can."""
+    if not torch.is_tensor(value):
+        return type(value).__name__
+    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+        return f"{value.layout}, {value.device}"
+    return str(value.dtype) if value.is_complex() or value.dtype == torch.bool else None
+
+
 class FileCache:
     """Opened files by path. Tensors in them are memory-mapped, so what stays is structure, not data."""
 
@@ -74,6 +83,14 @@ class FileCache:
         try:
             for part in key:
                 node = node[part]
+            if fault := _no_state(node):
+                raise CorruptFileError(
+                    "not a tensor that can be a state",
+                    found=f"{' / '.join(map(str, key))}: {fault}",
+                    expected="a dense tensor of real numbers",
+                    where=path,
+                    do="use another checkpoint",
+                )
             held = node.untyped_storage().nbytes()
             if held < node.numel() * node.element_size() or held > path.stat().st_size:
                 raise CorruptFileError(
@@ -83,7 +100,7 @@ class FileCache:
                     do="use another checkpoint",
                 )
             return node.detach().contiguous().view(-1)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CorruptFileError(
                 "the file lacks a tensor that it should hold", expected=" / ".join(map(str, key)), where=path
             ) from error

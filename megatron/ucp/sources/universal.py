@@ -19,6 +19,7 @@ from megatron.ucp.fragment import whole_runs
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.safe_load import load
+from megatron.ucp.sources.group_names import group_values, names_or_numbers
 from megatron.ucp.sources.source import FileCache, Piece
 from megatron.ucp.topology import Topology
 
@@ -106,19 +107,10 @@ def infer_manifest(folder: str | Path) -> Manifest:
         kind="universal",
         topology=Topology(),
         parameters=parameters,
-        optimizer=OptimizerInfo(kind="", groups={g.get("name", str(i)): group_values(g) for i, g in enumerate(groups)}),
+        optimizer=OptimizerInfo(kind="", groups=dict(zip(names_or_numbers(groups), map(group_values, groups)))),
         common=common_from_model_states(sorted(folder.glob("mp_rank_*_model_states.pt"))),
         unverified=NO_MANIFEST,
     )
-
-
-def group_values(group: dict) -> dict:
-    """A torch param_group as JSON values, without its parameters."""
-    plain = (bool, int, float, str, type(None))
-    values = {key: float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 else v for key, v in group.items()}
-    values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if key != "params"}
-    is_plain = {k: all(isinstance(e, plain) for e in (v if isinstance(v, list) else [v])) for k, v in values.items()}
-    return {k: v for k, v in values.items() if is_plain[k]}
 
 
 def common_from_model_states(files: list[Path]) -> dict:

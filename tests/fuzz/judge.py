@@ -1,0 +1,329 @@
+"""What a damaged checkpoint does to everything that reads it: it is told, or what comes out is right.
+
+The one idea: the five ways of reading a folder (open, verify, convert, diff, load) run on a damaged copy, in this
+process, between two looks at the disk. Each must end in an error of a known kind that says something, or in the very
+outcome that the whole folder has. Anything else is a violation, one line:
+
+    silent     it ended well, and what came out is not what was saved
+    traceback  it ended in an exception that is no message
+    outside    something beside the output was written, changed or removed
+    bound      the process took more memory than the folder's size allows (time: see `Watch`)
+
+    judge = Judge(bases, run, scratch)
+    judge.violations(fault)             # [] or ["convert: silent: ..."]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fuzz.bases import Base
+from fuzz.faults import Fault
+
+from matrix.taking import fill_with_noise
+from megatron.training.agreement import CheckpointError
+from megatron.training.loading import load
+from megatron.training.resume import ResumeError, Wanted, choose_resume, find_checkpoints
+from megatron.training.schedule import ScheduleError
+from megatron.training.state_digest import state_digests
+from megatron.ucp.convert import convert
+from megatron.ucp.diff import diff
+from megatron.ucp.digest import total
+from megatron.ucp.errors import UcpError
+from megatron.ucp.manifest import MANIFEST_NAME
+from megatron.ucp.sources import open_source
+from megatron.ucp.topology import Topology
+from megatron.ucp.verify import verify
+
+TOLD = (UcpError, CheckpointError, ResumeError, ScheduleError, OSError)
+"""What the command line and the trainer print as a message, without a traceback."""
+MAX_MEMORY = 64 << 20
+"""Bytes more than before; the largest base is smaller than a megabyte."""
+MAX_SECONDS = 30
+"""Of one way of reading, which takes a tenth of a second: only what would never end comes to it."""
+MAX_ADDRESSES = 8 << 30
+"""More than the process has may not be asked for at once: so that a fault found does not end the machine."""
+MAX_MESSAGE = 12_000
+"""Characters: twenty lines or so, with their values cut short."""
+BYSTANDER = "somebody's file"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one way of reading ended."""
+
+    value: Any = None
+    error: BaseException | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def is_told(self) -> bool:
+        return self.error is not None
+
+
+class Judge:
+    def __init__(self, bases: dict[str, Base], run: Any, scratch: Path):
+        """`run`: the live run that takes the loads; `scratch`: an empty folder."""
+        self.bases, self.run, self.scratch = bases, run, scratch
+        self.right: dict[str, dict[str, Any]] = {}
+        self.usual_warnings: dict[str, set[str]] = {}
+        self._groups = [dict(group) for group in run.live.state.base.param_groups]
+        os.chdir(scratch)  # where code from a file would leave its traces
+        for name, base in bases.items():
+            found = self._outcomes(self._copy(base), base)
+            for how, outcome in found.items():
+                if outcome.is_told and not (how == "load" and not base.loads):
+                    raise AssertionError(f"{name}, undamaged: {how}: {outcome.error}") from outcome.error
+            self.right[name] = {how: outcome.value for how, outcome in found.items()}
+            self.usual_warnings[name] = set(found["load"].warnings)
+            self._check_right(base)
+        self._peak = _peak_memory()
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESSES + _addresses(), resource.RLIM_INFINITY))
+
+    def violations(self, fault: Fault) -> list[str]:
+        base = self.bases[fault.base]
+        place = self._copy(base)
+        fault.plant(place / "run", place / "run" / base.tag, random.Random(f"{fault.base} {fault.name}"))
+        says = _differences(_manifest(base.folder), _manifest(place / "run" / base.tag)) if fault.is_signed else set()
+        before = _table(place)
+        self._peak = max(self._peak, _peak_memory())
+        found = self._outcomes(place, base)
+        violations = [f"outside: {line}" for line in _changes(before, _table(place))]
+        for how, outcome in found.items():
+            violations += [f"{how}: {what}" for what in self._judged(base, fault, how, outcome, found, says)]
+        if traces := sorted({path.name for path in self.scratch.iterdir()} - {"case"}):
+            violations.append(f"outside: {traces} in the current folder")
+        peak = _peak_memory()
+        if peak - self._peak > MAX_MEMORY:
+            violations.append(f"bound: {(peak - self._peak) >> 20} MiB were taken")
+        return violations
+
+    # -- the five ways ---------------------------------------------------------------------------------------------
+
+    def _outcomes(self, place: Path, base: Base) -> dict[str, Outcome]:
+        run, folder, output = place / "run", place / "run" / base.tag, place / "out"
+        ways: dict[str, Callable[[], Any]] = {
+            "open": lambda: open_source(folder) and None,
+            "verify": lambda: verify(folder, num_workers=1),
+            "convert": lambda: _conversion(convert(folder, output, num_workers=1).manifest),
+            "diff": lambda: diff(base.folder, folder, trust_digests=False),
+            "load": lambda: self._load(run),
+        }
+        found = {}
+        for how, way in ways.items():
+            with _warnings() as lines:
+                try:
+                    with _time_limit():
+                        found[how] = Outcome(way())
+                except Exception as error:  # its kind is what is judged
+                    found[how] = Outcome(error=error)
+            found[how] = replace(found[how], warnings=tuple(lines))
+            if how == "convert":
+                if found[how].is_told and os.path.lexists(output):
+                    found["output"] = Outcome("there is one, of a conversion that failed")
+                is_as_ever = base.name in self.right and found[how].value == self.right[base.name][how]
+                if not is_as_ever:  # the same checksums of the same files: it is sound, as of the whole folder
+                    found["converted"] = self._converted(output, found[how])
+                shutil.rmtree(output, ignore_errors=True)
+                (place / "latest_universal").unlink(missing_ok=True)
+        return found
+
+    def _converted(self, output: Path, conversion: Outcome) -> Outcome:
+        """What verify says of the output, if there is one."""
+        if conversion.is_told:
+            return Outcome(error=conversion.error)
+        return Outcome(verify(output, num_workers=1))
+
+    def _load(self, run_folder: Path) -> dict[str, Any]:
+        live = self.run.live
+        for group, values in zip(live.state.base.param_groups, self._groups, strict=True):
+            group.clear()
+            group |= values | {"weight_decay": 0.777, "lr": 0.777}
+        fill_with_noise(self.run)
+        live.schedule.num_samples = 777
+        live.streams.reseed(777)
+        found = find_checkpoints(run_folder)
+        plan = choose_resume(found, Wanted(Topology(), 1, exit_on_missing_checkpoint=True))
+        progress = load(live, plan)
+        state = live.state
+        return {
+            "digests": state_digests(state),
+            "progress": progress,
+            "steps": sorted({state.step_of(interval.flat) for interval in state.intervals}),
+            "hyper-parameters": json.dumps(live.state.hyper_parameters(), sort_keys=True, default=str),
+            "schedule": live.schedule.state_dict(),
+            "streams": {key: value.tolist() for key, value in live.streams.state_dict().items()},
+            "engine": (live.engine.global_steps, live.engine.global_samples, live.engine.skipped_steps),
+        }
+
+    # -- the judgement ---------------------------------------------------------------------------------------------
+
+    def _check_right(self, base: Base) -> None:
+        """The outcomes of the undamaged folder against what stood in the engine that saved it."""
+        right = self.right[base.name]
+        assert right["verify"].is_sound and right["verify"].is_proven == base.is_proven, base.name
+        assert right["diff"].is_equal, (base.name, right["diff"].lines)
+        if base.is_proven:
+            assert right["verify"].digest == total(base.digests) == right["converted"].digest, base.name
+        if base.loads:
+            assert right["load"]["digests"] == base.digests, base.name
+            assert right["load"]["steps"] == [2.0] and right["load"]["progress"].iteration == 2, base.name
+
+    def _judged(
+        self, base: Base, fault: Fault, how: str, outcome: Outcome, found: dict[str, Outcome], says: set[str]
+    ) -> list[str]:
+        if outcome.is_told:
+            return _faults_of_message(outcome.error)
+        if how == "output":
+            return [f"outside: {outcome.value}"]
+        right, value = self.right[base.name][how], outcome.value
+        if how == "verify":
+            return _judged_report(value, right, fault)
+        if fault.is_another:
+            return []
+        if how == "convert":
+            wrong = _differences(right, value) - says
+            if wrong and not value["unverified"]:
+                return [f"silent: another {', '.join(sorted(wrong)[:5])} than of the whole folder"]
+        if how == "converted":
+            if not value.is_sound:
+                return [f"silent: the output is not sound: {value.findings[:2]}"]
+            if value.is_proven and (value.digest != right.digest or not base.is_proven):
+                return ["silent: the output passes for proven"]
+        placed = found["load"].value
+        if how == "diff" and value.is_equal and placed is not None:
+            # It answers for what a load places.
+            is_equal = placed["digests"] == self.right[base.name]["load"]["digests"]
+            return [] if is_equal else ["silent: it says equal"]
+        is_warned = bool(set(outcome.warnings) - self.usual_warnings[base.name])
+        if how == "load" and base.is_proven and not is_warned:
+            wrong = sorted(key for key in right if value[key] != right[key])
+            return [f"silent: another {', '.join(wrong)} than was saved"] if wrong else []
+        return []
+
+    def _copy(self, base: Base) -> Path:
+        place = self.scratch / "case"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        shutil.copytree(base.run, place / "run")
+        (place / BYSTANDER).write_text("not to be touched")
+        return place
+
+
+def _judged_report(report: Any, right: Any, fault: Fault) -> list[str]:
+    if any("Traceback" in line or not line.strip() for line in report.findings):
+        return [f"traceback: a finding is {report.findings}"]
+    if any(len(line) > MAX_MESSAGE for line in report.findings):
+        return ["bound: a finding of many characters"]
+    if not report.is_sound:
+        return []
+    if fault.must_be_told and report.is_proven:
+        return ["silent: it says sound"]
+    if report.is_proven and report.digest != right.digest and not fault.is_another:
+        return ["silent: it says that another state is sound"]
+    return []
+
+
+class TookTooLongError(Exception):
+    pass
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TookTooLongError(f"more than {MAX_SECONDS} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(MAX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def _faults_of_message(error: BaseException | None) -> list[str]:
+    chain = error
+    while chain is not None:  # all_ranks_or_none makes a CheckpointError of whatever a rank raised
+        if isinstance(chain, CheckpointError) and chain.__cause__ is not None:
+            chain = chain.__cause__
+            continue
+        break
+    if isinstance(chain, (TookTooLongError, MemoryError)):
+        return [f"bound: {type(chain).__name__}: {chain}"]
+    if not isinstance(chain, TOLD):
+        return [f"traceback: {type(chain).__name__}: {str(chain)[:200]}"]
+    if not str(error).strip():
+        return ["traceback: a message without words"]
+    if len(str(error)) > MAX_MESSAGE:
+        return [f"bound: a message of {len(str(error))} characters"]
+    return []
+
+
+def _conversion(manifest: Any) -> dict[str, Any]:
+    """All that a conversion says of what it made, but for what names the Source."""
+    data = json.loads(json.dumps(manifest.to_json()))
+    return {key: value for key, value in data.items() if key not in ("saved_by", "source", "checksum")}
+
+
+def _differences(first: Any, second: Any, where: tuple[str, ...] = ()) -> set[str]:
+    """Places in which two manifests differ, down to a parameter's field."""
+    if isinstance(first, dict) and isinstance(second, dict) and len(where) < 4:
+        keys = {*first, *second}
+        return {p for k in keys for p in _differences(first.get(k, _GONE), second.get(k, _GONE), (*where, k))}
+    return set() if repr(first) == repr(second) else {".".join(where)}  # as text, since nan is not nan
+
+
+_GONE = object()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST_NAME).read_text())
+
+
+def _table(place: Path) -> dict[str, tuple]:
+    """What lies there, by path: kind, size and, of small files, content. Follows no link."""
+    table = {}
+    for root, folders, names in os.walk(place):
+        for name in (*folders, *names):
+            path = os.path.join(root, name)
+            status = os.lstat(path)
+            is_file = os.path.isfile(path) and not os.path.islink(path)
+            content = hashlib.sha1(Path(path).read_bytes()).hexdigest() if is_file and status.st_size < 1 << 20 else ""
+            table[os.path.relpath(path, place)] = (status.st_mode, status.st_size if is_file else 0, content)
+    return table
+
+
+def _changes(before: dict[str, tuple], after: dict[str, tuple]) -> list[str]:
+    return sorted(f"{path} was changed" for path in {*before, *after} if before.get(path) != after.get(path))
+
+
+def _peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _addresses() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
