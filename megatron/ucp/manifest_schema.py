@@ -43,6 +43,7 @@ MAX_ELEMENTS = 1 << 48
 MAX_PARTS = 4096
 """Of one cut."""
 MAX_STATES = 64
+MAX_GROUP_NAME = 1000
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Of weights in forward and backward."""
 
@@ -214,7 +215,14 @@ _COMMON = record(
     },
     is_open=True,
 )
-_OPTIMIZER_FIELDS = {"kind": text, "wrapper": text, "groups": mapping(_GROUP)}
+
+
+def _group_name(add: Add, place: str, value: str) -> None:
+    if len(value) > MAX_GROUP_NAME:
+        add(place, f"the name {shown(value)} is longer than {MAX_GROUP_NAME} characters")
+
+
+_OPTIMIZER_FIELDS = {"kind": text, "wrapper": text, "groups": mapping(_GROUP, _group_name)}
 _SOURCE_FIELDS = {
     "folder": text,
     "kind": one_of("native", "universal"),

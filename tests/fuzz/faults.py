@@ -20,6 +20,9 @@ from fuzz.bases import Base
 Plant = Callable[[Path, Path, random.Random], None]
 
 
+WAYS = ("open", "verify", "convert", "diff", "load")
+
+
 @dataclass(frozen=True)
 class Fault:
     name: str
@@ -27,6 +30,8 @@ class Fault:
     plant: Plant
     must_be_told: bool = False
     """By verify. Otherwise it is enough that what comes out is right, or carries a doubt."""
+    ways: tuple[str, ...] = WAYS
+    """Of reading: those that may see it."""
     is_signed: bool = False
     """ucp.json was changed and signed anew: what comes out may say the same of all but the tensors."""
     is_another: bool = False

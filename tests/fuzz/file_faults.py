@@ -3,18 +3,20 @@ missing, doubled, or turned into something that is no file."""
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import re
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fuzz.bases import Base
-from fuzz.faults import Fault, Plant, chosen
+from fuzz.faults import WAYS, Fault, Plant, chosen
 
-FLIPS, CUTS = 4, 2
-OF_EACH_LIST = 3
+FLIPS, CUTS = 3, 1
+OF_EACH_LIST = 2
 """Of strangers' files, doubles and things that are no file, for each kind of file; which ones, the seed says."""
 
 
@@ -30,7 +32,7 @@ def _of_kind(base: Base, kind: str, paths: list[str], seed: int) -> Iterator[Fau
     told = base.is_proven and not is_pointer
 
     def fault(what: str, plant: Plant, told: bool = told, kind=kind) -> Fault:
-        return Fault(f"{kind}: {what}", base.name, plant, must_be_told=told)
+        return Fault(f"{kind}: {what}", base.name, plant, must_be_told=told, ways=("load",) if is_pointer else WAYS)
 
     for number in range(FLIPS):
         yield fault(f"a bit is flipped ({number})", _edited(paths, seed, number, _flip))
@@ -48,7 +50,7 @@ def _of_kind(base: Base, kind: str, paths: list[str], seed: int) -> Iterator[Fau
         return
     for _, name in chosen(list(DOUBLES), OF_EACH_LIST - 1, rng):
         yield fault(f"is there again, as {name}", _on_one(paths, seed, _Double(name)))
-    for number in range(2):
+    for number in range(1):
         yield fault(f"is exchanged with another ({number})", _Exchange(paths, seed, number))
 
 
@@ -97,6 +99,15 @@ def _zero_tail(raw: bytes, rng: random.Random) -> bytes:
     return zeroed if zeroed != raw else _flip(raw, rng)
 
 
+def _archive(data: bytes) -> bytes:
+    """A .pt file with this pickle in it."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/version", "3\n")
+    return file.getvalue()
+
+
 STRANGERS = {
     "text": b"hello\n" * 40,
     "a picture": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
@@ -107,6 +118,7 @@ STRANGERS = {
     "a pickle of another program": b"\x80\x04\x95\x11\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x01a\x94]\x94(K\x01K\x02es.",
     "a pickle that runs code": b"cos\nsystem\n(S'touch executed'\ntR.",
     "a pickle that asks for memory": b"cbuiltins\nbytearray\n(L9999999999L\ntR.",
+    "an archive that asks for memory": _archive(b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0\x20\x85R."),
     "a broken archive": b"PK\x03\x04" + bytes(60) + b"PK\x05\x06" + b"\xff" * 18,
 }
 

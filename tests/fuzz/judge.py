@@ -15,7 +15,9 @@ outcome that the whole folder has. Anything else is a violation, one line:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -24,13 +26,12 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fuzz.bases import Base
-from fuzz.faults import Fault
+from fuzz.faults import WAYS, Fault
 
 from matrix.taking import fill_with_noise
 from megatron.training.agreement import CheckpointError
@@ -38,12 +39,12 @@ from megatron.training.loading import load
 from megatron.training.resume import ResumeError, Wanted, choose_resume, find_checkpoints
 from megatron.training.schedule import ScheduleError
 from megatron.training.state_digest import state_digests
+from megatron.ucp import cli
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
 from megatron.ucp.digest import total
 from megatron.ucp.errors import UcpError
 from megatron.ucp.manifest import MANIFEST_NAME
-from megatron.ucp.sources import open_source
 from megatron.ucp.topology import Topology
 from megatron.ucp.verify import verify
 
@@ -57,6 +58,7 @@ MAX_ADDRESSES = 8 << 30
 """More than the process has may not be asked for at once: so that a fault found does not end the machine."""
 MAX_MESSAGE = 12_000
 """Characters: twenty lines or so, with their values cut short."""
+NOISE = 0.777
 BYSTANDER = "somebody's file"
 
 
@@ -89,7 +91,6 @@ class Judge:
             self.right[name] = {how: outcome.value for how, outcome in found.items()}
             self.usual_warnings[name] = set(found["load"].warnings)
             self._check_right(base)
-        self._peak = _peak_memory()
         resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESSES + _addresses(), resource.RLIM_INFINITY))
 
     def violations(self, fault: Fault) -> list[str]:
@@ -98,35 +99,37 @@ class Judge:
         fault.plant(place / "run", place / "run" / base.tag, random.Random(f"{fault.base} {fault.name}"))
         says = _differences(_manifest(base.folder), _manifest(place / "run" / base.tag)) if fault.is_signed else set()
         before = _table(place)
-        self._peak = max(self._peak, _peak_memory())
-        found = self._outcomes(place, base)
+        least = _peak_memory(reset=True)
+        found = self._outcomes(place, base, fault.ways)
         violations = [f"outside: {line}" for line in _changes(before, _table(place))]
         for how, outcome in found.items():
             violations += [f"{how}: {what}" for what in self._judged(base, fault, how, outcome, found, says)]
-        if traces := sorted({path.name for path in self.scratch.iterdir()} - {"case"}):
-            violations.append(f"outside: {traces} in the current folder")
-        peak = _peak_memory()
-        if peak - self._peak > MAX_MEMORY:
-            violations.append(f"bound: {(peak - self._peak) >> 20} MiB were taken")
+        for trace in self.scratch.iterdir():
+            if trace.name != "case":
+                violations.append(f"outside: {trace.name} in the current folder")
+                trace.unlink()
+        taken = _peak_memory() - least
+        if taken > MAX_MEMORY:
+            violations.append(f"bound: {taken >> 20} MiB were taken")
         return violations
 
     # -- the five ways ---------------------------------------------------------------------------------------------
 
-    def _outcomes(self, place: Path, base: Base) -> dict[str, Outcome]:
+    def _outcomes(self, place: Path, base: Base, chosen: tuple[str, ...] = WAYS) -> dict[str, Outcome]:
         run, folder, output = place / "run", place / "run" / base.tag, place / "out"
         ways: dict[str, Callable[[], Any]] = {
-            "open": lambda: open_source(folder) and None,
+            "open": lambda: _inspect(folder),
             "verify": lambda: verify(folder, num_workers=1),
             "convert": lambda: _conversion(convert(folder, output, num_workers=1).manifest),
             "diff": lambda: diff(base.folder, folder, trust_digests=False),
             "load": lambda: self._load(run),
         }
         found = {}
-        for how, way in ways.items():
+        for how in chosen:
             with _warnings() as lines:
                 try:
                     with _time_limit():
-                        found[how] = Outcome(way())
+                        found[how] = Outcome(ways[how]())
                 except Exception as error:  # its kind is what is judged
                     found[how] = Outcome(error=error)
             found[how] = replace(found[how], warnings=tuple(lines))
@@ -150,7 +153,7 @@ class Judge:
         live = self.run.live
         for group, values in zip(live.state.base.param_groups, self._groups, strict=True):
             group.clear()
-            group |= values | {"weight_decay": 0.777, "lr": 0.777}
+            group |= values | {"weight_decay": NOISE, "lr": NOISE}
         fill_with_noise(self.run)
         live.schedule.num_samples = 777
         live.streams.reseed(777)
@@ -162,7 +165,7 @@ class Judge:
             "digests": state_digests(state),
             "progress": progress,
             "steps": sorted({state.step_of(interval.flat) for interval in state.intervals}),
-            "hyper-parameters": json.dumps(live.state.hyper_parameters(), sort_keys=True, default=str),
+            "hyper-parameters": live.state.hyper_parameters(),
             "schedule": live.schedule.state_dict(),
             "streams": {key: value.tolist() for key, value in live.streams.state_dict().items()},
             "engine": (live.engine.global_steps, live.engine.global_samples, live.engine.skipped_steps),
@@ -202,16 +205,25 @@ class Judge:
                 return [f"silent: the output is not sound: {value.findings[:2]}"]
             if value.is_proven and (value.digest != right.digest or not base.is_proven):
                 return ["silent: the output passes for proven"]
-        placed = found["load"].value
-        if how == "diff" and value.is_equal and placed is not None:
+        if how == "diff" and value.is_equal and (placed := found["load"].value) is not None:
             # It answers for what a load places.
             is_equal = placed["digests"] == self.right[base.name]["load"]["digests"]
             return [] if is_equal else ["silent: it says equal"]
-        is_warned = bool(set(outcome.warnings) - self.usual_warnings[base.name])
-        if how == "load" and base.is_proven and not is_warned:
+        if how == "load" and base.is_proven:
             wrong = sorted(key for key in right if value[key] != right[key])
-            return [f"silent: another {', '.join(wrong)} than was saved"] if wrong else []
+            is_warned = bool(set(outcome.warnings) - self.usual_warnings[base.name])
+            if wrong and not (is_warned and self._is_unsaid(value, right)):
+                return [f"silent: another {', '.join(wrong)} than was saved"]
         return []
+
+    def _is_unsaid(self, value: dict[str, Any], right: dict[str, Any]) -> bool:
+        """Whether hyper-parameters that are not the saved ones are this run's own: nothing was said of them."""
+        own = {group["name"]: group | {"weight_decay": NOISE, "lr": NOISE} for group in self._groups}
+        return all(
+            repr(found) == repr(right["hyper-parameters"][group][key]) or found in (own[group].get(key), NOISE)
+            for group, values in value["hyper-parameters"].items()
+            for key, found in values.items()
+        )
 
     def _copy(self, base: Base) -> Path:
         place = self.scratch / "case"
@@ -240,7 +252,7 @@ class TookTooLongError(Exception):
     pass
 
 
-@contextmanager
+@contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TookTooLongError(f"more than {MAX_SECONDS} s")
@@ -253,7 +265,7 @@ def _time_limit() -> Iterator[None]:
         signal.alarm(0)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _warnings() -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
@@ -281,6 +293,16 @@ def _faults_of_message(error: BaseException | None) -> list[str]:
     if len(str(error)) > MAX_MESSAGE:
         return [f"bound: a message of {len(str(error))} characters"]
     return []
+
+
+def _inspect(folder: Path) -> None:
+    """As a user does it, on a terminal that knows all of Unicode. Raises what is told there."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(["inspect", str(folder)])
+    if code:
+        err.seek(0)
+        raise UcpError(err.read())
 
 
 def _conversion(manifest: Any) -> dict[str, Any]:
@@ -321,8 +343,14 @@ def _changes(before: dict[str, tuple], after: dict[str, tuple]) -> list[str]:
     return sorted(f"{path} was changed" for path in {*before, *after} if before.get(path) != after.get(path))
 
 
-def _peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _peak_memory(reset: bool = False) -> int:
+    """Bytes of this process. With `reset` it is counted anew from here, where the system allows it (Linux: proc(5),
+    clear_refs); elsewhere it only grows, and the first to take more is seen."""
+    if reset:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
 
 def _addresses() -> int:

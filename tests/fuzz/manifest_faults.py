@@ -60,7 +60,8 @@ def _of_field(base: Base, where: Where, data: dict[str, Any], seed: int) -> Iter
     wrong = [v for v in WRONG_TYPES if not _is_alike(v, value)]
     for index, other in chosen(wrong, 1, rng):
         yield signed(f"is of a wrong type ({index}: {json.dumps(other)})", _Put(other))
-    for index, other in chosen(out_of_range(value), 1, rng):
+    is_degree = str(where[-1]).endswith("p_size")
+    for index, other in chosen([*out_of_range(value), *([10**6] if is_degree else [])], 1, rng):
         yield signed(f"is out of range ({index}: {json.dumps(other)[:40]})", _Put(other))
     for part in ("value", "key"):
         if part == "value" or isinstance(where[-1], str):

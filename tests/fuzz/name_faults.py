@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz.bases import Base
-from fuzz.faults import HOSTILE_NAMES, ODD_NAMES, Fault, Plant
+from fuzz.faults import HOSTILE_NAMES, ODD_NAMES, WAYS, Fault, Plant
 from fuzz.manifest_faults import sign
 from fuzz.pickle_faults import change_pickles
 
@@ -29,10 +29,12 @@ def faults(bases: Iterable[Base], seed: int) -> Iterator[Fault]:
 
 
 def _of_place(base: Base, place: str, plant: Callable[[str], Plant], is_refused: bool) -> Iterator[Fault]:
-    for name, value in HOSTILE_NAMES.items():
-        yield Fault(f"{place} is named: {name}", base.name, plant(value), is_refused, is_another=not is_refused)
-    for name, value in ODD_NAMES.items():
-        yield Fault(f"{place} is named: {name}", base.name, plant(value), is_another=True)
+    is_pointer = place == "the pointer"
+    for name, value in {**HOSTILE_NAMES, **ODD_NAMES}.items():
+        told = is_refused and name in HOSTILE_NAMES
+        is_another = not told and not is_pointer
+        ways = ("load",) if is_pointer else WAYS
+        yield Fault(f"{place} is named: {name}", base.name, plant(value), told, ways, is_another=is_another)
 
 
 def _places(base: Base) -> dict[str, tuple[Callable[[str], Plant], bool]]:

@@ -50,6 +50,10 @@ def group_values(group: dict) -> dict:
     """A torch param_group as JSON values, without its parameters."""
     plain = (bool, int, float, str, type(None))
     values = {key: float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 else v for key, v in group.items()}
-    values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if key != "params"}
+    values = {
+        key: list(v) if isinstance(v, tuple) else v
+        for key, v in values.items()
+        if key != "params" and isinstance(key, str)
+    }
     is_plain = {k: all(isinstance(e, plain) for e in (v if isinstance(v, list) else [v])) for k, v in values.items()}
     return {k: v for k, v in values.items() if is_plain[k]}

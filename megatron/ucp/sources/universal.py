@@ -3,11 +3,12 @@
 The one idea: every (parameter, state) is one file with the whole atomic tensor, so a piece is that tensor. Without a
 ucp.json (DeepSpeed's) names, shapes and states are taken from the folder itself.
 
-    source = UniversalSource(folder, read_manifest(folder))         # or: infer_manifest(folder)
+    source = UniversalSource(folder, read_manifest(folder))         # or: open_universal(folder)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ NO_MANIFEST = "it was saved without checksums (there was no ucp.json)"
 
 
 class UniversalSource:
-    def __init__(self, folder: str | Path, manifest: Manifest):
+    def __init__(self, folder: str | Path, manifest: Manifest, cache: FileCache | None = None):
         self.folder, self.manifest = Path(folder), manifest
-        self._cache = FileCache()
+        self._cache = cache or FileCache()
         missing = [
             path.relative_to(self.folder).as_posix()
             for name, info in manifest.parameters.items()
@@ -59,13 +60,13 @@ class UniversalSource:
         if not path.exists():
             return None
         require_listed(self.folder, self.manifest, [f"zero/{name}/step.pt"])
-        return load(path)
+        return self._cache.load(path)
 
     def side_files(self) -> dict[str, Any]:
         paths = [self.folder / "zero/optimizer_state.pt", *self.folder.glob("mp_rank_*_model_states.pt")]
         names = sorted(p.relative_to(self.folder).as_posix() for p in paths if p.exists())
         require_listed(self.folder, self.manifest, names)
-        return {name: load(self.folder / name) for name in names}
+        return {name: self._cache.load(self.folder / name) for name in names}
 
     def _file(self, name: str, state: str) -> Path:
         return self.folder / "zero" / name / f"{state}.pt"
@@ -81,9 +82,14 @@ class UniversalSource:
         return info
 
 
-def infer_manifest(folder: str | Path) -> Manifest:
+def open_universal(folder: str | Path) -> UniversalSource:
+    """One without a ucp.json; each file is opened once."""
+    cache = FileCache()
+    return UniversalSource(folder, _inferred_manifest(Path(folder), cache.load), cache)
+
+
+def _inferred_manifest(folder: Path, load: Callable[[Path], Any]) -> Manifest:
     """For DeepSpeed's universal folders of ZeRO-0 to 2 (those of ZeRO-3 have lost the shapes)."""
-    folder = Path(folder)
     parameters = {}
     for path in sorted((folder / "zero").iterdir()):
         if not path.is_dir():
