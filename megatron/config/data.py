@@ -1,14 +1,18 @@
 """Where the tokens come from.
 
 data = DataConfig(data_path=("training_datasets/gpt2_text_document",), vocab_file="v.json", merge_file="m.txt")
-data.prefixes          # the dataset prefixes without their weights
+data.blend             # the datasets with their shares of the samples
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron.config.flag import flag
+
+if TYPE_CHECKING:
+    from megatron.data.blending import BlendEntry
 
 TOKENIZER_FILES = {
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
@@ -23,7 +27,7 @@ class DataConfig:
     """Paths are relative to the working directory."""
 
     data_path: tuple[str, ...] = flag(
-        (), help="a dataset prefix (PREFIX.bin and PREFIX.idx), or `weight prefix weight prefix ...`"
+        (), help="a dataset prefix (PREFIX.bin and PREFIX.idx), or `weight prefix weight prefix ...`, also quoted"
     )
     split: str = flag("969, 30, 1", help="proportions of train, validation and test")
     data_cache_path: str | None = flag(None, help="folder of the index caches; default: beside the dataset")
@@ -35,9 +39,11 @@ class DataConfig:
     num_workers: int = flag(2, help="loader processes of one rank; 0 loads in the rank", unit="processes")
 
     @property
-    def prefixes(self) -> tuple[str, ...]:
-        """Dataset prefixes, without the weights of a blend."""
-        return self.data_path if len(self.data_path) < 2 else self.data_path[1::2]
+    def blend(self) -> tuple[BlendEntry, ...]:
+        """The datasets with their shares. Raises BlendError for a --data-path that cannot be read."""
+        from megatron.data.blending import parse_data_path  # late: megatron.data loads torch, this module must not
+
+        return parse_data_path(self.data_path)
 
     @property
     def split_weights(self) -> tuple[float, ...]:

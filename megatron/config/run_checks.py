@@ -234,17 +234,8 @@ def data_problems(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
             "--data-path is missing", flags=("--data-path",),
             fix="give the dataset's prefix: --data-path training_datasets/gpt2_text_document",
         )  # fmt: skip
-    is_blend = len(data.data_path) > 1
-    if is_blend and (len(data.data_path) % 2 or not all(map(_is_weight, data.data_path[::2]))):
-        yield Problem(
-            "a blend of datasets is not pairs of weight and prefix",
-            found=" ".join(data.data_path),
-            expected="WEIGHT PREFIX WEIGHT PREFIX ...",
-            flags=("--data-path",),
-        )
     else:
-        for prefix in data.prefixes:
-            yield from _dataset_problems(prefix)
+        yield from _blend_problems(data)
     yield from _split_problems(data)
     for name in TOKENIZER_FILES[data.tokenizer_type]:
         path, flags = getattr(data, name), (flag_of(name), "--tokenizer-type")
@@ -260,6 +251,23 @@ def data_problems(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
             "a NullTokenizer does not know how many words there are",
             flags=("--vocab-size", "--tokenizer-type"), fix="give --vocab-size",
         )  # fmt: skip
+
+
+def _blend_problems(data: DataConfig) -> Iterator[Problem]:
+    from megatron.data.errors import BlendError  # late: see DataConfig.blend
+
+    try:
+        entries = data.blend
+    except BlendError as error:
+        yield Problem(
+            error.what,
+            found=" ".join(data.data_path),
+            expected="PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ... with weights from 0 on, not all 0",
+            flags=("--data-path",),
+        )
+        return
+    for entry in entries:
+        yield from _dataset_problems(entry.prefix)
 
 
 def _dataset_problems(prefix: str) -> Iterator[Problem]:
@@ -289,10 +297,3 @@ def _split_problems(data: DataConfig) -> Iterator[Problem]:
             "--split is not three proportions with some training data",
             found=data.split, expected="such as 949,50,1", flags=("--split",),
         )  # fmt: skip
-
-
-def _is_weight(text: str) -> bool:
-    try:
-        return float(text) > 0
-    except ValueError:
-        return False

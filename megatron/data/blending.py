@@ -33,14 +33,18 @@ class BlendEntry:
 
 
 def parse_data_path(paths: Sequence[str]) -> tuple[BlendEntry, ...]:
-    """--data-path: one prefix, or weight prefix weight prefix ..., as separate words or one quoted string."""
-    words = paths[0].split() if len(paths) == 1 else list(paths)
-    if len(words) == 1:
+    """--data-path: one prefix, or weight prefix weight prefix ..., as words of their own or quoted together. Weights
+    are in proportion to each other; a dataset of weight 0 is left out, as if it were not there."""
+    words = list(paths)
+    parts = " ".join(words).split()
+    if len(parts) > len(words) and _is_blend(parts):  # otherwise a blank belongs to a path
+        words = parts
+    if len(words) == 1 and words[0].strip():
         return (BlendEntry(words[0], 1.0),)
-    weights = [_weight(word) for word in words[::2]]
-    if not words or len(words) % 2 or None in weights or not 0 < sum(weights) < math.inf:
+    weights = [_weight(word) or 0.0 for word in words[::2]]
+    if not words or not _is_blend(words) or not 0 < sum(weights) < math.inf:
         raise BlendError(
-            "--data-path cannot be read",
+            "--data-path is neither one prefix nor pairs of weight and prefix",
             found=" ".join(words) or "nothing",
             expected="one prefix, or a weight >= 0 before each prefix, not all 0",
             where="--data-path",
@@ -95,6 +99,10 @@ class BlendedDataset:
 
     def __reduce__(self):
         return type(self), (self.datasets, self._weights, self._num_samples)
+
+
+def _is_blend(words: Sequence[str]) -> bool:
+    return len(words) % 2 == 0 and all(_weight(word) is not None for word in words[::2])
 
 
 def _weight(word: str) -> float | None:

@@ -37,7 +37,7 @@ class Batches:
         self.collate = Collator(eod=eod, eod_mask_loss=config.data.eod_mask_loss)
         self._order_flags = {
             # Names, not paths: where the files lie on this machine does not matter.
-            "data_path": [Path(word).name for word in config.data.data_path],
+            "data_path": [word for e in config.data.blend for word in (f"{e.weight:g}", Path(e.prefix).name)],
             "split": config.data.split,
             "seed": config.run.seed,
             "seq_length": config.model.seq_length,

@@ -6,7 +6,8 @@ in one pass, prove it by the digests of the save, and make it appear at once.
     result = convert("run/global_step100", "run/global_step100_universal", num_workers=2)
     result.digest                                     # one line for the whole state
 
-`main(arguments)` takes the namespace that DeepSpeed's own ds_to_universal.main takes.
+`main(arguments)` takes what DeepSpeed's own ds_to_universal.main takes and returns an exit code; `convert_as_told` takes
+the same and raises.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.ucp.commit import commit, point_to, require_space, stage
 from megatron.ucp.digest import total
@@ -131,23 +133,38 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(arguments: argparse.Namespace | list[str] | None = None) -> int:
-    """Command line, or a namespace as DeepSpeed's `main` takes. Prints what was done; 0, or 1 after an error."""
-    if not isinstance(arguments, argparse.Namespace):
+def convert_as_told(arguments: Any) -> Conversion:
+    """`convert` for a program that has DeepSpeed's arguments: `input_folder` and `output_folder` of any object or
+    mapping, and whatever else of `parser` is there. Raises what `convert` raises."""
+
+    def given(name: str, default: Any = None) -> Any:
+        if isinstance(arguments, Mapping):
+            return arguments.get(name, default)
+        return getattr(arguments, name, default)
+
+    if missing := [name for name in ("input_folder", "output_folder") if given(name) is None]:
+        raise TypeError(f"the arguments of a conversion ({type(arguments).__name__}) lack {', '.join(missing)}")
+    folder = given("input_folder")
+    found = find_checkpoint(folder)
+    if found != Path(folder):
+        print(f"{folder} is a run folder; converting {found.name}, its latest checkpoint")
+    hints = given("num_extract_workers", 4), given("num_merge_workers", 2)
+    return convert(
+        found,
+        given("output_folder"),
+        num_workers=given("num_workers") or max(1, min(4, *hints)),
+        column_parallel=tuple(given("column_parallel") or ()),
+        progress=ProgressLine(),
+    )
+
+
+def main(arguments: Any = None) -> int:
+    """Command line (a list of words, or None for the process's own), or arguments as DeepSpeed's `main` takes them: a
+    namespace of any kind. Prints what was done; 0, or 1 after an error. `convert_as_told` raises instead."""
+    if arguments is None or isinstance(arguments, (list, tuple)):
         arguments = parser().parse_args(arguments)
-    hints = getattr(arguments, "num_extract_workers", 4), getattr(arguments, "num_merge_workers", 2)
-    num_workers = getattr(arguments, "num_workers", None) or max(1, min(4, *hints))
     try:
-        found = find_checkpoint(arguments.input_folder)
-        if found != Path(arguments.input_folder):
-            print(f"{arguments.input_folder} is a run folder; converting {found.name}, its latest checkpoint")
-        result = convert(
-            found,
-            arguments.output_folder,
-            num_workers=num_workers,
-            column_parallel=tuple(getattr(arguments, "column_parallel", ())),
-            progress=ProgressLine(),
-        )
+        result = convert_as_told(arguments)
     except (UcpError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

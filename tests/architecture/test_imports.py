@@ -12,7 +12,7 @@ PACKAGE = ROOT / "megatron"
 
 # What a part of the house may import of ours, besides itself.
 ALLOWED = {
-    "config": {"ucp"},
+    "config": {"ucp", "data"},
     "data": set(),
     "ucp": set(),
     "kernels": {"config"},

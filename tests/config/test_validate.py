@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("load-tag", {"load_tag": "global_step1"}, ["--load-tag without --load"]),
     ("no-data", {"data_path": ()}, ["--data-path is missing"]),
     ("no-dataset", {"data_path": ("nowhere/x",)}, ["nowhere/x.bin", "nowhere/x.idx", "tools/preprocess_data.py"]),
-    ("blend", {"data_path": ("a", "b", "c")}, ["pairs of weight and prefix"]),
+    ("blend", {"data_path": ("a", "b", "c")}, ["neither one prefix nor pairs of weight and prefix"]),
     ("split", {"split": "a,b"}, ["--split is not three proportions"]),
     ("split-no-train", {"split": "0,1,1"}, ["--split is not three proportions"]),
     ("vocab-missing", {"vocab_file": None}, ["--vocab-file is missing"]),
@@ -276,3 +277,13 @@ def test_padded_vocab_size(true: int, multiple: int, tp_size: int, padded: int) 
 
 def test_swiglu_width_is_upstreams() -> None:
     assert ModelConfig(2, 4096, 32, 32, swiglu=True).ffn_hidden_size == 10880  # int(4*4096*2/3 / 64) * 64
+
+
+@pytest.mark.parametrize(
+    "words", ["0 nowhere 1 {d}", "0.3 {d} 0.7 {d}", "'0.3 {d} 0.7 {d}'", "'0.3 {d}' '0.7 {d}'", "'{d}'"]
+)
+def test_blends_are_read_as_the_data_reads_them(config: Config, words: str) -> None:
+    path = config.data.data_path[0]
+    blended = changed(config, data_path=tuple(shlex.split(words.format(d=path)))).validate(4)
+    assert {entry.prefix for entry in blended.data.blend} == {path}
+    assert sum(entry.weight for entry in blended.data.blend) == 1

@@ -43,7 +43,8 @@ def test_cpp_equals_python(weights, num_samples):
 
 def test_data_path():
     assert [(e.prefix, e.weight) for e in parse_data_path(["a"])] == [("a", 1.0)]
-    for words in (["1", "a", "3", "b"], ["1 a 3 b"]):
+    assert [(e.prefix, e.weight) for e in parse_data_path(["my data/a"])] == [("my data/a", 1.0)]
+    for words in (["1", "a", "3", "b"], ["1 a 3 b"], ["1 a", "3 b"], [" 1  a 3 b "], ["0", "c", "1", "a", "3", "b"]):
         assert [(e.prefix, e.weight) for e in parse_data_path(words)] == [("a", 0.25), ("b", 0.75)]
     assert [e.prefix for e in parse_data_path(["0", "a", "1", "b"])] == ["b"]
 

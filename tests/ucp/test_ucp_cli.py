@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from ucp.synthetic import make_state, model, write_native
 
 from megatron.ucp import cli
-from megatron.ucp.convert import ProgressLine, main
+from megatron.ucp.convert import ProgressLine, convert_as_told, main
+from megatron.ucp.errors import OutputExistsError
 from megatron.ucp.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +95,27 @@ def test_tool_takes_deepspeeds_namespace(native, capsys):
     assert "state digest" in capsys.readouterr().out
     assert main(arguments) == 1
     assert "already there" in capsys.readouterr().err
+
+
+class _Slots:
+    __slots__ = ("input_folder", "output_folder")
+
+    def __init__(self, input_folder, output_folder):
+        self.input_folder, self.output_folder = input_folder, output_folder
+
+
+@pytest.mark.parametrize("kind", [types.SimpleNamespace, dict, _Slots])
+def test_arguments_of_any_kind_and_a_function_that_raises(kind, native, capsys):
+    arguments = kind(input_folder=str(native), output_folder=str(native.parent / "u"))
+    assert convert_as_told(arguments).output == native.parent / "u"
+    with pytest.raises(OutputExistsError, match="already there"):
+        convert_as_told(arguments)
+    assert main(arguments) == 1 and "already there" in capsys.readouterr().err
+
+
+def test_arguments_without_a_folder_are_named():
+    with pytest.raises(TypeError, match="lack output_folder"):
+        convert_as_told(types.SimpleNamespace(input_folder="a"))
 
 
 def test_tool_and_module_run_as_programs(native):
