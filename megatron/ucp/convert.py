@@ -6,13 +6,14 @@ in one pass, prove it by the digests of the save, and make it appear at once.
     result = convert("run/global_step100", "run/global_step100_universal", num_workers=2)
     result.digest                                     # one line for the whole state
 
-`main(arguments)` takes what DeepSpeed's own ds_to_universal.main takes and returns an exit code; `convert_as_told` takes
-the same and raises.
+`main(arguments)` takes what DeepSpeed's own ds_to_universal.main takes and returns an exit code; `convert_as_told`
+takes the same and raises.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import threading
@@ -147,7 +148,7 @@ def convert_as_told(arguments: Any) -> Conversion:
     folder = given("input_folder")
     found = find_checkpoint(folder)
     if found != Path(folder):
-        print(f"{folder} is a run folder; converting {found.name}, its latest checkpoint")
+        print(f"{folder} is no checkpoint itself; converting its latest one, {os.path.relpath(found, folder)}")
     hints = given("num_extract_workers", 4), given("num_merge_workers", 2)
     return convert(
         found,

@@ -11,11 +11,18 @@ from ucp.synthetic import Parameter, make_state, model, write_native
 from ucp.test_ucp_deepspeed_compat import info_for
 
 from megatron.ucp.convert import convert
-from megatron.ucp.errors import CorruptFileError, DigestMismatchError, MissingFileError, SourceError, UcpError
+from megatron.ucp.errors import (
+    CorruptFileError,
+    DigestMismatchError,
+    MissingFileError,
+    NotACheckpointError,
+    SourceError,
+    UcpError,
+)
 from megatron.ucp.file_table import changed_files
 from megatron.ucp.manifest import read_manifest, write_manifest
 from megatron.ucp.safe_load import load
-from megatron.ucp.sources import open_source
+from megatron.ucp.sources import find_checkpoint, open_source
 from megatron.ucp.sources.agreement import disagreements
 from megatron.ucp.topology import Topology
 from megatron.ucp.torch_file import save
@@ -191,3 +198,27 @@ def test_without_a_majority_all_are_named_by_answer():
     answers = {"a": {"step": 1, "version": "x"}, "b": {"step": 2, "version": "x"}, "c": {"version": "y"}}
     assert disagreements(answers) == ["step: 1 in a; 2 in b", "c: version is y, in 2 other files x"]
     assert disagreements({"a": {"step": 1}, "b": {"other": 2}}) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "tag", "newest"),
+    [
+        (["checkpoint-90", "checkpoint-500"], "global_step{}", "checkpoint-500"),
+        (["checkpoint_2", "checkpoint_10"], "pytorch_model", "checkpoint_10"),
+        (["step_5"], "pytorch_model", "step_5"),
+        (["checkpoint-1", "mine"], "global_step{}", None),
+        (["a"], "global_step{}", None),
+    ],
+)
+def test_a_root_of_run_folders_is_looked_into(names, tag, newest, tmp_path):
+    for name in names:
+        folder = tmp_path / name / tag.format(name.partition("-")[2])
+        write_native(folder, STATE, Topology(), 1)
+        (tmp_path / name / "latest").write_text(folder.name)
+    (tmp_path / "runs").mkdir()  # TensorBoard's
+    if newest is None:
+        with pytest.raises(NotACheckpointError, match=f"give one of the checkpoints inside: .*{names[0]}/"):
+            find_checkpoint(tmp_path)
+    else:
+        assert find_checkpoint(tmp_path).parent.name == newest
+        assert open_source(tmp_path).manifest.iteration == 5

@@ -218,7 +218,7 @@ def test_run_folder_is_understood_and_said(native, capsys):
     assert find_checkpoint(native.parent) == native
     arguments = ["--input_folder", str(native.parent), "--output_folder", str(native.parent / "u")]
     assert main(arguments) == 0
-    assert "is a run folder; converting global_step5" in capsys.readouterr().out
+    assert "converting its latest one, global_step5" in capsys.readouterr().out
 
 
 def test_run_folder_without_latest_names_what_is_inside(native):

@@ -7,6 +7,8 @@ source = open_source("checkpoints/global_step100_universal")
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron.ucp.commit import STAGING_SUFFIX
@@ -24,11 +26,14 @@ from megatron.ucp.sources.universal import UniversalSource, open_universal
 
 __all__ = ["Piece", "Source", "find_checkpoint", "open_source"]
 
+_COUNTED = re.compile(r"(checkpoint[-_]|step[-_])([0-9]{1,18})")
+"""Names of the run folders of Trainer ("checkpoint-500"), Accelerate ("checkpoint_3") and its examples ("step_500")."""
 POINTERS = ("latest", "latest_universal")
 
 
 def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
-    """The checkpoint folder that `folder` means: itself, its `tag`, or where its pointer file leads."""
+    """The checkpoint folder that `folder` means: itself, its `tag`, where its pointer file leads, or where that of the
+    newest run folder in it does."""
     folder = Path(folder)
     if not folder.is_dir():
         raise NotACheckpointError("no such folder", where=folder)
@@ -54,6 +59,10 @@ def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
                 where=folder,
                 do=f"give one of the checkpoints inside: {listed(inside)}" if inside else None,
             )
+    runs = _runs_inside(folder)
+    if newest := _newest(runs):
+        return find_checkpoint(folder / newest)
+    inside += [f"{name}/{run.name}" for name, run in runs.items()]
     raise NotACheckpointError(
         "not a checkpoint folder",
         found=sorted(p.name for p in folder.iterdir())[:20] or "an empty folder",
@@ -61,6 +70,26 @@ def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
         where=folder,
         do=f"give one of the checkpoints inside: {listed(inside)}" if inside else None,
     )
+
+
+def _runs_inside(folder: Path) -> dict[str, Path]:
+    """Run folders in a root of them, and what `latest` names in each. Hugging Face's Trainer makes one for each save
+    ("checkpoint-500/global_step500"), Accelerate too, under a tag that is always the same ("pytorch_model")."""
+    runs = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+        for pointer in POINTERS:
+            named = read_pointer(path, pointer).folder
+            if named is not None and _kind(named):
+                runs.setdefault(path.name, named)
+    return runs
+
+
+def _newest(runs: Iterable[str]) -> str | None:
+    """The one with the highest number, as their programs resume; None where the names do not count saves."""
+    matches = [_COUNTED.fullmatch(name) for name in runs]
+    if not matches or None in matches or len({match[1] for match in matches if match}) > 1:
+        return None
+    return max((match for match in matches if match), key=lambda match: int(match[2]))[0]
 
 
 def open_source(folder: str | Path, tag: str | None = None, column_parallel: tuple[str, ...] = ()) -> Source:
