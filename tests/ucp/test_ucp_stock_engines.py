@@ -6,6 +6,7 @@ gathered from the live tensors before the save.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,12 @@ import torch
 from torch import nn
 
 from harness.ranks import run_ranks
+from matrix.stock import stock_convert
 from megatron.ucp.convert import convert
+from megatron.ucp.diff import diff
+from megatron.ucp.errors import UcpError
+from megatron.ucp.sources.foreign_universal import STAGE3_MODEL
+from megatron.ucp.verify import verify
 
 BATCH, WIDTH, STEPS = 12, 20, 3
 TAG = "global_step3"
@@ -127,6 +133,7 @@ SOURCES = {
     "zero1": (1, {}),
     "zero2": (2, {}),
     "zero3": (3, {}),
+    "zero3-by-stock": (3, {}),
     "zero1-elastic": (1, {"zero_optimization": {"elastic_checkpoint": True}}),
     "zero2-elastic": (2, {"zero_optimization": {"elastic_checkpoint": True}}),
 }
@@ -143,7 +150,11 @@ def source(request, tmp_path_factory, with_groups) -> tuple[Path, Seen, str]:
     folder = tmp_path_factory.mktemp(request.param)
     more = {"zero_optimization": {}} | more
     seen = run_ranks(2, _save, str(folder), stage, with_groups, more)[0]
-    convert(folder / TAG, folder / f"{TAG}_universal", num_workers=1)
+    native = folder / TAG
+    if "by-stock" in request.param:  # DeepSpeed's own universal folder, converted again
+        run_ranks(1, stock_convert, str(folder / TAG), str(folder / "theirs"))
+        native = folder / "theirs"
+    convert(native, folder / f"{TAG}_universal", num_workers=1)
     return folder, seen, request.param
 
 
@@ -162,3 +173,40 @@ def test_a_stock_engine_goes_on(source, stage: int, world_size: int, with_groups
             assert found.groups == [saved.groups[0]] * len(found.groups)
         else:
             assert found.groups == saved.groups
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("theirs")
+    run_ranks(2, _save, str(folder), 3, True, {"zero_optimization": {}})
+    run_ranks(1, stock_convert, str(folder / TAG), str(folder / "universal"))
+    return folder
+
+
+def test_a_stock_universal_folder_of_zero3_is_the_save_that_it_was_made_from(theirs: Path):
+    found = diff(theirs / TAG, theirs / "universal")
+    # It does not say to which group a parameter belongs.
+    assert not found.deltas and found.num_states == 21 and not found.lines, found.lines
+    assert verify(theirs / "universal").is_sound and not verify(theirs / "universal").is_proven
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda model: None, "shapes and steps in files that are not there"),
+        (lambda model: model["param_shapes"][0].popitem(), "hold different parameters"),
+        (lambda model: model.update(frozen_param_shapes={"a": (3,)}), "leaves frozen parameters of ZeRO-3 out"),
+        (lambda model: model["param_shapes"][0].update({"out.weight": (7, 21)}), "wrong number of elements"),
+    ],
+    ids=["missing", "other", "frozen", "size"],
+)
+def test_what_a_stock_universal_folder_of_zero3_lacks_is_named(edit, message, theirs: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(theirs / "universal", tmp_path / "universal"))
+    path = folder / STAGE3_MODEL
+    model = torch.load(path, weights_only=False)
+    path.unlink()
+    if edit(model) is not None or "there" not in message:
+        torch.save(model, path)
+    with pytest.raises(UcpError, match=message):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

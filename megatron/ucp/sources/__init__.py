@@ -21,8 +21,9 @@ from megatron.ucp.sources.deepspeed_files import MODEL_FILE, ZERO_FILE
 from megatron.ucp.sources.deepspeed_moe import open_moe
 from megatron.ucp.sources.expert_files import has_experts
 from megatron.ucp.sources.foreign import open_foreign
+from megatron.ucp.sources.foreign_universal import open_foreign_universal
 from megatron.ucp.sources.source import Piece, Source
-from megatron.ucp.sources.universal import UniversalSource, open_universal
+from megatron.ucp.sources.universal import UniversalSource
 
 __all__ = ["Piece", "Source", "find_checkpoint", "open_source"]
 
@@ -101,7 +102,7 @@ def open_source(folder: str | Path, tag: str | None = None, column_parallel: tup
         return _open_listed(folder, read_manifest(folder))
     try:
         if kind == "universal":
-            source: Source = open_universal(folder)
+            source: Source = open_foreign_universal(folder)
         else:
             source = (open_moe if has_experts(folder) else open_foreign)(folder, column_parallel)
         source.manifest.require_sound(folder)

@@ -1,14 +1,14 @@
 """Source: a universal folder, ours or one that DeepSpeed's own converter wrote.
 
-The one idea: every (parameter, state) is one file with the whole atomic tensor, so a piece is that tensor. Without a
-ucp.json (DeepSpeed's) names, shapes and states are taken from the folder itself.
+The one idea: every (parameter, state) is one file with the whole atomic tensor, so a piece is that tensor. What a
+folder without a ucp.json holds is found out by foreign_universal.py.
 
-    source = UniversalSource(folder, read_manifest(folder))         # or: open_universal(folder)
+    source = UniversalSource(folder, read_manifest(folder))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,11 @@ import torch
 from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError
 from megatron.ucp.file_table import require_listed
 from megatron.ucp.fragment import whole_runs
-from megatron.ucp.layout import Layout
-from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
+from megatron.ucp.manifest import Manifest, ParameterInfo
 from megatron.ucp.safe_load import load
-from megatron.ucp.sources.group_names import group_values, names_or_numbers
 from megatron.ucp.sources.source import FileCache, Piece
-from megatron.ucp.topology import Topology
 
+OPTIMIZER_FILE = "zero/optimizer_state.pt"
 NO_MANIFEST = "it was saved without checksums (there was no ucp.json)"
 
 
@@ -63,7 +61,7 @@ class UniversalSource:
         return self._cache.load(path)
 
     def side_files(self) -> dict[str, Any]:
-        paths = [self.folder / "zero/optimizer_state.pt", *self.folder.glob("mp_rank_*_model_states.pt")]
+        paths = [self.folder / OPTIMIZER_FILE, *self.folder.glob("mp_rank_*_model_states.pt")]
         names = sorted(p.relative_to(self.folder).as_posix() for p in paths if p.exists())
         require_listed(self.folder, self.manifest, names)
         return {name: self._cache.load(self.folder / name) for name in names}
@@ -82,44 +80,7 @@ class UniversalSource:
         return info
 
 
-def open_universal(folder: str | Path) -> UniversalSource:
-    """One without a ucp.json; each file is opened once."""
-    cache = FileCache()
-    return UniversalSource(folder, _inferred_manifest(Path(folder), cache.load), cache)
-
-
-def _inferred_manifest(folder: Path, load: Callable[[Path], Any]) -> Manifest:
-    """For DeepSpeed's universal folders of ZeRO-0 to 2 (those of ZeRO-3 have lost the shapes)."""
-    parameters = {}
-    for path in sorted((folder / "zero").iterdir()):
-        if not path.is_dir():
-            continue
-        states = sorted(p.stem for p in path.glob("*.pt") if p.stem != "step")
-        states.sort(key=lambda state: state != "fp32")
-        if "fp32" not in states:
-            raise MissingFileError("a parameter without fp32.pt", where=path)
-        content = load(path / "fp32.pt")
-        if not isinstance(content, dict) or "param" not in content:
-            raise CorruptFileError("not a universal parameter file of ZeRO-1 or 2", where=path / "fp32.pt")
-        step = load(path / "step.pt") if (path / "step.pt").is_file() else None
-        parameters[path.name] = ParameterInfo(
-            layout=Layout.unique(content["param"].shape),
-            states=tuple(states),
-            step=None if step is None else float(step),
-        )
-    state_file = folder / "zero" / "optimizer_state.pt"
-    groups = load(state_file).get("param_groups", []) if state_file.is_file() else []
-    return Manifest(
-        kind="universal",
-        topology=Topology(),
-        parameters=parameters,
-        optimizer=OptimizerInfo(kind="", groups=dict(zip(names_or_numbers(groups), map(group_values, groups)))),
-        common=common_from_model_states(sorted(folder.glob("mp_rank_*_model_states.pt"))),
-        unverified=NO_MANIFEST,
-    )
-
-
-def common_from_model_states(files: list[Path]) -> dict:
+def common_from_model_states(files: Sequence[Path]) -> dict:
     """Counters that DeepSpeed and Megatron-DeepSpeed keep in mp_rank_XX_model_states.pt."""
     if not files:
         return {}
