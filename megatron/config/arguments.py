@@ -194,7 +194,9 @@ def _scalar(spec: FlagField, text: str) -> Any:
     except ValueError:
         raise ValueError(_expected(spec)) from None
     if spec.flag.choices and value not in spec.flag.choices:
-        raise ValueError("one of " + ", ".join(str(choice) for choice in spec.flag.choices))
+        known = "one of " + ", ".join(str(choice) for choice in spec.flag.choices)
+        instead = spec.flag.instead(value) if spec.flag.instead else None
+        raise ValueError(f"{known}: {instead}" if instead else known)
     return value
 
 

@@ -22,6 +22,12 @@ TOKENIZER_FILES = {
 """The fields that each tokenizer needs."""
 
 
+def _instead_of_tokenizer(tokenizer_type: str) -> str | None:
+    from megatron.data.tokenizer import REFUSED  # late, as below; preprocessing says the same
+
+    return REFUSED.get(tokenizer_type)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Paths are relative to the working directory."""
@@ -31,7 +37,9 @@ class DataConfig:
     )
     split: str = flag("969, 30, 1", help="proportions of train, validation and test")
     data_cache_path: str | None = flag(None, help="folder of the index caches; default: beside the dataset")
-    tokenizer_type: str = flag("GPT2BPETokenizer", help="kind of tokenizer", choices=tuple(TOKENIZER_FILES))
+    tokenizer_type: str = flag(
+        "GPT2BPETokenizer", help="kind of tokenizer", choices=tuple(TOKENIZER_FILES), instead=_instead_of_tokenizer
+    )
     vocab_file: str | None = flag(None, help="vocabulary of a GPT2BPETokenizer (JSON)")
     merge_file: str | None = flag(None, help="merges of a GPT2BPETokenizer (text)")
     tokenizer_model: str | None = flag(None, help="local folder of an HFTokenizer")

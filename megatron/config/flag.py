@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ class Flag:
     """For a bool field: the value that giving the flag stores."""
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Flags without a value, each storing its own constant in this one field."""
+    instead: Callable[[Any], str | None] | None = None
+    """Of a value that is none of the choices: what to do instead, where that is known."""
 
 
 def flag(
@@ -44,10 +46,11 @@ def flag(
     choices: tuple[Any, ...] = (),
     stores: bool = True,
     switches: Mapping[str, Any] | None = None,
+    instead: Callable[[Any], str | None] | None = None,
 ) -> Any:
     """A dataclass field with its flag. No names: `--` and the field's name with dashes.
     No default: the flag is required. With `switches` and no names the field has only the switches."""
-    spec = Flag(names, help, unit, choices, stores, dict(switches or {}))
+    spec = Flag(names, help, unit, choices, stores, dict(switches or {}), instead)
     if default is REQUIRED:
         return dataclasses.field(metadata={KEY: spec})
     return dataclasses.field(default=default, metadata={KEY: spec})

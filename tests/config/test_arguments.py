@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import pytest
@@ -11,6 +12,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.flag import flag_fields
 from megatron.config.flag_table import flag_table
 from megatron.config.upstream_flags import ACCEPTED, REFUSED
+from megatron.data.tokenizer import REFUSED as REFUSED_TOKENIZERS
 
 REQUIRED = shlex.split("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 1")
 
@@ -246,3 +248,9 @@ def test_flag_table_names_every_flag_and_the_committed_one_is_current(request) -
     assert all(f"`{name}`" in table for name in known_flags())
     committed = request.config.rootpath / "docs" / "flags.md"
     assert committed.read_text() == table, "run: python -m megatron.config > docs/flags.md"
+
+
+@pytest.mark.parametrize(("kind", "instead"), REFUSED_TOKENIZERS.items())
+def test_a_tokenizer_of_megatrons_that_is_not_here_is_told_as_preprocessing_tells_it(kind: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(instead)):
+        parse([*REQUIRED, "--tokenizer-type", kind])
