@@ -17,6 +17,8 @@ from typing import Protocol
 from megatron.data.errors import TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
+_MAX_GAPS = 16
+"""Times as many ids as tokens; published vocabularies leave a few free, not most of them."""
 
 REFUSED = {
     "BertWordPieceLowerCase": "it is for BERT; this framework trains GPT models",
@@ -101,6 +103,7 @@ class GPT2BPETokenizer:
         self._files = (str(vocab_file), str(merge_file))
         try:
             vocab, merges = models.BPE.read_file(*self._files)
+            model = models.BPE(vocab, merges)  # refuses merges into what is no token
         except Exception as error:  # tokenizers raises bare Exception
             raise TokenizerError(
                 "the vocabulary or the merges cannot be read",
@@ -116,11 +119,19 @@ class GPT2BPETokenizer:
                 expected=END_OF_TEXT,
                 where=vocab_file,
             )
+        self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > _MAX_GAPS * len(vocab):
+            raise TokenizerError(
+                "the vocabulary's ids leave gaps, and every id up to the last takes a row of the embedding",
+                found=f"{len(vocab)} tokens, the last id {self.vocab_size - 1}",
+                expected=f"ids from 0 to about {len(vocab) - 1}",
+                where=vocab_file,
+                do="number the tokens anew, or give the vocabulary that the data was made with",
+            )
         # The end-of-text entry stays an ordinary entry: no merge leads to it, so text cannot produce it.
-        self._backend = Backend(models.BPE(vocab, merges))
+        self._backend = Backend(model)
         self._backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._backend.decoder = decoders.ByteLevel()
-        self.vocab_size = max(vocab.values()) + 1
         self.eod: int = vocab[END_OF_TEXT]
 
     def tokenize(self, text: str) -> list[int]:
@@ -134,14 +145,15 @@ class GPT2BPETokenizer:
 
 
 class HFTokenizer:
-    """A Hugging Face tokenizer from a local folder (tokenizer.json and tokenizer_config.json). Never downloads."""
+    """A Hugging Face tokenizer from a local folder (tokenizer.json and tokenizer_config.json). Never downloads, and
+    runs no code from the folder, nor asks whether it should."""
 
     def __init__(self, folder: str | Path):
         from transformers import AutoTokenizer  # seconds to import: only who asks for it pays
 
         self._folder = str(folder)
         try:
-            self._backend = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+            self._backend = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             raise TokenizerError(
                 "the folder holds no tokenizer that transformers can read",

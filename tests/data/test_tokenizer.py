@@ -1,6 +1,9 @@
-"""Tokenizers against known ids."""
+"""Tokenizers against known ids, and files of tokenizers that are damaged or hostile."""
 
+import json
+import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +90,57 @@ def test_hf_tokenizer_from_a_folder(tmp_path, gpt2):
 def test_what_is_missing_is_named(arguments, message):
     with pytest.raises(TokenizerError, match=message):
         build_tokenizer(*arguments)
+
+
+VOCAB = b'{"a": 0, "b": 1, "<|endoftext|>": 2}'
+MERGES = b"#version: 0.2\n"
+
+
+@pytest.mark.parametrize(
+    ("vocab", "merges"),
+    [
+        (b"", MERGES),
+        (b"\xff\xfe\0", MERGES),
+        (b"[" * 50_000, MERGES),
+        (b"[1]", MERGES),
+        (b'{"a": "x"}', MERGES),
+        (b'{"a": -5, "<|endoftext|>": 2}', MERGES),
+        (b'{"a": 99999999999999999999, "<|endoftext|>": 1}', MERGES),
+        (b'{"a": 0, "<|endoftext|>": 900000000}', MERGES),
+        (b'{"\\ud83d": 0, "<|endoftext|>": 1}', MERGES),
+        (VOCAB, b"\xff\xfe\0"),
+        (VOCAB, b"#version: 0.2\na b\n"),
+        (VOCAB, b"#version: 0.2\na b c\n"),
+        (VOCAB, b"\x89PNG\r\n" * 50),
+    ],
+)
+def test_a_damaged_vocabulary_is_told(vocab, merges, tmp_path):
+    (tmp_path / "v.json").write_bytes(vocab)
+    (tmp_path / "m.txt").write_bytes(merges)
+    with pytest.raises(TokenizerError, match="vocabulary"):
+        build_tokenizer("GPT2BPETokenizer", tmp_path / "v.json", tmp_path / "m.txt")
+
+
+@pytest.mark.parametrize("file", ["v.json", "m.txt"])
+def test_a_fifo_is_no_vocabulary(file, tmp_path):
+    (tmp_path / "v.json").write_bytes(VOCAB)
+    (tmp_path / "m.txt").write_bytes(MERGES)
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(TokenizerError, match="needs a file that is not there"):
+        build_tokenizer("GPT2BPETokenizer", tmp_path / "v.json", tmp_path / "m.txt")
+
+
+def test_code_in_a_tokenizers_folder_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    config = {"auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    read, write = os.pipe()
+    os.write(write, b"y\n" * 10)  # whoever asks would be answered
+    os.close(write)
+    with os.fdopen(read) as answers:
+        monkeypatch.setattr(sys, "stdin", answers)
+        with pytest.raises(TokenizerError, match="custom code|trust_remote_code"):
+            build_tokenizer("HFTokenizer", tokenizer_model=tmp_path)
+        assert len(answers.readlines()) == 10
+    assert not (tmp_path / "executed").exists()
