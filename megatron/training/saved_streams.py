@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.parallel.rng import RandomStreams
+from megatron.ucp.disk import disk_errors
 from megatron.ucp.errors import CorruptFileError
 from megatron.ucp.file_table import require_listed, require_unchanged
 from megatron.ucp.safe_paths import existing_file
@@ -29,7 +30,8 @@ RNG_FILE = "rng_state.safetensors"
 
 def save_streams(folder: Path, states: list[dict[str, torch.Tensor]]) -> None:
     tensors = {f"rank{rank}/{key}": value for rank, state in enumerate(states) for key, value in state.items()}
-    safetensors.torch.save_file(tensors, folder / RNG_FILE)
+    with disk_errors(folder / RNG_FILE):
+        (folder / RNG_FILE).write_bytes(safetensors.torch.save(tensors))
 
 
 def restore_streams(streams: RandomStreams, source: Source, iteration: int, is_same_topology: bool) -> None:

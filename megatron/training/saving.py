@@ -36,6 +36,7 @@ from megatron.training.saved_streams import RNG_FILE, save_streams
 from megatron.training.state_digest import expert_digests, state_digests
 from megatron.ucp import commit
 from megatron.ucp.digest import total
+from megatron.ucp.disk import disk_errors
 from megatron.ucp.manifest import FileInfo, Manifest, OptimizerInfo, ParameterInfo, write_manifest
 from megatron.ucp.sources.deepspeed_files import dealt_file
 from megatron.ucp.topology import Topology
@@ -92,9 +93,10 @@ def _deferred_write_errors(engine: Any) -> Iterator[None]:
     write = engine.checkpoint_engine.save
     errors: list[Exception] = []
 
-    def save(*args: Any, **kwargs: Any) -> Any:
+    def save(state_dict: Any, path: str, **kwargs: Any) -> Any:
         try:
-            return write(*args, **kwargs)
+            with disk_errors(path):
+                return write(state_dict, path, **kwargs)
         except Exception as error:
             errors.append(error)
             return None
@@ -133,7 +135,9 @@ def _save_experts(live: LiveRun, folder: Path) -> None:
             optimizer[name] = state.tensor_states(param)
     if module:
         mp_rank = context.topology.mp_rank(pp=context.pp_rank, tp=context.tp_rank)
-        torch.save({"module": module, "optimizer": optimizer}, folder / dealt_file(context.ep_rank, mp_rank))
+        path = folder / dealt_file(context.ep_rank, mp_rank)
+        with disk_errors(path):
+            torch.save({"module": module, "optimizer": optimizer}, path)
 
 
 def _checksums(folder: Path) -> dict[str, FileInfo]:
@@ -143,7 +147,8 @@ def _checksums(folder: Path) -> dict[str, FileInfo]:
 
 
 def _commit(staging: Path, final: Path, manifest: Manifest) -> None:
-    write_manifest(staging, manifest)
+    with disk_errors(staging):
+        write_manifest(staging, manifest)
     commit.commit(staging, final, replace=True)
     commit.point_to(final.parent, LATEST, final.name)
     commit.point_to(final.parent, LATEST_ITERATION, str(manifest.common["iteration"]))

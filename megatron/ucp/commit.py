@@ -22,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron.ucp.errors import NotACheckpointError, NotEnoughSpaceError, OutputExistsError, OwnedByOtherError
+from megatron.ucp.disk import disk_errors, write_and_flush
+from megatron.ucp.errors import NotACheckpointError, OutputExistsError, OwnedByOtherError
 from megatron.ucp.manifest import MANIFEST_NAME, FileInfo
 from megatron.ucp.owner import claim, lives, mark_of
 
@@ -54,8 +55,14 @@ def stage(final: str | Path, replace: bool = False) -> Path:
         _remove(staging)
     # It appears with its mark: a folder without one is never ours.
     fresh = final.with_name(f"{final.name}.{secrets.token_hex(4)}{STAGING_SUFFIX}")
-    fresh.mkdir()
-    claim(fresh / OWNER_MARK)
+    with disk_errors(final):
+        fresh.mkdir()
+    try:
+        with disk_errors(final):
+            claim(fresh / OWNER_MARK)
+    except BaseException:
+        shutil.rmtree(fresh)
+        raise
     try:
         os.rename(fresh, staging)
     except OSError:  # another writer was faster: its folder is not empty
@@ -157,10 +164,8 @@ def point_to(run_folder: str | Path, pointer: str, tag: str) -> None:
     temporary = run_folder / f".{pointer}.{secrets.token_hex(8)}{STAGING_SUFFIX}"
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(tag)
-            file.flush()
-            os.fsync(file.fileno())
+        with disk_errors(temporary):
+            write_and_flush(handle, tag.encode())
         try:
             os.replace(temporary, run_folder / pointer)
         except (IsADirectoryError, NotADirectoryError):
@@ -172,21 +177,6 @@ def point_to(run_folder: str | Path, pointer: str, tag: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _flush(run_folder)
-
-
-def require_space(folder: str | Path, num_bytes: int) -> None:
-    """NotEnoughSpaceError unless the disk that will hold `folder` has room, with 1 % to spare."""
-    parent = Path(folder).absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < num_bytes * 1.01:
-        raise NotEnoughSpaceError(
-            "the disk is too full",
-            found=f"{free / 2**20:.0f} MiB free",
-            expected=f"{num_bytes * 1.01 / 2**20:.0f} MiB",
-            where=parent,
-        )
 
 
 def checksum_file(path: str | Path) -> FileInfo:

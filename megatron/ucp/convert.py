@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.ucp.commit import commit, point_to, require_space, stage
+from megatron.ucp.commit import commit, point_to, stage
 from megatron.ucp.digest import total
+from megatron.ucp.disk import disk_errors, require_space
 from megatron.ucp.errors import (
     CorruptFileError,
     DigestMismatchError,
@@ -79,15 +80,8 @@ def convert(
     require_space(output, num_bytes + _SPARE_BYTES)
     staging = stage(output)
     try:
-        try:
-            manifest = write_universal(
-                source, staging, num_workers=num_workers, progress=_counter(progress, num_bytes) or (lambda n: None)
-            )
-        except (DigestMismatchError, SourceError, CorruptFileError) as error:
-            raise _naming_files(error, source) from error
-        # The digests prove the tensors; what else was copied or read out of the files is proven by their checksums.
-        require_unchanged(folder, source.manifest, num_workers=num_workers)
-        write_manifest(staging, manifest)
+        with disk_errors(staging):
+            manifest = _written(source, staging, num_workers, _counter(progress, num_bytes))
         identity.require_unchanged()
         commit(staging, output)
     except BaseException:
@@ -97,6 +91,18 @@ def convert(
     point_to(output.parent, POINTER, output.name)
     seconds = time.perf_counter() - started
     return Conversion(source.folder, output, manifest, total(manifest.digests), num_bytes, seconds)
+
+
+def _written(source: Source, staging: Path, num_workers: int, count: Callable[[int], None] | None) -> Manifest:
+    """The whole universal folder but for its name. Raises what was found wrong with the files, by their names."""
+    try:
+        manifest = write_universal(source, staging, num_workers=num_workers, progress=count or (lambda n: None))
+    except (DigestMismatchError, SourceError, CorruptFileError) as error:
+        raise _naming_files(error, source) from error
+    # The digests prove the tensors; what else was copied or read out of the files is proven by their checksums.
+    require_unchanged(source.folder, source.manifest, num_workers=num_workers)
+    write_manifest(staging, manifest)
+    return manifest
 
 
 def _require_apart(folder: Path, output: Path) -> None:

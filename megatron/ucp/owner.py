@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.ucp.disk import write_and_flush
 from megatron.ucp.errors import OwnedByOtherError
 
 RENEWED_EVERY = 10.0
@@ -105,10 +106,7 @@ def claim(path: str | Path) -> Mark:
         "token": token,
     }
     try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(me, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_and_flush(handle, json.dumps(me).encode())
         with _alone(path.parent):
             _make_room(path)
             os.link(temporary, path)  # fails where there is one already, unlike a rename

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from megatron.ucp.disk import disk_errors
 from megatron.ucp.manifest import FileInfo
 from megatron.ucp.safe_load import STAND_INS
 
@@ -78,8 +79,9 @@ class _Tensor:
 
 
 def save(value: Any, path: str | Path) -> None:
-    """torch.save, with stand-ins under DeepSpeed's names."""
-    torch.save(value, path, pickle_module=_PICKLE_MODULE, pickle_protocol=2)
+    """torch.save, with stand-ins under DeepSpeed's names. Raises NotEnoughSpaceError."""
+    with disk_errors(path):
+        torch.save(value, path, pickle_module=_PICKLE_MODULE, pickle_protocol=2)
 
 
 class TensorFile:

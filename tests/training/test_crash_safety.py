@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -174,16 +175,20 @@ def _save_with_broken_disk(rank: int, world_size: int, argv: list[str], save: st
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     owner, name = {
+        "limit": (commit, "stage"),
         "files": (torch, "save"),
-        "streams": (safetensors.torch, "save_file"),
+        "streams": (safetensors.torch, "save"),
         "checksums": (commit, "checksum_file"),
         "flush": (commit, "_flush"),
         "staging": (commit, "stage"),
         "nothing": (commit, "stage"),
     }[what]
     works = getattr(owner, name)
-    if rank == victim and what != "nothing":
+    if rank == victim and what == "limit":  # the system itself refuses, as on a full disk: no planted error
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
+    elif rank == victim and what != "nothing":
         setattr(owner, name, fail)
     try:
         saving.save(run.live, Path(save), progress)
@@ -191,13 +196,14 @@ def _save_with_broken_disk(rank: int, world_size: int, argv: list[str], save: st
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
     setattr(owner, name, works)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     latest = Path(save, "latest").read_text()
     torch.distributed.barrier()
     saving.save(run.live, Path(save), progress)
     return told, latest
 
 
-BROKEN = {"files": 1, "streams": 0, "checksums": 1, "flush": 0, "staging": 0}
+BROKEN = {"limit": 1, "files": 1, "streams": 0, "checksums": 1, "flush": 0, "staging": 0}
 
 
 @pytest.mark.parametrize("what", [*BROKEN, "nothing"])
@@ -210,7 +216,8 @@ def test_disk_error_on_one_rank(what: str, cell: dict, data, tmp_path):
         if what == "nothing":
             assert (told, latest) == ("saved", SECOND)
             continue
-        assert told.startswith("CheckpointError:") and "No space left on device" in told
+        reason = "cannot write: File too large" if what == "limit" else "No space left on device"
+        assert told.startswith("CheckpointError:") and reason in told
         assert latest == FIRST
     assert verify(tmp_path / FIRST).findings == ()
     assert verify(tmp_path / SECOND).findings == ()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import shutil
 import socket
 import subprocess
@@ -15,9 +16,10 @@ import torch
 from ucp.synthetic import make_state, model, write_native
 
 from megatron.ucp import commit as commit_module
-from megatron.ucp.commit import checksum_file, commit, point_to, remove_left_overs, require_space, stage
+from megatron.ucp.commit import checksum_file, commit, point_to, remove_left_overs, stage
 from megatron.ucp.convert import convert, main
 from megatron.ucp.diff import diff
+from megatron.ucp.disk import disk_errors, require_space
 from megatron.ucp.errors import (
     CorruptFileError,
     DigestMismatchError,
@@ -444,3 +446,38 @@ def test_whatever_the_unpickler_stumbles_over_is_told_by_file(native, error, mon
     with pytest.raises(CorruptFileError, match=f"{error.__name__}: planted") as caught:
         load(native / ZERO_FILE)
     assert ZERO_FILE in str(caught.value) and "what to do" in str(caught.value)
+
+
+@contextlib.contextmanager
+def _files_no_longer_than(num_bytes: int):
+    """The system refuses to write on, as it does on a full disk, for any process and without a disk of its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [100, 1000, 2000])
+def test_a_conversion_that_the_system_stops_says_what_it_says(native, limit):
+    with (
+        _files_no_longer_than(limit),
+        pytest.raises(NotEnoughSpaceError, match=rf"File too large\n  found: .*{limit} bytes.*bytes free") as caught,
+    ):
+        convert(native, native.parent / "u")
+    assert str(native.parent / "u") in str(caught.value)
+    assert not list(native.parent.glob("u*"))
+
+
+@pytest.mark.parametrize("limit", [0, 64, 5000])
+def test_torchs_writer_is_asked_what_stopped_it(limit, tmp_path):
+    with _files_no_longer_than(limit), pytest.raises(NotEnoughSpaceError, match="File too large") as caught:
+        save({"a": torch.zeros(10_000)}, tmp_path / "a.pt")
+    assert str(tmp_path / "a.pt") in str(caught.value)
+
+
+def test_an_error_that_has_nothing_to_do_with_the_disk_stays(tmp_path):
+    with pytest.raises(RuntimeError, match="another"), disk_errors(tmp_path / "a"):
+        raise RuntimeError("another")
+    assert not list(tmp_path.iterdir())

@@ -25,6 +25,7 @@ import torch
 
 from megatron.ucp.commit import checksum_file
 from megatron.ucp.digest import Digest, digest_runs
+from megatron.ucp.disk import disk_errors
 from megatron.ucp.errors import DigestMismatchError, UcpError
 from megatron.ucp.execute import check_replicas, gather
 from megatron.ucp.expert_digests import changed_experts
@@ -134,7 +135,8 @@ def _write_tensor(
         pieces = source.pieces(name, state)
         digest = Digest()
         buffer = torch.empty(min(CHUNK, max(1, layout.numel)), dtype=torch.float32)
-        with TensorFile(folder / relative, file_keys(layout, name), layout.shape) as file:
+        path = folder / relative
+        with disk_errors(path), TensorFile(path, file_keys(layout, name), layout.shape) as file:
             for start in range(0, layout.numel, CHUNK):
                 if stop.is_set():
                     raise _Stopped
