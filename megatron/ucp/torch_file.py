@@ -13,6 +13,7 @@ Classes of DeepSpeed's for which safe_load has stand-ins are written under DeepS
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import types
@@ -97,7 +98,16 @@ class TensorFile:
             self._numel *= extent
 
     def __enter__(self) -> TensorFile:
-        self._zip = zipfile.ZipFile(self.path, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self._file = open(self.path, "wb")
+        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        try:
+            self._begin()
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def _begin(self) -> None:
         self._stem = self.path.stem
         self._record("data.pkl", self._pickle)
         self._record("byteorder", b"little")
@@ -111,23 +121,35 @@ class TensorFile:
         info.file_size = num_bytes
         self._data_info, self._data_start = info, start + padding
         self._data = self._zip.open(info, "w", force_zip64=is_large)
-        self._crc = 0
-        return self
 
     def write(self, values: torch.Tensor) -> None:
         assert values.dtype == torch.float32 and values.is_contiguous()
         self._data.write(memoryview(values.numpy()).cast("B"))
 
     def __exit__(self, kind, value, traceback) -> None:
-        self._data.close()
-        if kind is None:
+        if kind is not None:
+            self._abandon()
+            return
+        try:
+            self._data.close()
             self._record("version", b"3\n")
             self._record(".data/serialization_id", b"0" * 40)
-        self._zip.close()
-        if kind is None:
-            if self._data_info.file_size != 4 * self._numel:
-                raise ValueError(f"{self.path}: {self._data_info.file_size} bytes written of {4 * self._numel}")
-            self.info = self._checksum()
+            self._zip.close()
+            self._file.close()
+        except BaseException:
+            self._abandon()
+            raise
+        if self._data_info.file_size != 4 * self._numel:
+            raise ValueError(f"{self.path}: {self._data_info.file_size} bytes written of {4 * self._numel}")
+        self.info = self._checksum()
+
+    def _abandon(self) -> None:
+        """Closed, whatever that says: each would try again to write what the disk did not take, and Python would print
+        that when it is collected."""
+        for part in (getattr(self, "_data", None), self._zip, self._file):
+            with contextlib.suppress(OSError, ValueError):
+                if part is not None:
+                    part.close()
 
     def _record(self, name: str, content: bytes) -> None:
         self._zip.writestr(zipfile.ZipInfo(f"{self._stem}/{name}", (1980, 1, 1, 0, 0, 0)), content)
