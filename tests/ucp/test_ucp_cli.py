@@ -125,7 +125,7 @@ def test_tool_and_module_run_as_programs(native):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and "run folder" in done.stdout, done.stderr
+    assert done.returncode == 0 and "converting its latest one" in done.stdout, done.stderr
     done = subprocess.run([sys.executable, "-m", "megatron.ucp", "verify", native.parent / "u"], cwd=ROOT)
     assert done.returncode == 0
 
