@@ -314,6 +314,7 @@ def _restore_common(live: LiveRun, source: Source, options: LoadOptions, is_same
     engine = live.engine
     if not options.with_progress:
         return Progress()
+    _tell_unsaid(common, progress)
     for line in changed_order(common.get("train_order"), live.train_order):
         log.warning("warning: %s", line)
     engine.global_steps = progress.iteration
@@ -342,18 +343,24 @@ def _restore_common(live: LiveRun, source: Source, options: LoadOptions, is_same
 
 def progress_of(common: Mapping[str, Any], batch_sizes: BatchSizes) -> Progress:
     """How far the Source had come. Of a foreign one that does not count samples, what this run's batch sizes make of
-    its iterations, and a warning."""
+    its iterations. Pure: `_tell_unsaid` warns."""
     known = {field.name for field in dataclasses.fields(Progress)}
     progress = Progress(**{key: common[key] for key in known if common.get(key) is not None})
-    if unsaid := sorted(key for key in known - {"consumed_train_samples"} if common.get(key) is None):
-        log.warning("warning: the Source does not say its %s: counted from 0 here", ", ".join(unsaid))
     if progress.iteration and common.get("consumed_train_samples") is None:
         progress.consumed_train_samples = batch_sizes.samples_after(0, progress.iteration)
+    return progress
+
+
+def _tell_unsaid(common: Mapping[str, Any], progress: Progress) -> None:
+    unsaid = sorted(field.name for field in dataclasses.fields(Progress) if common.get(field.name) is None)
+    if "consumed_train_samples" in unsaid and progress.iteration:
+        unsaid.remove("consumed_train_samples")
         log.warning(
             "warning: the Source does not say how many samples it consumed; of %d iterations %d are assumed",
             progress.iteration, progress.consumed_train_samples,
         )  # fmt: skip
-    return progress
+    if unsaid:
+        log.warning("warning: the Source does not say its %s: counted from 0 here", ", ".join(unsaid))
 
 
 def compare_models(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

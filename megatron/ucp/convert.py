@@ -144,10 +144,8 @@ def convert_as_told(arguments: Any) -> Conversion:
     """`convert` for a program that has DeepSpeed's arguments: `input_folder` and `output_folder` of any object or
     mapping, and whatever else of `parser` is there. Raises what `convert` raises."""
 
-    def given(name: str, default: Any = None) -> Any:
-        if isinstance(arguments, Mapping):
-            return arguments.get(name, default)
-        return getattr(arguments, name, default)
+    def given(name: str) -> Any:
+        return arguments.get(name) if isinstance(arguments, Mapping) else getattr(arguments, name, None)
 
     if missing := [name for name in ("input_folder", "output_folder") if given(name) is None]:
         raise TypeError(f"the arguments of a conversion ({type(arguments).__name__}) lack {', '.join(missing)}")
@@ -155,7 +153,7 @@ def convert_as_told(arguments: Any) -> Conversion:
     found = find_checkpoint(folder)
     if found != Path(folder):
         print(f"{folder} is no checkpoint itself; converting its latest one, {os.path.relpath(found, folder)}")
-    hints = given("num_extract_workers", 4), given("num_merge_workers", 2)
+    hints = given("num_extract_workers") or 4, given("num_merge_workers") or 2
     return convert(
         found,
         given("output_folder"),

@@ -56,8 +56,7 @@ def find_files(folder: Path, manifest: Manifest) -> Files:
     found = list_files(folder)
     is_stage3 = manifest.zero_stage == 3
     num_zero = topology.zero_size if is_stage3 or manifest.is_partitioned else 1
-    num_found = len(found.zeros) if num_zero > 1 else max(len(found.zeros), len(found.models))
-    if num_zero * num_mp > num_found + _MAX_MISSING:
+    if num_zero * num_mp > max(len(found.zeros), len(found.models)) + _MAX_MISSING:
         raise MissingFileError(
             f"more than {_MAX_MISSING} files of the checkpoint are missing",
             found=f"{len(found.zeros)} files of optimizer states, {len(found.models)} of model states",

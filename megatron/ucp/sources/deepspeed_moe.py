@@ -43,8 +43,8 @@ from megatron.ucp.sources.expert_source import STEP, ExpertPart, MoeSource
 from megatron.ucp.sources.expert_weights import weight_faults
 from megatron.ucp.sources.flat_states import Fragment
 from megatron.ucp.sources.foreign import ForeignReader
-from megatron.ucp.sources.group_names import Seen, group_names
 from megatron.ucp.sources.layer_files import is_weight
+from megatron.ucp.sources.param_groups import Seen, group_names
 from megatron.ucp.topology import Topology
 
 

@@ -40,8 +40,8 @@ from megatron.ucp.sources.expert_files import (
     split_name,
 )
 from megatron.ucp.sources.expert_source import STEP, ExpertPart, MoeSource, Place
-from megatron.ucp.sources.group_names import group_names, group_values
 from megatron.ucp.sources.layer_files import is_weight
+from megatron.ucp.sources.param_groups import group_names, group_values
 from megatron.ucp.sources.source import FileCache
 from megatron.ucp.sources.universal import NO_MANIFEST, common_from_model_states
 from megatron.ucp.topology import Topology

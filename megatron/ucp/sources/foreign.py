@@ -31,8 +31,8 @@ from megatron.ucp.sources.deepspeed_files import Files, find_files, list_files
 from megatron.ucp.sources.flat_order import flat_fragments, sub_groups
 from megatron.ucp.sources.flat_states import Fragment, Fragments
 from megatron.ucp.sources.foreign_zero0 import open_zero0
-from megatron.ucp.sources.group_names import group_values, names_or_numbers
 from megatron.ucp.sources.layer_files import Shapes, frozen_in_layers, is_weight
+from megatron.ucp.sources.param_groups import group_values, names_or_numbers
 from megatron.ucp.sources.source import FileCache, Source
 from megatron.ucp.sources.universal import NO_MANIFEST, common_from_model_states
 from megatron.ucp.topology import Topology

@@ -12,7 +12,7 @@ _save_optimizer_state_stage3).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from megatron.ucp.errors import CorruptFileError, MissingFileError, UnsupportedC
 from megatron.ucp.fragment import whole_runs
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
-from megatron.ucp.sources.group_names import group_values, names_or_numbers
+from megatron.ucp.sources.param_groups import group_values, names_or_numbers
 from megatron.ucp.sources.source import FileCache, Piece
 from megatron.ucp.sources.universal import NO_MANIFEST, OPTIMIZER_FILE, UniversalSource, common_from_model_states
 from megatron.ucp.topology import Topology
@@ -111,7 +111,7 @@ class _Stage3Source(UniversalSource):
         return {"mp_rank_00_model_states.pt": model, OPTIMIZER_FILE: optimizer}
 
 
-def _one_step(states: Sequence[Mapping[str, Any]], folder: Path) -> Any:
+def _one_step(states: Iterable[Mapping[str, Any]], folder: Path) -> Any:
     steps = [state["step"] for state in states if state.get("step") is not None]
     if len(counts := {float(step) for step in steps}) > 1:
         raise UnsupportedCheckpointError(

@@ -23,8 +23,8 @@ from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import list_files
-from megatron.ucp.sources.group_names import group_values, names_or_numbers
 from megatron.ucp.sources.layer_files import is_weight
+from megatron.ucp.sources.param_groups import group_values, names_or_numbers
 from megatron.ucp.sources.source import FileCache, Source
 from megatron.ucp.sources.universal import NO_MANIFEST, common_from_model_states
 from megatron.ucp.topology import Topology
