@@ -20,6 +20,7 @@ from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
 from megatron.ucp.errors import UcpError
 from megatron.ucp.sources.foreign_universal import STAGE3_MODEL
+from megatron.ucp.sources.universal import OPTIMIZER_FILE
 from megatron.ucp.verify import verify
 
 BATCH, WIDTH, STEPS = 12, 20, 3
@@ -210,3 +211,14 @@ def test_what_a_stock_universal_folder_of_zero3_lacks_is_named(edit, message, th
     with pytest.raises(UcpError, match=message):
         convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_steps_that_a_stock_universal_folder_of_zero3_counts_apart_are_refused(theirs: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(theirs / "universal", tmp_path / "universal"))
+    content = torch.load(folder / OPTIMIZER_FILE, weights_only=False)
+    states = content["optimizer_state_dict"]["state"]
+    assert len(states) == 2
+    states[1]["step"] = torch.tensor(1.0)
+    torch.save(content, folder / OPTIMIZER_FILE)
+    with pytest.raises(UcpError, match="counted its parameters' steps apart"):
+        convert(folder, tmp_path / "out")
