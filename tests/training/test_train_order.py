@@ -41,5 +41,7 @@ def test_another_order_is_told_with_the_reason(data):
     assert "another order" in lines[0] and lines[1].startswith("num_samples was")
 
 
-def test_foreign_sources_say_nothing_of_their_order():
-    assert changed_order(None, {"order_crc32": "0"}) == []
+def test_a_source_that_does_not_say_its_order_is_told():
+    assert changed_order(None, {"order_crc32": "0"}) == [
+        "the Source does not say in which order its training samples came: it cannot be compared"
+    ]
