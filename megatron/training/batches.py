@@ -66,13 +66,11 @@ class Batches:
         return self._loader(self.train_set, consumed_samples)
 
     def valid(self, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]] | None:
-        """From the next evaluation's first sample on; None where --split leaves no validation part. A run that is
-        longer than it was planned to be goes through the same evaluations again."""
+        """From the next evaluation's first sample on; None where --split leaves no validation part."""
         if self.valid_set is None:
             return None
-        num_evaluations = max(1, len(self.valid_set) // self.samples_per_evaluation)
-        evaluation = consumed_samples // self.samples_per_evaluation % num_evaluations
-        return self._loader(self.valid_set, evaluation * self.samples_per_evaluation)
+        start = evaluation_start(consumed_samples, len(self.valid_set), self.samples_per_evaluation)
+        return self._loader(self.valid_set, start)
 
     def test(self) -> Iterator[dict[str, torch.Tensor]] | None:
         """None where --split leaves no test part."""
@@ -97,11 +95,20 @@ class Batches:
         return {key: value.chunk(context.sp_size, dim=1)[context.sp_rank] for key, value in batch.items()}
 
 
+def evaluation_start(consumed: int, available: int, size: int) -> int:
+    """The first of the `size` samples of an evaluation after `consumed`, which may have been evaluations of another
+    size: no sample is seen twice before all were. A run longer than it was planned to be begins anew."""
+    start = consumed % max(size, available - available % size)
+    return start if start + size <= available else 0
+
+
 def _samples_needed(config: Config, start: Progress) -> tuple[int, int, int]:
     """(train, valid, test) samples of the whole run, as Megatron counts them. What lies behind a resumed run may have
     been taken in batches of another size."""
     run = config.run
     done = (start.iteration, start.consumed_train_samples, start.consumed_train_tokens)
+    size = run.eval_iters * run.global_batch_size
     evaluations = config.length.last_iteration(*done) // run.eval_interval + 1
-    train = config.length.samples(*done)
-    return train, evaluations * run.eval_iters * run.global_batch_size, run.eval_iters * run.global_batch_size
+    still_to_come = evaluations - start.iteration // run.eval_interval
+    valid = max(evaluations * size, start.consumed_valid_samples + still_to_come * size)
+    return config.length.samples(*done), valid, size

@@ -1,0 +1,46 @@
+"""An evaluation's samples after a resume with another batch size: those that come next, none of them seen before."""
+
+from pathlib import Path
+
+import pytest
+
+from harness.ranks import run_ranks
+from matrix.recording import build, command_line, write_dataset
+from megatron.training.batches import evaluation_start
+
+
+def _evaluated(rank: int, world_size: int, argv: list[str], consumed: int) -> list[list[int]]:
+    """The tokens of the next evaluation's samples."""
+    batches = build(argv, rank, world_size).batches
+    micro_batches = batches.samples_per_evaluation // batches.micro_batch_size
+    loader = batches.valid(consumed)
+    return [row for _, batch in zip(range(micro_batches), loader, strict=False) for row in batch["tokens"].tolist()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "evaluation_text_document")
+
+
+def test_after_a_change_of_the_batch_size_no_sample_comes_twice(data):
+    flags = {"split": "60,40,0", "eval_interval": 2, "eval_iters": 1, "iters": 12}
+    small = [_evaluated_by_one(command_line(data, **flags, global_batch_size=4), consumed) for consumed in (0, 4, 8)]
+    large = _evaluated_by_one(command_line(data, **flags, global_batch_size=8), 12)
+    assert [len(rows) for rows in (*small, large)] == [4, 4, 4, 8]
+    seen = [tuple(row) for rows in (*small, large) for row in rows]
+    assert len(set(seen)) == len(seen)
+
+
+def _evaluated_by_one(argv: list[str], consumed: int) -> list[list[int]]:
+    return run_ranks(1, _evaluated, argv, consumed)[0]
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_of_one_size_evaluations_follow_each_other_and_begin_anew_after_the_last_whole_one(size):
+    starts = [evaluation_start(index * size, 30, size) for index in range(2 * (30 // size))]
+    assert starts == 2 * [index * size for index in range(30 // size)]
+
+
+def test_an_evaluation_that_does_not_fit_any_more_begins_anew():
+    assert [evaluation_start(consumed, 30, 8) for consumed in (20, 22, 23, 24)] == [20, 22, 0, 0]
+    assert evaluation_start(5, 6, 8) == 0
