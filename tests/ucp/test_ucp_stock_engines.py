@@ -48,11 +48,15 @@ class Seen:
     steps: set = field(default_factory=set)
     groups: list = field(default_factory=list)
     loss: float = 0.0
+    loss_scale: float = 1.0
 
 
 def _engine(stage: int, world_size: int, seed: int, with_groups: bool, lr: float, more: dict):
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
+    if "fp16" in more:  # the CPU can add in it, DeepSpeed only thinks that it should not
+        get_accelerator().is_fp16_supported = lambda: True
     net = Net(seed)
     parameters = list(net.parameters())
     groups = [
@@ -70,7 +74,8 @@ def _batch(step: int, rank: int, world_size: int) -> torch.Tensor:
 
 
 def _step(engine, step: int, rank: int, world_size: int) -> float:
-    loss = (engine(_batch(step, rank, world_size)) - 1).square().mean()
+    batch = _batch(step, rank, world_size).to(next(engine.module.parameters()).dtype)
+    loss = (engine(batch).float() - 1).square().mean()
     engine.backward(loss)
     engine.step()
     mean = loss.detach().clone()
@@ -103,6 +108,7 @@ def _seen(engine) -> Seen:
                 for param, values in zip(group, whole.split([p.numel() for p in group])):
                     seen.state[names[param], key] = values.view(param.shape).clone()
     seen.steps = {float(state["step"]) for state in base.state.values()}
+    seen.loss_scale = float(engine.optimizer.loss_scale) if stage else 1.0
     seen.groups = [(group["lr"], group["weight_decay"]) for group in base.param_groups]
     return seen
 
@@ -117,9 +123,9 @@ def _save(rank: int, world_size: int, folder: str, stage: int, with_groups: bool
     return seen
 
 
-def _load(rank: int, world_size: int, folder: str, stage: int, with_groups: bool):
+def _load(rank: int, world_size: int, folder: str, stage: int, with_groups: bool, more: dict | None = None):
     """Into an engine of other weights and another learning rate, that has already taken a step."""
-    more = {"checkpoint": {"load_universal": True}, "zero_optimization": {}}
+    more = {"checkpoint": {"load_universal": True}, "zero_optimization": {}} | (more or {})
     engine = _engine(stage, world_size, 7, with_groups, 3e-4, more)
     _step(engine, 50, rank, world_size)
     path, _ = engine.load_checkpoint(folder, tag=f"{TAG}_universal")
@@ -174,6 +180,34 @@ def test_a_stock_engine_goes_on(source, stage: int, world_size: int, with_groups
             assert found.groups == [saved.groups[0]] * len(found.groups)
         else:
             assert found.groups == saved.groups
+
+
+PRECISIONS = {
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 8, "loss_scale_window": 2}},
+}
+
+
+@pytest.fixture(scope="module", params=[(1, "bf16"), (3, "bf16"), (1, "fp16"), (3, "fp16")], ids=str)
+def half(request, tmp_path_factory) -> tuple[Path, Seen, dict]:
+    stage, precision = request.param
+    folder = tmp_path_factory.mktemp(f"{precision}-zero{stage}")
+    more = PRECISIONS[precision]
+    seen = run_ranks(2, _save, str(folder), stage, True, {"zero_optimization": {}} | more)[0]
+    convert(folder / TAG, folder / f"{TAG}_universal", num_workers=1)
+    return folder, seen, more
+
+
+@pytest.mark.parametrize("stage, world_size", [(1, 3), (2, 1), (3, 3), (3, 1)])
+def test_a_stock_engine_goes_on_in_half_precision(half, stage: int, world_size: int):
+    folder, saved, more = half
+    for found in run_ranks(world_size, _load, str(folder), stage, True, more):
+        assert set(found.state) == set(saved.state)
+        for key, tensor in saved.state.items():
+            assert torch.equal(found.state[key], tensor), key
+        assert found.steps == saved.steps
+        assert found.loss_scale == saved.loss_scale == (512.0 if "fp16" in more else 1.0)
+        assert found.loss == pytest.approx(saved.loss, rel=1e-2)  # bf16 keeps 8 bits
 
 
 @pytest.fixture(scope="module")
