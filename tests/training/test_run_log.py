@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -196,7 +197,39 @@ def _served(folder: Path) -> dict[str, list[int]]:
     return {tag: [event.step for event in events.Tensors(tag)] for tag in tags}
 
 
-@pytest.mark.parametrize("reader", [_shown, _served], ids=["scalars", "tensors"])
+def _by_data_server(folder: Path) -> dict[str, list[int]]:
+    """The same from TensorBoard's data server, the program behind `tensorboard` where nothing else is asked for."""
+    from tensorboard import context
+    from tensorboard.data.server_ingester import NoDataServerError, SubprocessServerDataIngester, get_server_binary
+    from tensorboard.util.grpc_util import ChannelCredsType
+
+    try:
+        binary = get_server_binary()
+    except NoDataServerError:
+        pytest.skip("there is no data server for this platform")
+    server = SubprocessServerDataIngester(
+        server_binary=binary, logdir=str(folder), reload_interval=1, channel_creds_type=ChannelCredsType.LOCAL,
+        samples_per_plugin={"scalars": 0},
+    )  # fmt: skip
+    server.start()
+    try:
+        seen = []
+        # It reads behind our back, file by file: until it has had nothing new to say for a while.
+        while len(seen) < 5 or not seen[-1] or any(shown != seen[-1] for shown in seen[-5:]):
+            assert len(seen) < 100, "the data server does not come to rest"
+            time.sleep(0.4)
+            runs = server.data_provider.read_scalars(
+                context.RequestContext(), experiment_id="", plugin_name="scalars", downsample=10_000
+            )
+            seen.append(
+                {tag: [point.step for point in curve] for curves in runs.values() for tag, curve in curves.items()}
+            )
+        return seen[-1]
+    finally:
+        server._stdin_handle.close()  # its sign to end
+
+
+@pytest.mark.parametrize("reader", [_shown, _served, _by_data_server], ids=["scalars", "tensors", "data-server"])
 @pytest.mark.parametrize("kind", ["plain", "experts"])
 def test_one_branch_is_shown_after_a_resume_from_an_earlier_step(reader, kind, tmp_path):
     """On every axis; also of curves that the resumed run has nothing to say of."""
