@@ -9,13 +9,18 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from ucp import stock_moe
+
 from harness.ranks import run_ranks
 from matrix.recording import command_line, train, write_dataset
 from megatron.ucp.convert import convert
+from megatron.ucp.digest import digest_tensor
 from megatron.ucp.manifest import MANIFEST_NAME
 
 STEPS = 2
 TAG = f"global_step{STEPS}"
+STATES = ("fp32", *stock_moe.MOMENTS)
 UNIVERSAL = f"{TAG}_universal"
 MODEL = {
     "num_layers": 1,
@@ -98,5 +103,20 @@ def make_bases(folder: Path) -> tuple[dict[str, Base], Path]:
     derived("DeepSpeed's", "ZeRO-1", TAG, False, "")
     derived("DeepSpeed's ZeRO-3", "ZeRO-3", TAG, False, "")
     derived("DeepSpeed's ZeRO-0", "ZeRO-0", TAG, False, "")
+    made["DeepSpeed's experts"] = _stock_experts("DeepSpeed's experts", folder)
     derived("DeepSpeed's universal", "ZeRO-1", UNIVERSAL, False, "universal")
     return made, data
+
+
+def _stock_experts(name: str, folder: Path) -> Base:
+    """A save of DeepSpeed's own MoE layer by a program that is none of ours, two experts on two ranks."""
+    run = folder / name
+    case = stock_moe.Moe(2, {"stage": 1}, ep=(2, 2), experts=(2, 2), has_frozen=False)
+    live: dict[str, dict[str, torch.Tensor]] = {}
+    for _, held in run_ranks(2, stock_moe.train_and_save, str(run), case):
+        live |= held
+    digests = {
+        parameter: {key: digest_tensor(states[key], name=parameter, state=key).hex() for key in STATES}
+        for parameter, states in live.items()
+    }
+    return Base(name, run, stock_moe.TAG, digests, is_proven=False, loads="")
