@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from matrix.recording import build, command_line, train, write_dataset
 from megatron.ucp.commit import checksum_file
 from megatron.ucp.convert import convert
 from megatron.ucp.digest import Digest, digest_tensor
-from megatron.ucp.errors import UcpError
+from megatron.ucp.errors import MissingFileError, UcpError
 from megatron.ucp.manifest import read_manifest, write_manifest
+from megatron.ucp.sources.deepspeed_files import find_files
 from megatron.ucp.verify import verify
 
 NUM_STEPS = 2
@@ -167,3 +169,15 @@ def test_digests_of_experts_are_of_each_by_itself(source: str, saved):
                 of_zeros += Digest.from_hex(digest) - (digest_tensor(others, name=name, state=state) - zeros)
             assert of_zeros == zeros, (name, state)
             assert sum(map(Digest.from_hex, digests), Digest()).hex() == manifest.digests[name][state]
+
+
+def test_as_many_ranks_of_experts_as_nobody_has_are_refused_without_counting_them(saved, tmp_path):
+    """A quarter of a million ep ranks in a ZeRO-0 manifest, whose data-parallel degree no file can contradict."""
+    folder = Path(shutil.copytree(saved("moe-tp1pp1dp2ep2-z0") / TAG, tmp_path / TAG))
+    manifest = read_manifest(folder)
+    vast = replace(manifest, topology=replace(manifest.topology, dp_size=1 << 18, ep_size=1 << 18))
+    tracemalloc.start()
+    with pytest.raises(MissingFileError, match="more than 4096 files .* are missing"):
+        find_files(folder, vast)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()

@@ -56,11 +56,15 @@ def find_files(folder: Path, manifest: Manifest) -> Files:
     found = list_files(folder)
     is_stage3 = manifest.zero_stage == 3
     num_zero = topology.zero_size if is_stage3 or manifest.is_partitioned else 1
-    if num_zero * num_mp > max(len(found.zeros), len(found.models)) + _MAX_MISSING:
+    dealt = _dealt_stages(manifest)
+    num_experts = topology.ep_size * len(dealt) * topology.tp_size
+    num_found = max(len(found.zeros), len(found.models))
+    if num_zero * num_mp > num_found + _MAX_MISSING or num_experts > len(found.experts) + _MAX_MISSING:
         raise MissingFileError(
             f"more than {_MAX_MISSING} files of the checkpoint are missing",
-            found=f"{len(found.zeros)} files of optimizer states, {len(found.models)} of model states",
-            expected=f"{num_zero * num_mp}: one per rank of {topology}, ZeRO-{manifest.zero_stage}",
+            found=f"{len(found.zeros)} files of optimizer states, {len(found.models)} of model states, "
+            f"{len(found.experts)} of experts",
+            expected=f"{max(num_zero * num_mp, num_experts)}: one per rank of {topology}, ZeRO-{manifest.zero_stage}",
             where=folder,
             do="bring the files of every node into this folder",
         )
@@ -74,7 +78,7 @@ def find_files(folder: Path, manifest: Manifest) -> Files:
     if manifest.is_pipelined and (has_frozen or not manifest.is_partitioned):
         layers = {(i, tp) for i, p in enumerate(manifest.pipeline_layers) if p for tp in range(topology.tp_size)}
         missing += [f"layer_{i:02d}-model_{tp:02d}-model_states.pt" for i, tp in layers - set(found.layers)]
-    missing += _missing_expert_files(manifest, found)
+    missing += _missing_expert_files(manifest, dealt, found)
     if missing:
         raise MissingFileError(
             f"{len(missing)} file(s) of the checkpoint are missing",
@@ -95,12 +99,16 @@ def find_files(folder: Path, manifest: Manifest) -> Files:
     return found
 
 
-def _missing_expert_files(manifest: Manifest, found: Files) -> list[str]:
-    topology = manifest.topology
-    if topology.ep_size == 1 or manifest.zero_stage == 3:
-        return []
+def _dealt_stages(manifest: Manifest) -> set[int]:
+    """Pipeline stages whose experts lie in files of their ep ranks, not in those of ZeRO's partitions."""
+    if manifest.topology.ep_size == 1 or manifest.zero_stage == 3:
+        return set()
     dealt = [info for info in manifest.parameters.values() if info.layout.is_cut_over("ep")]
-    stages = {pp for info in dealt if not (manifest.is_partitioned and info.is_trainable) for pp in info.pp_stages}
+    return {pp for info in dealt if not (manifest.is_partitioned and info.is_trainable) for pp in info.pp_stages}
+
+
+def _missing_expert_files(manifest: Manifest, stages: set[int], found: Files) -> list[str]:
+    topology = manifest.topology
     needed = {
         (ep, topology.mp_rank(pp=pp, tp=tp))
         for ep in range(topology.ep_size) for pp in stages for tp in range(topology.tp_size)
