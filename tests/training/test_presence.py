@@ -147,8 +147,10 @@ def test_a_torch_without_the_defaults_is_refused(monkeypatch):
         set_timeout_of_groups(timedelta(minutes=7))
 
 
-def test_a_killed_rank_is_a_named_error(data, tmp_path):
+@pytest.mark.parametrize("killed", [1, 0], ids=["rank-1", "rank-0-with-the-store"])
+def test_a_killed_rank_is_a_named_error(killed, data, tmp_path):
     """Two processes as srun starts them: no launcher ends the survivor."""
+    survivor = 1 - killed
     flags = command_line(data, zero=1, iters=100_000, log_interval=1, lr_decay_iters=100_000)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -172,15 +174,18 @@ def test_a_killed_rank_is_a_named_error(data, tmp_path):
         while " 3/100000" not in outputs[0].read_text():
             assert time.monotonic() < deadline, outputs[0].read_text()[-3000:]
             time.sleep(0.1)
-        processes[1].kill()
-        assert processes[0].wait(timeout=90) == 2
+        processes[killed].kill()
+        assert processes[survivor].wait(timeout=90) == 2
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             process.wait()
-    text = outputs[0].read_text()
-    found = re.search(r"LostRankError: a collective failed on rank 0 in iteration (\d+):", text)
+    text = outputs[survivor].read_text()
+    found = re.search(rf"LostRankError: a collective failed on rank {survivor} in iteration (\d+):", text)
     assert found and int(found[1]) > 3, text[-3000:]
-    assert f"No answer from rank 1 (host {socket.gethostname()}, process {processes[1].pid})" in text
+    if killed:
+        assert f"No answer from rank 1 (host {socket.gethostname()}, process {processes[1].pid})" in text
+    else:
+        assert "store no longer answers: its process (rank 0, or the launcher" in text, text[-3000:]
     assert "Traceback" not in text, text[-3000:]
