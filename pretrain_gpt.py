@@ -9,8 +9,9 @@
 import sys
 
 from megatron.config.arguments import parse
+from megatron.parallel.rank_errors import told_by_rank_0
 from megatron.training.launch import LaunchInfo, check_precision, close_distributed, init_distributed
-from megatron.training.reporting import report_errors, set_up_logging, told_by_rank_0
+from megatron.training.reporting import report_errors, set_up_logging
 
 
 def main(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tb_analysis.errors import NoRunsError
 
-# The trainer's words (megatron/training/saving.py and loading.py); tests/tb_analysis/test_logs.py holds them together.
+# The trainer's words (megatron/checkpoint/saving.py and loading.py); a test holds them together.
 _SAVED = re.compile(r"saved \S.*global_step(\d+): .* state digest ([0-9a-f]{32})$")
 _LOADED = re.compile(r"state digest ([0-9a-f]{32}) equals the one at save")
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from megatron.checkpoint.progress import Progress
 from megatron.config.config import Config
 from megatron.data.gpt_dataset import build_datasets, order_crc32, without_token
 from megatron.data.loader import Collator, build_loader
 from megatron.data.sampler import SampleIndexer
 from megatron.parallel.context import ParallelContext
-from megatron.training.progress import Progress
 from megatron.training.stop_signal import without_signals
 
 log = logging.getLogger(__name__)

@@ -20,29 +20,29 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import megatron
+from megatron.checkpoint.live_run import LiveRun
+from megatron.checkpoint.loading import LoadOptions, load, progress_of
+from megatron.checkpoint.progress import Progress
+from megatron.checkpoint.resume import ResumePlan, Wanted, choose_resume, find_checkpoints
 from megatron.config.config import Config
 from megatron.config.model import ModelConfig
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.engine.ds_config import deepspeed_config
+from megatron.engine.engine import build_engine, partitioned_construction
+from megatron.engine.expert_groups import register_expert_groups
+from megatron.engine.schedule import LearningRateSchedule
 from megatron.kernels.kernels import choose
 from megatron.layers.router_ledger import RouterLedger
 from megatron.model.build import build_model, parameter_layouts
 from megatron.model.flops import flops_per_token, num_parameters
+from megatron.parallel.agreement import stops_all_ranks
 from megatron.parallel.context import ParallelContext, build_context
 from megatron.parallel.mpu import Mpu
+from megatron.parallel.rank_errors import told_by_rank_0
 from megatron.parallel.rng import RandomStreams
-from megatron.training.agreement import stops_all_ranks
 from megatron.training.batches import Batches
-from megatron.training.ds_config import deepspeed_config
-from megatron.training.engine import build_engine, partitioned_construction
-from megatron.training.expert_groups import register_expert_groups
 from megatron.training.launch import LaunchInfo
-from megatron.training.live_run import LiveRun
-from megatron.training.loading import LoadOptions, load, progress_of
 from megatron.training.loop import Run
-from megatron.training.progress import Progress
-from megatron.training.reporting import told_by_rank_0
-from megatron.training.resume import ResumePlan, Wanted, choose_resume, find_checkpoints
-from megatron.training.schedule import LearningRateSchedule
 from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, late_parameters, refuse_buffers
 from megatron.ucp.commit import RUN_MARK

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.checkpoint.live_run import LiveRun
+from megatron.checkpoint.progress import Progress
+from megatron.checkpoint.saving import save
 from megatron.config.config import Config
+from megatron.engine.engine import backward_scale, evaluate, set_global_batch_size, train_step
 from megatron.layers.router_ledger import RouterLedger
+from megatron.parallel.rank_errors import told_by_rank_0
 from megatron.training.batches import Batches
-from megatron.training.engine import backward_scale, evaluate, set_global_batch_size, train_step
 from megatron.training.expert_metrics import expert_metrics
-from megatron.training.live_run import LiveRun
 from megatron.training.metrics import Rate, StepMetrics, Throughput, console_line, duration
-from megatron.training.progress import Progress
-from megatron.training.reporting import told_by_rank_0
-from megatron.training.saving import save
 from megatron.training.stop_signal import StopSignal
 from megatron.training.tensorboard import RunLog
 

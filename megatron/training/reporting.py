@@ -2,8 +2,7 @@
 
 log = set_up_logging(rank)          # rank 0 talks, the others only warn
 with report_errors():               # a named error is its message and exit code 2, not a traceback
-    with told_by_rank_0(rank):      # what is wrong for every rank is told once
-        main()
+    main()
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ import time
 import warnings
 from collections.abc import Iterator
 
+from megatron.parallel.rank_errors import TOLD_ELSEWHERE
+
 FORMAT = "[%(asctime)s] %(message)s"
 DATE_FORMAT = "%H:%M:%S"
-
-TOLD_ELSEWHERE = "is_told_elsewhere"
-"""Attribute of an error that another rank reports too: true where this rank need not."""
 
 
 def set_up_logging(rank: int) -> logging.Logger:
@@ -54,16 +52,6 @@ def report_errors() -> Iterator[None]:
         # group must not keep this one alive until then.
         sys.stdout.flush()
         os._exit(2)
-
-
-@contextlib.contextmanager
-def told_by_rank_0(rank: int) -> Iterator[None]:
-    """The block fails on every rank or on none, in the same way."""
-    try:
-        yield
-    except Exception as error:
-        setattr(error, TOLD_ELSEWHERE, rank > 0)
-        raise
 
 
 def _explains_itself(error: Exception) -> bool:

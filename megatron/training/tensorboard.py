@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron.checkpoint.progress import Progress
 from megatron.training.metrics import Rate, StepMetrics
-from megatron.training.progress import Progress
 
 RUN_FILE = "run.json"
 

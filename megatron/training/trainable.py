@@ -20,9 +20,9 @@ from torch import nn
 
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.optimizer import SINCE
+from megatron.parallel.agreement import gathered
 from megatron.parallel.context import ParallelContext
-from megatron.training.agreement import gathered
-from megatron.training.reporting import told_by_rank_0
+from megatron.parallel.rank_errors import told_by_rank_0
 from megatron.ucp.manifest import Manifest
 
 _FLAG = "--freeze-parameters"

@@ -19,8 +19,11 @@ ALLOWED = {
     "parallel": {"config", "ucp"},
     "layers": {"kernels", "parallel", "config", "ucp"},
     "model": {"layers", "kernels", "parallel", "config", "ucp"},
-    "training": {"model", "layers", "kernels", "parallel", "config", "ucp", "data"},
+    "engine": {"model", "layers", "kernels", "parallel", "config", "ucp"},
+    "checkpoint": {"engine", "model", "layers", "parallel", "config", "ucp"},
+    "training": {"checkpoint", "engine", "model", "layers", "kernels", "parallel", "config", "ucp", "data"},
 }
+TRAINER = ("megatron.training", "megatron.checkpoint", "megatron.engine")
 MIN_MODULES = 40
 """A floor: an empty glob must not pass."""
 
@@ -100,12 +103,12 @@ def test_no_cycle():
 
 
 def test_planted_faults_are_found():
-    planted = {"megatron.ucp.plan": {"megatron.training.engine"}, "megatron.training.engine": set()}
-    assert forbidden_arrows(planted) == ["megatron.ucp.plan -> megatron.training.engine"]
+    planted = {"megatron.ucp.plan": {"megatron.engine.engine"}, "megatron.engine.engine": set()}
+    assert forbidden_arrows(planted) == ["megatron.ucp.plan -> megatron.engine.engine"]
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
-    assert _imports("def f():\n    from ..training import engine", "megatron.ucp.plan", False) == {
-        "megatron.training",
-        "megatron.training.engine",
+    assert _imports("def f():\n    from ..engine import engine", "megatron.ucp.plan", False) == {
+        "megatron.engine",
+        "megatron.engine.engine",
     }
 
 
@@ -114,11 +117,11 @@ def test_planted_faults_are_found():
     [
         (
             "megatron.ucp",
-            ("deepspeed", "megatron.training", "megatron.model", "megatron.layers", "megatron.config"),
+            ("deepspeed", *TRAINER, "megatron.model", "megatron.layers", "megatron.config"),
         ),
-        ("megatron.ucp.cli", ("deepspeed", "transformers", "megatron.training", "megatron.config")),
-        ("megatron.data", ("deepspeed", "megatron.ucp", "megatron.training")),
-        ("megatron.config.arguments", ("deepspeed", "torch", "megatron.training")),
+        ("megatron.ucp.cli", ("deepspeed", "transformers", *TRAINER, "megatron.config")),
+        ("megatron.data", ("deepspeed", "megatron.ucp", *TRAINER)),
+        ("megatron.config.arguments", ("deepspeed", "torch", *TRAINER)),
     ],
 )
 def test_importing_pulls_in_nothing_it_must_not(module, forbidden):
@@ -147,3 +150,10 @@ def test_nothing_calls_the_gpu_directly():
 
 def test_package_root_holds_only_the_version():
     assert not _imports((PACKAGE / "__init__.py").read_text(), "megatron", True)
+
+
+def test_every_folder_of_modules_is_a_package():
+    """setuptools leaves out, in silence, what is none."""
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert len(folders) > 8
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []

@@ -34,11 +34,11 @@ from fuzz.bases import Base
 from fuzz.faults import WAYS, Fault
 
 from matrix.taking import fill_with_noise
-from megatron.training.agreement import CheckpointError
-from megatron.training.loading import load
-from megatron.training.resume import ResumeError, Wanted, choose_resume, find_checkpoints
-from megatron.training.schedule import ScheduleError
-from megatron.training.state_digest import state_digests
+from megatron.checkpoint.loading import load
+from megatron.checkpoint.resume import ResumeError, Wanted, choose_resume, find_checkpoints
+from megatron.checkpoint.state_digest import state_digests
+from megatron.engine.schedule import ScheduleError
+from megatron.parallel.agreement import CheckpointError
 from megatron.ucp import cli
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff

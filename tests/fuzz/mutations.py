@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from fuzz.faults import Fault
 
-from megatron.training import loading, resume, saved_streams, schedule
-from megatron.training.optimizer_states import OptimizerStates
+from megatron.checkpoint import loading, resume, saved_streams
+from megatron.engine import schedule
+from megatron.engine.optimizer_states import OptimizerStates
 from megatron.ucp import (
     convert,
     errors,

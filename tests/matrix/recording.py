@@ -127,8 +127,8 @@ def build(argv: list[str], rank: int, world_size: int):
 
 def train(rank: int, world_size: int, argv: list[str]) -> Curves:
     """The body of a rank: build, fit, and what was seen."""
+    from megatron.checkpoint.state_digest import state_digests
     from megatron.training.loop import fit
-    from megatron.training.state_digest import state_digests
 
     run = build(argv, rank, world_size)
     fit(run)

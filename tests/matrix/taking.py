@@ -38,11 +38,11 @@ def take_all(
     """The body of a rank: load every planned Source into one live engine, one after the other. A plan is (kind, folder)
     or (kind, folder, where to save what was loaded). The last one is saved, and trained on to --train-iters, where
     asked."""
-    from megatron.training.loading import load
+    from megatron.checkpoint.loading import load
+    from megatron.checkpoint.resume import ResumePlan
+    from megatron.checkpoint.saving import save
+    from megatron.checkpoint.state_digest import state_digests
     from megatron.training.loop import fit
-    from megatron.training.resume import ResumePlan
-    from megatron.training.saving import save
-    from megatron.training.state_digest import state_digests
 
     run = build(argv, rank, world_size)
     state = run.live.state

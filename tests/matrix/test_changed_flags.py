@@ -84,7 +84,7 @@ def test_round_robin_gradients_are_refused(data, tmp_path):
 
 
 def _load_stale(rank: int, world_size: int, argv: list[str]) -> str:
-    from megatron.training.engine_state import EngineState
+    from megatron.engine.engine_state import EngineState
 
     EngineState.refresh_weights = lambda self: None
     try:

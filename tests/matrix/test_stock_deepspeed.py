@@ -60,8 +60,8 @@ def test_stock_converter_reads_our_save(source: Cell, sources, tmp_path):
 
 
 def _stock_load(rank: int, world_size: int, argv: list[str], folder: str):
-    from megatron.training.engine import train_step
-    from megatron.training.state_digest import state_digests
+    from megatron.checkpoint.state_digest import state_digests
+    from megatron.engine.engine import train_step
 
     run = build(argv, rank, world_size)
     state = run.live.state

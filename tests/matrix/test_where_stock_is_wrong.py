@@ -109,7 +109,7 @@ def _send_shares_of_activations() -> None:
 def _clip_by_stock() -> None:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
-    from megatron.training import engine as module
+    from megatron.engine import engine as module
 
     class Stock(PipelineEngine):
         pass
@@ -205,7 +205,7 @@ def source(tmp_path_factory, data) -> Path:
 
 def _stock_resume(rank: int, world_size: int, argv: list[str], folder: str, with_optimizer: bool):
     """DeepSpeed's own loader, then one step: (loss, whether moments are those of the Source or zero)."""
-    from megatron.training.engine import train_step
+    from megatron.engine.engine import train_step
 
     run = build(argv, rank, world_size)
     fill_with_noise(run)
@@ -216,7 +216,7 @@ def _stock_resume(rank: int, world_size: int, argv: list[str], folder: str, with
 
 
 def _our_resume(rank: int, world_size: int, argv: list[str]):
-    from megatron.training.engine import train_step
+    from megatron.engine.engine import train_step
 
     run = build(argv, rank, world_size)
     state = run.live.state

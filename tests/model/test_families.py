@@ -38,7 +38,7 @@ def _micro_batches():
 
 def _optimizer(model):
     """Two groups on every stage: plain DeepSpeed waits for a stage that has fewer, as one without experts does with
-    `parameter_groups` (training/engine.py makes up for it). As in test_training_step.py, Adam's default eps would blow
+    `parameter_groups` (engine/engine.py makes up for it). As in test_training_step.py, Adam's default eps would blow
     rounding noise up to full steps."""
     groups = [
         {"params": [param for param in model.parameters() if param.is_decayed == is_decayed], "weight_decay": decay}

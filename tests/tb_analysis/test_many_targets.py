@@ -195,4 +195,4 @@ def test_the_last_save_and_load_of_a_log_count(tmp_path):
 )
 def test_the_trainer_still_says_what_is_looked_for(file, words):
     """Reworded there, tb_analysis/logs.py must follow."""
-    assert words in (ROOT / "megatron/training" / file).read_text()
+    assert words in (ROOT / "megatron/checkpoint" / file).read_text()

@@ -43,7 +43,7 @@ def _after(action, then):
 
 def _plant(point: str, engine) -> None:
     """Replace one step of the save by one that dies."""
-    from megatron.training import saving
+    from megatron.checkpoint import saving
     from megatron.ucp import commit
 
     if point == "before-deepspeed":
@@ -65,7 +65,7 @@ def _plant(point: str, engine) -> None:
 
 def _train_then_break(rank: int, world_size: int, argv: list[str], save: str, point: str, victim: int, again: bool):
     """Save at 2; then at 3 (or at 2 again) with a fault planted on one rank."""
-    from megatron.training import saving
+    from megatron.checkpoint import saving
     from megatron.training.loop import fit
 
     run = build(argv, rank, world_size)
@@ -164,7 +164,7 @@ def _save_with_broken_disk(rank: int, world_size: int, argv: list[str], save: st
     import safetensors.torch
     import torch
 
-    from megatron.training import saving
+    from megatron.checkpoint import saving
     from megatron.training.loop import fit
     from megatron.ucp import commit
 

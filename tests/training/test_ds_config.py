@@ -19,7 +19,7 @@ from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.run import RunConfig
-from megatron.training.ds_config import MUST_AGREE, deepspeed_config
+from megatron.engine.ds_config import MUST_AGREE, deepspeed_config
 from megatron.ucp.topology import Topology
 
 # As the universal checkpointing artifact's scripts write it.
@@ -196,9 +196,9 @@ def test_inputs_are_not_changed() -> None:
 
 def test_config_and_ds_config_do_not_import_deepspeed() -> None:
     code = (
-        "import sys, megatron.config.config, megatron.config.arguments, megatron.training.schedule;"
+        "import sys, megatron.config.config, megatron.config.arguments, megatron.engine.schedule;"
         "assert 'torch' not in sys.modules, 'torch';"
-        "import megatron.training.ds_config;"
+        "import megatron.engine.ds_config;"
         "assert 'deepspeed' not in sys.modules, 'deepspeed'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -81,8 +81,8 @@ def test_planted_fault_an_interval_nobody_counts(data):
 
 
 def _train_with_states_made(rank: int, world_size: int, argv: list[str], is_broken: bool = False):
+    from megatron.checkpoint.state_digest import state_digests
     from megatron.training.loop import fit
-    from megatron.training.state_digest import state_digests
 
     run = build(argv, rank, world_size)
     state = run.live.state
@@ -125,7 +125,7 @@ def test_planted_fault_states_that_are_not_zero(data):
 
 
 def _save_after_a_fault(rank: int, world_size: int, argv: list[str], save: str, name: str, victim: int, kind: str):
-    from megatron.training import saving
+    from megatron.checkpoint import saving
     from megatron.training.loop import fit
 
     run = build(argv, rank, world_size)
@@ -163,7 +163,7 @@ def test_copies_that_drifted_apart_are_not_saved(case: str, data, tmp_path):
 
 def _held(rank: int, world_size: int, argv: list[str]):
     """What stands in the engine after the load: digests, wrapper, and the masters' difference from the weights."""
-    from megatron.training.state_digest import state_digests
+    from megatron.checkpoint.state_digest import state_digests
 
     state = build(argv, rank, world_size).live.state
     is_refreshed = all(

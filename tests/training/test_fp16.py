@@ -28,8 +28,8 @@ def _scaler(state) -> dict:
 
 def _train(rank: int, world_size: int, argv: list[str], forget: str | None = None):
     """(steps as plain values, scaler at the start and at the end, skipped steps, digests)"""
+    from megatron.checkpoint.state_digest import state_digests
     from megatron.training.loop import fit
-    from megatron.training.state_digest import state_digests
 
     allow_fp16()
     run = build(argv, rank, world_size)
@@ -98,7 +98,7 @@ def test_another_topology_takes_the_scale_over(cell: Cell, fp16_source, data):
 
 
 def _loaded(rank: int, world_size: int, argv: list[str]):
-    from megatron.training.state_digest import state_digests
+    from megatron.checkpoint.state_digest import state_digests
 
     allow_fp16()
     run = build(argv, rank, world_size)

@@ -98,7 +98,7 @@ def truth(data) -> dict[int, float]:
 
 
 def _first_masters(rank: int, world_size: int, argv: list[str]) -> dict[str, str]:
-    from megatron.training.state_digest import state_digests
+    from megatron.checkpoint.state_digest import state_digests
 
     return {name: digests["fp32"] for name, digests in state_digests(build(argv, rank, world_size).live.state).items()}
 
@@ -173,7 +173,7 @@ def _weights(rank: int, world_size: int, argv: list[str]) -> tuple[dict[str, tor
     """The live weights, whole, and the digests."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-    from megatron.training.state_digest import state_digests
+    from megatron.checkpoint.state_digest import state_digests
 
     run = build(argv, rank, world_size)
     params = dict(run.live.engine.module.named_parameters())
@@ -305,8 +305,8 @@ def test_planted_fault_a_changed_frozen_weight(source: str, sources, data, tmp_p
 
 
 def _save_after_a_drift(rank: int, world_size: int, argv: list[str], folder: str) -> None:
+    from megatron.checkpoint.saving import save
     from megatron.training.loop import fit
-    from megatron.training.saving import save
 
     run = build(argv, rank, world_size)
     fit(run)

@@ -16,8 +16,8 @@ from harness.ranks import run_ranks
 from matrix.cells import Cell
 from matrix.recording import command_line, train, write_dataset
 from megatron.config.optimizer import OptimizerConfig
-from megatron.training import engine
-from megatron.training.optimizers import build_optimizer
+from megatron.engine import engine
+from megatron.engine.optimizers import build_optimizer
 
 CONFIG = OptimizerConfig(lr=1e-2, adam_beta1=0.8, weight_decay=0.3)
 

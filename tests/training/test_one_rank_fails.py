@@ -60,8 +60,8 @@ def _outcome(rank: int, world_size: int, argv: list[str], hidden: str | None):
     """(error, whether another rank tells it, elements of the weights that changed)."""
     import torch
 
+    from megatron.parallel.rank_errors import TOLD_ELSEWHERE
     from megatron.training import build as building
-    from megatron.training.reporting import TOLD_ELSEWHERE
 
     if rank == VICTIM and hidden is not None:
         _hide(hidden)

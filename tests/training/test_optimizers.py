@@ -19,8 +19,8 @@ from matrix.cells import Cell
 from matrix.recording import build, command_line, train, write_dataset
 from matrix.taking import take_all
 from megatron.config.errors import ConfigError
-from megatron.training import optimizers
-from megatron.training.optimizer_probe import is_elementwise, kept_states
+from megatron.engine import optimizers
+from megatron.engine.optimizer_probe import is_elementwise, kept_states
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
 from megatron.ucp.manifest import manifest_bytes
@@ -400,7 +400,7 @@ STAND_INS = {c.__name__: c for c in (CountsInNumbers, CountsInTheGroup, CountsIn
 
 def _with_stand_in(rank: int, world_size: int, kind: str | None, body: str, *arguments):
     """Another rank body, with --optimizer adam being a stand-in."""
-    from megatron.training import engine
+    from megatron.engine import engine
 
     if kind is not None:
         engine.build_optimizer = lambda config, groups, *_: STAND_INS[kind](groups)
@@ -436,8 +436,8 @@ def test_the_step_is_found_wherever_an_adam_counts_it(kind: str, data, tmp_path)
 
 
 def _save_at_the_end(rank: int, world_size: int, argv: list[str], folder: str):
+    from megatron.checkpoint.saving import save
     from megatron.training.loop import fit
-    from megatron.training.saving import save
 
     run = build(argv, rank, world_size)
     progress = fit(run)
@@ -505,9 +505,9 @@ def test_refused_before_there_is_a_process_group(flags: dict, told: str, data):
 
 def _groups(rank: int, world_size: int, argv: list[str], plans) -> list[dict]:
     """By group name: (lr, weight decay) after each load, and what the optimizer uses in the step that follows."""
-    from megatron.training.loading import load
+    from megatron.checkpoint.loading import load
+    from megatron.checkpoint.resume import ResumePlan
     from megatron.training.loop import fit
-    from megatron.training.resume import ResumePlan
 
     run = build(argv, rank, world_size)
     used: dict[str, set] = {}
@@ -553,7 +553,7 @@ def test_two_param_groups_under_zero3_each_keeps_its_own_weight_decay_and_lr(dat
 
 def _first_group_for_all(rank: int, world_size: int, argv: list[str], plans):
     """As stock DeepSpeed's ZeRO-3 does on a universal load."""
-    from megatron.training.engine_state import EngineState
+    from megatron.engine.engine_state import EngineState
 
     restore = EngineState.set_hyper_parameters
 

@@ -161,7 +161,7 @@ def test_finetune_takes_weights_only(data, saved):
 
 
 def _finetuned(rank: int, world_size: int, argv: list[str]):
-    from megatron.training.state_digest import state_digests
+    from megatron.checkpoint.state_digest import state_digests
 
     run = build(argv, rank, world_size)
     state = run.live.state

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ucp.synthetic import make_state, model, write_native
 
-from megatron.training.resume import (
+from megatron.checkpoint.resume import (
     Found,
     FoundCheckpoints,
     ResumeError,

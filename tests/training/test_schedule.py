@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron.config.optimizer import OptimizerConfig
-from megatron.training.schedule import LearningRateCurve, LearningRateSchedule, ScheduleError
+from megatron.engine.schedule import LearningRateCurve, LearningRateSchedule, ScheduleError
 
 MAX, MIN, INIT = 6e-3, 6e-4, 1e-4
 WARMUP, DECAY, WSD = 40, 200, 60

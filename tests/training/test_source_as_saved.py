@@ -62,7 +62,7 @@ def test_a_flipped_bit_of_the_random_streams_is_not_loaded(run, data):
 
 
 def _load_while_it_is_replaced(rank: int, world_size: int, argv: list[str], folder: str, other: str, step: str) -> None:
-    from megatron.training import loading
+    from megatron.checkpoint import loading
 
     real = getattr(loading, step)
 

@@ -36,8 +36,8 @@ def _build_on_two_nodes(rank: int, world_size: int, argv: list[str]):
 
 
 def _train_on_two_nodes(rank: int, world_size: int, argv: list[str]):
+    from megatron.checkpoint.state_digest import state_digests
     from megatron.training.loop import fit
-    from megatron.training.state_digest import state_digests
 
     run = _build_on_two_nodes(rank, world_size, argv)
     loaded = state_digests(run.live.state)
@@ -63,7 +63,7 @@ def test_two_nodes_save_and_resume(cell: Cell, data, tmp_path):
 
 
 def _build_by_local_rank(rank: int, world_size: int, argv: list[str]) -> None:
-    from megatron.training import engine_state
+    from megatron.engine import engine_state
 
     own = engine_state._stage3_piece
 

@@ -95,7 +95,7 @@ def _built(rank: int, world_size: int, argv: list[str]):
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    from megatron.training.state_digest import state_digests
+    from megatron.checkpoint.state_digest import state_digests
 
     post_init, most = Init._post_init_method, [0]
 
@@ -144,7 +144,7 @@ def test_no_rank_ever_holds_the_whole_model(precision: str, line):
 
 
 def _masters(rank: int, world_size: int, argv: list[str]) -> dict[str, str]:
-    from megatron.training.state_digest import state_digests
+    from megatron.checkpoint.state_digest import state_digests
 
     state = build(argv, rank, world_size).live.state
     return {name: digests["fp32"] for name, digests in state_digests(state).items()}

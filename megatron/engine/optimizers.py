@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.config.optimizer import MATRICES, OptimizerConfig
-from megatron.training.engine_state import EngineState, OwnedInterval
+from megatron.engine.engine_state import EngineState, OwnedInterval
 from megatron.ucp.layout import Layout
 
 Groups = Iterable[Mapping[str, Any]]

@@ -28,13 +28,13 @@ from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.utils import combine_grad_norm_groups
 
 from megatron.config.optimizer import OptimizerConfig
+from megatron.engine.expert_groups import has_dealt_experts, mark_expert_groups
+from megatron.engine.optimizers import build_optimizer
 from megatron.layers.experts import expert_group_name
 from megatron.model.build import parameter_groups
+from megatron.parallel.agreement import gathered
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.mpu import Mpu
-from megatron.training.agreement import gathered
-from megatron.training.expert_groups import has_dealt_experts, mark_expert_groups
-from megatron.training.optimizers import build_optimizer
 
 
 class _ExpertParallel:
@@ -46,7 +46,7 @@ class _ExpertParallel:
         self.has_moe_layers = self.zero_optimization_stage() < 3 and has_dealt_experts(self.module)
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """Files as of any model; what only some expert-parallel ranks have is saved beside them (training/saving.py).
+        """Files as of any model; what only some expert-parallel ranks have is saved beside them (checkpoint/saving.py).
         DeepSpeed's files for experts know its own class only."""
         has_moe_layers, self.has_moe_layers = self.has_moe_layers, False
         try:

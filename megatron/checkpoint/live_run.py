@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.config.batch_sizes import BatchSizes
+from megatron.engine.engine_state import EngineState
+from megatron.engine.optimizers import Muon
+from megatron.engine.schedule import LearningRateSchedule
+from megatron.parallel.agreement import CheckpointError, gathered
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.rng import RandomStreams
-from megatron.training.agreement import CheckpointError, gathered
-from megatron.training.engine_state import EngineState
-from megatron.training.optimizers import Muon
-from megatron.training.schedule import LearningRateSchedule
 from megatron.ucp.deepspeed_compat import universal_checkpoint_info
 from megatron.ucp.layout import Layout
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron.training.engine_state import MASTER, EngineState
-from megatron.training.state_digest import frozen_digests
+from megatron.checkpoint.state_digest import frozen_digests
+from megatron.engine.engine_state import MASTER, EngineState
 from megatron.ucp.digest import Digest, digest_runs
 from megatron.ucp.execute import gather
 from megatron.ucp.sources import Source

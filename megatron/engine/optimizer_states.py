@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from megatron.engine.optimizer_probe import STEP, is_elementwise, kept_states, kind_of_state
 from megatron.parallel.context import ParallelContext
-from megatron.training.optimizer_probe import STEP, is_elementwise, kept_states, kind_of_state
 from megatron.ucp.json_checks import shown
 
 _HOW = ("fused", "foreach", "capturable", "differentiable")

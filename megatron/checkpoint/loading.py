@@ -19,24 +19,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.checkpoint.frozen_weights import FrozenParts, frozen_faults, place_frozen
+from megatron.checkpoint.live_run import LiveRun
+from megatron.checkpoint.progress import Progress
+from megatron.checkpoint.resume import ResumePlan
+from megatron.checkpoint.saved_streams import restore_streams
+from megatron.checkpoint.state_digest import state_digests
 from megatron.config.batch_sizes import BatchSizes
 from megatron.config.optimizer import base_group
-from megatron.training.agreement import (
+from megatron.engine.engine_state import MASTER
+from megatron.engine.schedule import ScheduleError
+from megatron.parallel.agreement import (
     CheckpointError,
     SourceMismatchError,
     all_ranks_or_none,
     gathered,
     on_rank_0,
 )
-from megatron.training.engine_state import MASTER
-from megatron.training.frozen_weights import FrozenParts, frozen_faults, place_frozen
-from megatron.training.live_run import LiveRun
-from megatron.training.progress import Progress
-from megatron.training.reporting import told_by_rank_0
-from megatron.training.resume import ResumePlan
-from megatron.training.saved_streams import restore_streams
-from megatron.training.schedule import ScheduleError
-from megatron.training.state_digest import state_digests
+from megatron.parallel.rank_errors import told_by_rank_0
 from megatron.ucp.digest import total
 from megatron.ucp.errors import UcpError
 from megatron.ucp.execute import gather

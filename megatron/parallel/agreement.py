@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron.training.reporting import TOLD_ELSEWHERE, told_by_rank_0
+from megatron.parallel.rank_errors import TOLD_ELSEWHERE, told_by_rank_0
 
 
 class CheckpointError(RuntimeError):

@@ -27,13 +27,13 @@ from deepspeed.checkpoint.constants import (
 )
 
 import megatron
-from megatron.training.agreement import CheckpointError, all_ranks_or_none, gathered, on_rank_0
-from megatron.training.engine_state import EngineState, OwnedInterval
-from megatron.training.live_run import LiveRun
-from megatron.training.progress import Progress
-from megatron.training.resume import LATEST
-from megatron.training.saved_streams import RNG_FILE, save_streams
-from megatron.training.state_digest import expert_digests, state_digests
+from megatron.checkpoint.live_run import LiveRun
+from megatron.checkpoint.progress import Progress
+from megatron.checkpoint.resume import LATEST
+from megatron.checkpoint.saved_streams import RNG_FILE, save_streams
+from megatron.checkpoint.state_digest import expert_digests, state_digests
+from megatron.engine.engine_state import EngineState, OwnedInterval
+from megatron.parallel.agreement import CheckpointError, all_ranks_or_none, gathered, on_rank_0
 from megatron.ucp import commit
 from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.engine.optimizer_states import OptimizerStates, UnsupportedOptimizerError
 from megatron.parallel.context import ParallelContext
-from megatron.training.optimizer_states import OptimizerStates, UnsupportedOptimizerError
 from megatron.ucp.fragment import EMPTY, shard_runs, whole_runs
 from megatron.ucp.layout import Layout
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron.training.agreement import gathered
-from megatron.training.engine_state import MASTER, EngineState, StatePart
-from megatron.training.reporting import told_by_rank_0
+from megatron.engine.engine_state import MASTER, EngineState, StatePart
+from megatron.parallel.agreement import gathered
+from megatron.parallel.rank_errors import told_by_rank_0
 from megatron.ucp.digest import Digest, digest_runs
 from megatron.ucp.expert_digests import expert_elements, num_experts
 from megatron.ucp.fragment import Runs, clip_atomic
