@@ -22,7 +22,7 @@ from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.saving import save
 from megatron.config.config import Config
-from megatron.engine.engine import backward_scale, evaluate, set_global_batch_size, train_step
+from megatron.engine.steps import backward_scale, evaluate, set_global_batch_size, train_step
 from megatron.layers.router_ledger import RouterLedger
 from megatron.parallel.rank_errors import told_by_rank_0
 from megatron.training.batches import Batches

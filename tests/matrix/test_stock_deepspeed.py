@@ -61,7 +61,7 @@ def test_stock_converter_reads_our_save(source: Cell, sources, tmp_path):
 
 def _stock_load(rank: int, world_size: int, argv: list[str], folder: str):
     from megatron.checkpoint.state_digest import state_digests
-    from megatron.engine.engine import train_step
+    from megatron.engine.steps import train_step
 
     run = build(argv, rank, world_size)
     state = run.live.state

@@ -5,7 +5,7 @@ The cases: gradients under Ulysses, ZeRO-3 under Ulysses, activations between st
 under ZeRO-0 with stages, the extra step of ZeRO-0 in low precision, a padded vocabulary under ZeRO-3, weights without
 moments from a universal folder, dropout after a resume, stale copies of a tied weight, experts under another expert
 parallelism. Two parameter groups under
-ZeRO-3: tests/training/test_optimizers.py; parameters that no pattern names: tests/ucp/test_ucp_deepspeed_compat.py.
+ZeRO-3: tests/engine/test_optimizers.py; parameters that no pattern names: tests/ucp/test_ucp_deepspeed_compat.py.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def source(tmp_path_factory, data) -> Path:
 
 def _stock_resume(rank: int, world_size: int, argv: list[str], folder: str, with_optimizer: bool):
     """DeepSpeed's own loader, then one step: (loss, whether moments are those of the Source or zero)."""
-    from megatron.engine.engine import train_step
+    from megatron.engine.steps import train_step
 
     run = build(argv, rank, world_size)
     fill_with_noise(run)
@@ -216,7 +216,7 @@ def _stock_resume(rank: int, world_size: int, argv: list[str], folder: str, with
 
 
 def _our_resume(rank: int, world_size: int, argv: list[str]):
-    from megatron.engine.engine import train_step
+    from megatron.engine.steps import train_step
 
     run = build(argv, rank, world_size)
     state = run.live.state
