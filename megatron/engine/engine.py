@@ -24,6 +24,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 
 from megatron.config.optimizer import OptimizerConfig
+from megatron.engine.deepspeed_names import require_built, require_names
 from megatron.engine.expert_groups import has_dealt_experts, mark_expert_groups
 from megatron.engine.grad_norms import Fp32GradNorm, align_group_norms, align_summed_norms
 from megatron.engine.optimizers import build_optimizer
@@ -108,7 +109,9 @@ def build_engine(
 ) -> PlainEngine | PipeEngine:
     """Collective over the world. `ds_config` is the merged dictionary of `ds_config.deepspeed_config`; `mpu` the one
     that a plain model was constructed with (a pipeline has its own); `late` as `parameter_groups` takes it;
-    `fused_kernels` is --fused-kernels."""
+    `fused_kernels` is --fused-kernels. Raises DeepSpeedChangedError where this DeepSpeed lacks a name that is read,
+    replaced or set."""
+    require_names()
     block = ds_config.get("optimizer")
     groups = parameter_groups(
         model,
@@ -134,6 +137,7 @@ def build_engine(
         config=ds_config,
         config_class=DeepSpeedConfig(ds_config, ds_mpu),
     )
+    require_built(engine)
     # Its own mpu will not do: a pipeline's "model parallel rank" counts stages too.
     engine.context = context
     if is_pipelined:

@@ -15,7 +15,7 @@ lists those intervals as views, so that saving a digest and placing a saved stat
 A frozen parameter has no master and no optimizer state: its value is the live weight, in whatever precision the run
 has. Where that is bf16 or fp16, its state "fp32" is the weight widened, and a load rounds what it reads.
 
-This touches attributes of DeepSpeed 0.19.8 that are not public API; `_require` names what a new version lacks.
+This reads attributes of DeepSpeed's that are no public interface: deepspeed_names.py says which and looks for them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.engine.deepspeed_names import require_built
 from megatron.engine.optimizer_states import OptimizerStates, UnsupportedOptimizerError
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.fragment import EMPTY, shard_runs, whole_runs
@@ -120,7 +121,8 @@ class EngineState(OptimizerStates):
         frozen: frozenset[str] = frozenset(),
     ) -> None:
         """`layouts` and `pp_stages` (which stages hold a copy) cover every parameter of the whole model, `frozen` names
-        those that are not trained."""
+        those that are not trained. Raises DeepSpeedChangedError where this DeepSpeed lacks a name that is read."""
+        require_built(engine)
         self.engine = engine
         self.layouts = layouts
         self.context = context
@@ -184,7 +186,6 @@ class EngineState(OptimizerStates):
         if self.wrapper == _STAGE3:
             # Between steps stage 3 takes them out of the optimizer's groups.
             optimizer = self.engine.optimizer
-            _require(optimizer, "fp32_partitioned_groups_flat", "sub_group_to_group_id", "fp16_groups")
             return [
                 (optimizer.sub_group_to_group_id[s], f) for s, f in enumerate(optimizer.fp32_partitioned_groups_flat)
             ]
@@ -216,7 +217,6 @@ class EngineState(OptimizerStates):
     def _flat_fragments(self, group: int, flat: torch.Tensor) -> Iterator[_Fragment]:
         """ZeRO-1/2: the group's shards one after the other, cut into one interval per data-parallel rank."""
         optimizer, attribute = self.engine.optimizer, _FLAT_GROUPS[self.wrapper]
-        _require(optimizer, attribute, attribute + "_flat", "real_dp_process_group", "update_lp_params")
         weights_flat = getattr(optimizer, attribute + "_flat")[group]
         partition = flat.numel() * dist.get_rank(group=optimizer.real_dp_process_group[group])
         for param in getattr(optimizer, attribute)[group]:
@@ -313,12 +313,3 @@ def _stage3_piece(param: torch.nn.Parameter) -> tuple[int, int]:
     length = param.partition_numel()
     start = min(dist.get_rank(group=param.ds_process_group) * length, param.ds_numel)
     return start, min(length, param.ds_numel - start)
-
-
-def _require(owner: Any, *attributes: str) -> None:
-    lacking = [name for name in attributes if not hasattr(owner, name)]
-    if lacking:
-        raise UnsupportedOptimizerError(
-            f"{type(owner).__name__} of this DeepSpeed has no {', '.join(lacking)}; this code was written against "
-            "DeepSpeed 0.19.8. Install that version."
-        )
