@@ -140,9 +140,7 @@ class EngineState(OptimizerStates):
 
     @cached_property
     def intervals(self) -> tuple[OwnedInterval, ...]:
-        return tuple(
-            self._interval(fragment, self.base.param_groups[group]["name"]) for group, fragment in self._fragments()
-        )
+        return tuple(self._interval(fragment, self.group_names[group]) for group, fragment in self._fragments())
 
     @cached_property
     def frozen_intervals(self) -> tuple[FrozenInterval, ...]:

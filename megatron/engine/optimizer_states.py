@@ -185,11 +185,16 @@ class OptimizerStates(ABC):
             self._step_homes[group] = kept_states(self.base, self.base.param_groups[group], like).step_home
         return self._step_homes[group]
 
+    @property
+    def group_names(self) -> list[str]:
+        """Of the optimizer's parameter groups; group_0, group_1, ... where whoever made them gave none."""
+        return [group.get("name", f"group_{index}") for index, group in enumerate(self.base.param_groups)]
+
     def hyper_parameters(self) -> dict[str, dict[str, Any]]:
         """Every group's hyper-parameters by the group's name."""
         return {
-            group["name"]: {key: _plain(value) for key, value in group.items() if key not in _NO_HYPER_PARAMETERS}
-            for group in self.base.param_groups
+            name: {key: _plain(value) for key, value in group.items() if key not in _NO_HYPER_PARAMETERS}
+            for name, group in zip(self.group_names, self.base.param_groups, strict=True)
         }
 
     def hyper_parameter_faults(self, groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -204,8 +209,8 @@ class OptimizerStates(ABC):
 
     def set_hyper_parameters(self, groups: Mapping[str, Mapping[str, Any]]) -> None:
         """In place and by name: group indices differ between topologies (a stage drops its empty groups)."""
-        for group in self.base.param_groups:
-            for key, value in groups.get(group["name"], {}).items():
+        for name, group in zip(self.group_names, self.base.param_groups, strict=True):
+            for key, value in groups.get(name, {}).items():
                 if key in _HOW:
                     continue
                 group[key] = tuple(value) if isinstance(value, list) else value
