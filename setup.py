@@ -29,6 +29,7 @@ setup(
     description="Train large language models with Megatron on DeepSpeed; resume them under any parallelism.",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron", "megatron.*"]),
     package_data={"megatron.ucp": ["FORMAT.md"]},
@@ -48,8 +49,6 @@ setup(
         "pybind11==3.1.0",
         "ninja==1.13.2",
         "matplotlib==3.11.2",
-        "pandas==3.1.1",
-        "tqdm==4.70.1",
     ],
     extras_require={
         # Triton comes with torch's CUDA build (2.13.0 asks for 3.7.1); with the CPU build the tests need it too.
