@@ -1,5 +1,6 @@
 # make ex1     set up .venv if needed and run the main job: train under PP2, convert, resume on one rank, prove it
 # make test    set up and run the tests          make lint    ruff
+# make test-fast   those that start no other process, for the edit loop
 # make fig7    one Source, eleven Targets and eight Sources, one Target: the paper's Figure 7 on CPU, into gallery/
 # make fig9    LLaMA, BLOOM and a mixture of experts under another topology: the paper's Figure 9, into gallery/
 # make bench   side-by-side measurements         make install only set up
@@ -8,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install ex1 ex2 ex3 ex4 fig7 fig9 test lint bench clean
+.PHONY: install ex1 ex2 ex3 ex4 fig7 fig9 test test-fast lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -32,6 +33,9 @@ fig7 fig9: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not processes and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,27 @@
+"""Which tests start no other process: those of `make test-fast`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TESTS = Path(__file__).parent
+STARTERS = ("run_ranks", "subprocess", "multiprocessing", "mp", "ProcessPoolExecutor")
+
+
+def starts_processes(module: ModuleType) -> bool:
+    """It imports something that starts ranks or programs, or a module of the tests' that does."""
+    named = {getattr(value, "__module__", None) for value in vars(module).values()}
+    modules = [module, *(value for value in vars(module).values() if isinstance(value, ModuleType))]
+    modules += [sys.modules[name] for name in named if name in sys.modules]
+    ours = [m for m in modules if TESTS in Path(getattr(m, "__file__", None) or "/").parents]
+    return any(name in vars(m) for m in ours for name in STARTERS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if starts_processes(item.module):
+            item.add_marker("processes")
