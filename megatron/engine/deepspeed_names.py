@@ -67,7 +67,8 @@ WORDS: Mapping[str, tuple[str, ...]] = {
         "_EXPERT_PARALLEL_GROUP", "_EXPERT_PARALLEL_GROUP_RANKS", "_EXPERT_DATA_PARALLEL_GROUP",
         "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
     ),
-    "deepspeed.runtime.utils": ("model_parallel", "ds_pipe_replicated"),
+    "deepspeed.moe.utils": ("allreduce", "group_name"),
+    "deepspeed.runtime.utils": ("model_parallel", "tensor_model_parallel", "ds_pipe_replicated"),
     "deepspeed.runtime.zero.stage_1_and_2": (
         "scaled_global_norm", "_average_expert_grad_norms", "_hp_optimizer_states_linked",
     ),
@@ -152,7 +153,7 @@ def _word_faults(module: str, words: Iterable[str]) -> list[str]:
         spec = None
     if spec is None or spec.origin is None:
         return [f"there is no module {module}"]
-    used = set(re.findall(r"\w+", Path(spec.origin).read_text()))
+    used = set(re.findall(r"\w+", Path(spec.origin).read_text(encoding="utf-8")))
     return [f"{module} does not use the name {word}" for word in words if word not in used]
 
 
