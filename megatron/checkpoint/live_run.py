@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.checkpoint.errors import CheckpointError
 from megatron.config.batch_sizes import BatchSizes
 from megatron.engine.engine_state import EngineState
 from megatron.engine.optimizers import Muon
 from megatron.engine.schedule import LearningRateSchedule
-from megatron.parallel.agreement import CheckpointError, gathered
+from megatron.parallel.agreement import gathered
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.rng import RandomStreams
 from megatron.ucp.deepspeed_compat import universal_checkpoint_info

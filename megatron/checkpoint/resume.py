@@ -3,6 +3,7 @@
     found = find_checkpoints(Path("runs/source"))          # reads folders, loads nothing
     plan = choose_resume(found, wanted)                    # pure
     print(plan.reason)                                     # one line: what and why
+    plan = open_planned(plan)                              # collective: on each rank, once; loading goes on from it
 
 | kind | Source | when |
 |---|---|---|
@@ -18,11 +19,17 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
+from megatron.checkpoint.errors import CheckpointError, all_ranks_or_none
+from megatron.parallel.agreement import gathered
+from megatron.parallel.rank_errors import told_by_rank_0
 from megatron.ucp.commit import REPLACED_SUFFIX, STAGING_SUFFIX
 from megatron.ucp.errors import NotACheckpointError, UcpError
+from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
 from megatron.ucp.pointers import read_pointer
-from megatron.ucp.sources import open_source
+from megatron.ucp.sources import Source, open_source
 from megatron.ucp.topology import Topology
 
 LATEST = "latest"
@@ -31,6 +38,30 @@ LATEST_UNIVERSAL = "latest_universal"
 
 class ResumeError(RuntimeError):
     """The checkpoint asked for is not there or is not of the kind asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class OpenCheckpoint:
+    """A Source, and what its folder was when it was opened."""
+
+    source: Source
+    identity: Identity
+
+    @classmethod
+    def of(cls, folder: Path) -> OpenCheckpoint:
+        """Raises what opening raises. Local."""
+        identity = Identity.of(folder)
+        return cls(open_source(folder), identity)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Megatron's --finetune and --no-load-*."""
+
+    with_optimizer: bool = True
+    with_schedule: bool = True
+    with_rng: bool = True
+    with_progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,6 +74,8 @@ class Found:
     iteration: int
     topology: Topology
     zero_stage: int
+    opened: OpenCheckpoint | None = None
+    """Where it had to be opened to find out."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +104,8 @@ class ResumePlan:
     reason: str
     notes: tuple[str, ...] = ()
     """What was passed over, and why."""
+    opened: OpenCheckpoint | None = None
+    """This rank's, once `open_planned` has opened it."""
 
     @property
     def is_fresh(self) -> bool:
@@ -142,8 +177,7 @@ def _newest_whole(load: Path, kinds: set[str]) -> tuple[dict[str, Found], list[s
         if found.kind not in kinds or found.kind in newest:
             continue
         try:
-            open_source(found.folder)
-            newest[found.kind] = found
+            newest[found.kind] = dataclasses.replace(found, opened=found.opened or OpenCheckpoint.of(found.folder))
         except (UcpError, OSError) as error:
             passed_over.append(_passed(found.folder, error))
     return newest, passed_over
@@ -178,11 +212,37 @@ def _describe(folder: Path) -> Found:
             do="remove the pointer to it, load an older tag, or convert a foreign DeepSpeed checkpoint with "
             "tools/ds_to_universal.py and load the universal folder",
         )
-    manifest = open_source(folder).manifest if is_foreign_universal else read_manifest(folder)
+    opened = OpenCheckpoint.of(folder) if is_foreign_universal else None
+    manifest = opened.source.manifest if opened else read_manifest(folder)
     # Of a universal folder a user wants to know what trained it, not that it is whole.
     trained = manifest.source or {"topology": manifest.topology.to_json(), "zero_stage": manifest.zero_stage}
     topology = Topology.from_json(trained["topology"])
-    return Found(folder, manifest.kind, int(manifest.iteration or 0), topology, trained["zero_stage"])
+    return Found(folder, manifest.kind, int(manifest.iteration or 0), topology, trained["zero_stage"], opened)
+
+
+def open_planned(plan: ResumePlan) -> ResumePlan:
+    """With the checkpoint opened, on each rank. Collective over the world. Raises CheckpointError, on every rank,
+    where one cannot open it or ranks do not see the same."""
+    if plan.folder is None:
+        return plan
+    with all_ranks_or_none("opening", plan.folder):
+        identity = plan.opened.identity if plan.opened else Identity.of(plan.folder)
+    _require_same_everywhere(identity)
+    with all_ranks_or_none("opening", plan.folder):
+        opened = plan.opened or OpenCheckpoint(open_source(plan.folder), identity)
+    return dataclasses.replace(plan, opened=opened)
+
+
+def _require_same_everywhere(identity: Identity) -> None:
+    """One ucp.json for all: a node with other files, or with none, would place another state than the rest."""
+    seen = gathered(f"SHA-256 {identity.manifest[:16]}" if identity.manifest else "none")
+    if len(set(seen)) > 1:
+        ranks = "; ".join(f"ranks {[r for r, s in enumerate(seen) if s == what][:8]}: {what}" for what in set(seen))
+        with told_by_rank_0(dist.get_rank()):
+            raise CheckpointError(
+                f"ranks do not see the same checkpoint in {identity.folder}: {MANIFEST_NAME} is, on {ranks}. "
+                "Put the whole folder where every node reads it."
+            )
 
 
 def choose_resume(found: FoundCheckpoints | None, wanted: Wanted) -> ResumePlan:
@@ -195,7 +255,9 @@ def choose_resume(found: FoundCheckpoints | None, wanted: Wanted) -> ResumePlan:
             "--load-tag, write the checkpoint's name into the pointer, or drop --load-strict to go on from the newest "
             "whole checkpoint"
         )
-    return dataclasses.replace(_choose(found, wanted), notes=found.lost)
+    plan = _choose(found, wanted)
+    chosen = next((c for c in (found.native, found.universal) if c and c.folder == plan.folder), None)
+    return dataclasses.replace(plan, notes=found.lost, opened=chosen.opened if chosen else None)
 
 
 def _choose(found: FoundCheckpoints, wanted: Wanted) -> ResumePlan:

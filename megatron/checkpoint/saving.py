@@ -9,31 +9,28 @@ checkpoint and its pointer as they were.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint.constants import (
-    AUTOEP_LAYERS_KEY,
-    AUTOEP_ZERO3_EXPERT_STATE_FORMAT_KEY,
-    AUTOEP_ZERO3_PARTITIONED_EXPERT_STATE_FORMAT,
-)
 
 import megatron
+from megatron.checkpoint.errors import CheckpointError, all_ranks_or_none, on_rank_0
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.resume import LATEST
 from megatron.checkpoint.saved_streams import RNG_FILE, save_streams
 from megatron.checkpoint.state_digest import expert_digests, state_digests
+from megatron.engine.counters import loss_scaler_state
+from megatron.engine.engine_files import write_engine_files
 from megatron.engine.engine_state import EngineState, OwnedInterval
-from megatron.parallel.agreement import CheckpointError, all_ranks_or_none, gathered, on_rank_0
+from megatron.parallel.agreement import gathered
 from megatron.ucp import commit
 from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors
@@ -45,8 +42,6 @@ log = logging.getLogger(__name__)
 
 LATEST_ITERATION = "latest_checkpointed_iteration.txt"
 """Megatron's own pointer, kept for scripts that read it."""
-
-LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
@@ -62,12 +57,9 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
         live.state.make_states(is_saved=True)
     digests = state_digests(live.state)
     staging = on_rank_0(lambda: commit.stage(final, replace=True))
-    with all_ranks_or_none("saving", final), _deferred_write_errors(live.engine):
-        live.engine.save_checkpoint(
-            str(folder),
-            tag=staging.name,
-            client_state={"iteration": progress.iteration, **dataclasses.asdict(progress), **_warning(live)},
-            save_latest=False,
+    with all_ranks_or_none("saving", final):
+        write_engine_files(
+            live.engine, folder, staging.name, dataclasses.asdict(progress), deals_experts=live.context.ep_size > 1
         )
         _save_experts(live, staging)
     streams = gathered(live.streams.state_dict())
@@ -84,38 +76,6 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
         final, num_bytes / 2**20, seconds, num_bytes / 2**30 / seconds, total(digests),
     )  # fmt: skip
     return final
-
-
-@contextlib.contextmanager
-def _deferred_write_errors(engine: Any) -> Iterator[None]:
-    """DeepSpeed writes files between barriers: a rank that raised there would leave the others waiting in the next
-    one. So a rank goes on after an error of its own, and raises when it is through."""
-    write = engine.checkpoint_engine.save
-    errors: list[Exception] = []
-
-    def save(state_dict: Any, path: str, **kwargs: Any) -> Any:
-        try:
-            with disk_errors(path):
-                return write(state_dict, path, **kwargs)
-        except Exception as error:
-            errors.append(error)
-            return None
-
-    engine.checkpoint_engine.save = save
-    try:
-        yield
-    finally:
-        engine.checkpoint_engine.save = write
-    if errors:
-        raise errors[0]
-
-
-def _warning(live: LiveRun) -> dict[str, Any]:
-    """ZeRO-3's conversion in DeepSpeed would put pieces of several ep ranks' experts one after the other. It knows of
-    such experts by this list of its own (utils/zero_to_fp32.py, checkpoint/ds_to_universal.py), and stops."""
-    if live.context.ep_size == 1 or live.engine.zero_optimization_stage() < 3:
-        return {}
-    return {AUTOEP_LAYERS_KEY: [{AUTOEP_ZERO3_EXPERT_STATE_FORMAT_KEY: AUTOEP_ZERO3_PARTITIONED_EXPERT_STATE_FORMAT}]}
 
 
 def _save_experts(live: LiveRun, folder: Path) -> None:
@@ -248,13 +208,10 @@ def _by_mp_rank(topology: Topology, by_rank: list[Any]) -> list[Any]:
 
 
 def _common(live: LiveRun, progress: Progress) -> dict[str, Any]:
-    scaler = live.state.loss_scaler
     return {
         **dataclasses.asdict(progress),
         "schedule": live.schedule.state_dict(),
-        "loss_scaler": None
-        if scaler is None
-        else {key: getattr(scaler, key) for key in LOSS_SCALER_FIELDS if hasattr(scaler, key)},
+        "loss_scaler": loss_scaler_state(live.state.loss_scaler),
         "rng": {"file": RNG_FILE, "world_size": dist.get_world_size()},
         "global_batch_size": live.batch_sizes.at(progress.consumed_train_samples),
         "train_order": live.train_order,

@@ -224,8 +224,16 @@ class LearningRateSchedule:
         return {"num_samples": self.num_samples, **dataclasses.asdict(self.curve)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved schedule, exactly. Where its curve is not this one's, ScheduleError names every
-        difference, unless the flags say which to take."""
+        """Go on from a saved schedule, exactly. Raises what `curve_of` raises."""
+        saved_curve = self.curve_of(state)
+        if self._takes_checkpoint:
+            self.curve = saved_curve
+        self.num_samples = state["num_samples"]
+        self.apply()
+
+    def curve_of(self, state: Mapping[str, Any]) -> LearningRateCurve:
+        """A saved schedule's. Where it is not this one's, ScheduleError names every difference, unless the flags say
+        which to take. Changes nothing."""
         faults: list[str] = []
         _SAVED(lambda place, what: faults.append(f"{place}: {what}"), "schedule", state)
         if faults:
@@ -247,10 +255,7 @@ class LearningRateSchedule:
                 "flags of the saved run, or --use-checkpoint-opt_param-scheduler to go on with its curve, or "
                 "--override-opt_param-scheduler to take the curve of these flags"
             )
-        if self._takes_checkpoint:
-            self.curve = saved_curve
-        self.num_samples = state["num_samples"]
-        self.apply()
+        return saved_curve
 
     @property
     def takes_flags(self) -> bool:

@@ -1,37 +1,38 @@
-"""Ranks that fail together: one rank's error becomes every rank's, instead of a hang in the next collective.
+"""What ranks must know of each other before they go on. All are collective over the world.
 
-    with all_ranks_or_none("loading", folder):       # the block itself communicates with nobody
-        read_my_part()
-    with stops_all_ranks("reading the data"):        # the same for errors that are no checkpoint's
+    with stops_all_ranks("reading the data"):        # the block itself communicates with nobody
         datasets = open_them()
-    tag = on_rank_0(lambda: choose_tag())            # its result, or its error, everywhere
     parts = gathered(my_part)                        # by rank, on every rank
 
-All are collective over the world.
+One rank's error becomes every rank's, instead of a hang in the next collective.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron.parallel.rank_errors import TOLD_ELSEWHERE, told_by_rank_0
-
-
-class CheckpointError(RuntimeError):
-    """A save or a load failed; the message says on which ranks and why. Raised on every rank."""
-
-
-class SourceMismatchError(CheckpointError):
-    """The Source is of another model, or lacks what this run needs."""
+from megatron.parallel.rank_errors import TOLD_ELSEWHERE
 
 
 class OtherRankError(RuntimeError):
     """Another rank failed, and so this one cannot go on; the message quotes it."""
+
+
+@dataclass
+class Failures:
+    own: Exception | None = None
+    """This rank's."""
+    by_rank: dict[int, str] = field(default_factory=dict)
+    """Type and message of every rank that failed."""
+
+    @property
+    def how_many(self) -> str:
+        return f"{len(self.by_rank)} of {dist.get_world_size()} ranks"
 
 
 def gathered(value: Any) -> list[Any]:
@@ -41,64 +42,28 @@ def gathered(value: Any) -> list[Any]:
     return everywhere
 
 
-def on_rank_0(action: Callable[[], Any]) -> Any:
-    """Run on rank 0; its result, or its error, on every rank. Collective."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except Exception as error:
-            outcome[1] = f"{type(error).__name__}: {error}"
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        with told_by_rank_0(dist.get_rank()):
-            raise CheckpointError(outcome[1])
-    return outcome[0]
-
-
 @contextlib.contextmanager
-def all_ranks_or_none(what: str, folder: Path) -> Iterator[None]:
-    """Ends with an error on every rank where one rank failed, instead of a hang in the next collective."""
-    failure: Exception | None = None
+def failures_everywhere() -> Iterator[Failures]:
+    """Holds back what the block raises, and fills in what it raised on every rank."""
+    failures = Failures()
     try:
-        yield
+        yield failures
     except Exception as error:
-        failure = error
-    failed = _failures(failure)
-    if not failed:
-        return
-    by_text: dict[str, list[int]] = {}
-    for rank, text in failed.items():
-        by_text.setdefault(text, []).append(rank)
-    lines = [f"ranks {ranks[:8]}{'...' if len(ranks) > 8 else ''}: {text}" for text, ranks in by_text.items()]
-    kind = SourceMismatchError if isinstance(failure, SourceMismatchError) else CheckpointError
-    with told_by_rank_0(dist.get_rank()):
-        raise kind(f"{what} {folder} failed on {_how_many(failed)}\n" + "\n".join(lines)) from failure
+        failures.own = error
+    told = gathered(None if failures.own is None else f"{type(failures.own).__name__}: {failures.own}")
+    failures.by_rank = {rank: text for rank, text in enumerate(told) if text is not None}
 
 
 @contextlib.contextmanager
 def stops_all_ranks(what: str) -> Iterator[None]:
     """A rank that failed raises its own error, the others an OtherRankError that quotes it; the block itself
     communicates with nobody."""
-    failure: Exception | None = None
-    try:
+    with failures_everywhere() as failures:
         yield
-    except Exception as error:
-        failure = error
-    failed = _failures(failure)
+    failed = failures.by_rank
     if not failed:
         return
     teller, rank = min(failed), dist.get_rank()
-    error = failure or OtherRankError(f"{what} failed on {_how_many(failed)}\nrank {teller}: {failed[teller]}")
+    error = failures.own or OtherRankError(f"{what} failed on {failures.how_many}\nrank {teller}: {failed[teller]}")
     setattr(error, TOLD_ELSEWHERE, rank != teller and failed.get(rank, failed[teller]) == failed[teller])
     raise error
-
-
-def _failures(own: Exception | None) -> dict[int, str]:
-    """What failed on which rank. Collective over the world."""
-    told = gathered(None if own is None else f"{type(own).__name__}: {own}")
-    return {rank: text for rank, text in enumerate(told) if text is not None}
-
-
-def _how_many(failed: dict[int, str]) -> str:
-    return f"{len(failed)} of {dist.get_world_size()} ranks"

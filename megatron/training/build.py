@@ -20,10 +20,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import megatron
+from megatron.checkpoint.counters import progress_of
 from megatron.checkpoint.live_run import LiveRun
-from megatron.checkpoint.loading import LoadOptions, load, progress_of
+from megatron.checkpoint.loading import load
 from megatron.checkpoint.progress import Progress
-from megatron.checkpoint.resume import ResumePlan, Wanted, choose_resume, find_checkpoints
+from megatron.checkpoint.resume import LoadOptions, ResumePlan, Wanted, choose_resume, find_checkpoints, open_planned
 from megatron.config.config import Config
 from megatron.config.model import ModelConfig
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
@@ -46,9 +47,7 @@ from megatron.training.loop import Run
 from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, late_parameters, refuse_buffers
 from megatron.ucp.commit import RUN_MARK
-from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.ucp.owner import claimed
-from megatron.ucp.sources import open_source
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +79,7 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
         log.warning("warning: %s", note)
     log.info("%s", plan.reason)
 
+    plan = open_planned(plan)
     with stops_all_ranks("reading how far the checkpoint had come"):
         start = _start(config, plan)
         config.require_batch_sizes(launch.world_size, start.consumed_train_samples)
@@ -178,6 +178,7 @@ def _remove_empty(folder: Path) -> None:
 def _plan(config: Config, topology: Any, zero_stage: int) -> ResumePlan:
     """Decided on rank 0, the same everywhere: folders may look different from another node."""
     outcome: list[Any] = [None, None]
+    opened = None
     if dist.get_rank() == 0:
         checkpoint = config.checkpoint
         try:
@@ -192,32 +193,29 @@ def _plan(config: Config, topology: Any, zero_stage: int) -> ResumePlan:
                 checkpoint.exit_on_missing_checkpoint,
                 checkpoint.load_strict,
             )
-            outcome[0] = choose_resume(found, wanted)
+            plan = choose_resume(found, wanted)
+            opened, outcome[0] = plan.opened, dataclasses.replace(plan, opened=None)  # what is open stays here
         except Exception as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         with told_by_rank_0(dist.get_rank()):
             raise outcome[1]
-    return outcome[0]
+    return dataclasses.replace(outcome[0], opened=opened)
 
 
 def _start(config: Config, plan: ResumePlan) -> Progress:
     """How far the Source had come: the data must reach from there to the end."""
-    if plan.is_fresh or config.checkpoint.finetune:
+    if plan.opened is None or config.checkpoint.finetune:
         return Progress()
-    return progress_of(_manifest(plan.folder).common, config.batch_sizes)
+    return progress_of(plan.opened.source.manifest.common, config.batch_sizes)
 
 
 def _late(config: Config, plan: ResumePlan) -> dict[str, str]:
     """Parameters whose optimizer states began after the others', if any are loaded."""
-    if plan.is_fresh or not _load_options(config).with_optimizer:
+    if plan.opened is None or not _load_options(config).with_optimizer:
         return {}
-    return late_parameters(_manifest(plan.folder))
-
-
-def _manifest(folder: Path) -> Manifest:
-    return read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else open_source(folder).manifest
+    return late_parameters(plan.opened.source.manifest)
 
 
 def _load_options(config: Config) -> LoadOptions:

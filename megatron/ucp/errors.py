@@ -15,9 +15,10 @@ _MAX_ITEM, _MAX_TEXT = 400, 4000
 """Characters of one of several and of one alone: what a file says must not fill the terminal."""
 
 
-def listed(items: Iterable[object], limit: int = _MAX_LISTED) -> str:
-    """Sorted, comma-separated, cut off after `limit` with the count of what is left."""
-    names = sorted(_clipped(str(item), _MAX_ITEM) for item in items)
+def listed(items: Iterable[object], limit: int = _MAX_LISTED, is_sorted: bool = False) -> str:
+    """Sorted (`is_sorted`: as they come), comma-separated, cut off after `limit` with the count of what is left."""
+    names = [_clipped(str(item), _MAX_ITEM) for item in items]
+    names = names if is_sorted else sorted(names)
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f", ... and {rest} more" if rest > 0 else "")
 

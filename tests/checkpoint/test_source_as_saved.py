@@ -75,7 +75,7 @@ def _load_while_it_is_replaced(rank: int, world_size: int, argv: list[str], fold
     build(argv, rank, world_size)
 
 
-@pytest.mark.parametrize("step", ["_place", "_restore_common"])
+@pytest.mark.parametrize("step", ["place", "restore_counters"])
 def test_a_save_that_replaces_the_folder_meanwhile_is_told(step, run, data, tmp_path):
     folder, other = run / f"global_step{STEPS}", tmp_path / "other"
     shutil.copytree(folder, other)  # even the same state: another save's files need not be

@@ -506,7 +506,7 @@ def test_refused_before_there_is_a_process_group(flags: dict, told: str, data):
 def _groups(rank: int, world_size: int, argv: list[str], plans) -> list[dict]:
     """By group name: (lr, weight decay) after each load, and what the optimizer uses in the step that follows."""
     from megatron.checkpoint.loading import load
-    from megatron.checkpoint.resume import ResumePlan
+    from megatron.checkpoint.resume import ResumePlan, open_planned
     from megatron.training.loop import fit
 
     run = build(argv, rank, world_size)
@@ -523,7 +523,7 @@ def _groups(rank: int, world_size: int, argv: list[str], plans) -> list[dict]:
     for kind, folder in plans:
         for group in run.live.state.base.param_groups:
             group |= {"lr": 7.0, "weight_decay": 7.0, "betas": (0.7, 0.7)}
-        run.progress = load(run.live, ResumePlan(kind, Path(folder), ""))
+        run.progress = load(run.live, open_planned(ResumePlan(kind, Path(folder), "")))
         groups = run.live.state.base.param_groups
         found.append({g["name"]: (g["lr"], g["weight_decay"], g["betas"]) for g in groups})
     type(run.live.state.base).step = spied

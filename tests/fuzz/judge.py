@@ -34,11 +34,11 @@ from fuzz.bases import Base
 from fuzz.faults import WAYS, Fault
 
 from matrix.taking import fill_with_noise
+from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.loading import load
-from megatron.checkpoint.resume import ResumeError, Wanted, choose_resume, find_checkpoints
+from megatron.checkpoint.resume import ResumeError, Wanted, choose_resume, find_checkpoints, open_planned
 from megatron.checkpoint.state_digest import state_digests
 from megatron.engine.schedule import ScheduleError
-from megatron.parallel.agreement import CheckpointError
 from megatron.ucp import cli
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
@@ -159,7 +159,7 @@ class Judge:
         live.streams.reseed(777)
         found = find_checkpoints(run_folder)
         plan = choose_resume(found, Wanted(Topology(), 1, exit_on_missing_checkpoint=True))
-        progress = load(live, plan)
+        progress = load(live, open_planned(plan))
         state = live.state
         return {
             "digests": state_digests(state),

@@ -6,6 +6,7 @@ take_every_source(target, [source, ...], {source}, sources, tmp_path)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -45,15 +46,20 @@ class Sources:
 def take_every_source(
     target: Cell, wanted: Sequence[Cell], saved: Collection[Cell], sources: Sources, folder: Path
 ) -> None:
-    """Another run, with other weights, loads each Source directly and from its universal folder, its own state being
-    noise before. What it has of those in `saved` it saves, and that is converted again and held against the Source's
-    own universal folder, tensor by tensor."""
+    """Another run, with other weights, loads each Source directly, its own state being noise before. Those in `saved`
+    it loads from their universal folders too; what it then has it saves, and that is converted again and held against
+    the Source's own universal folder, tensor by tensor. (A universal folder has no topology: what is in each is the
+    Source's by digest, and each Target reads some.)"""
+    assert set(saved) & set(wanted)
     plans, taken_from = [], []
     for source in wanted:
-        again = str(folder / source.name) if source in saved else None
         made = sources[source]
-        plans += [("direct", str(made.native), None), ("universal", str(made.universal), again)]
-        taken_from += [source, source]
+        assert json.loads((made.universal / "ucp.json").read_text())["digests"] == made.curves.digests, source.name
+        plans.append(("direct", str(made.native), None))
+        taken_from.append(source)
+        if source in saved:
+            plans.append(("universal", str(made.universal), str(folder / source.name)))
+            taken_from.append(source)
     num_samples = NUM_STEPS * sources.model["global_batch_size"]
     argv = command_line(sources.data, **sources.model, **target.flags, seed=99)
     for by_rank in run_ranks(target.world_size, take_all, argv, plans):

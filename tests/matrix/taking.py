@@ -39,7 +39,7 @@ def take_all(
     or (kind, folder, where to save what was loaded). The last one is saved, and trained on to --train-iters, where
     asked."""
     from megatron.checkpoint.loading import load
-    from megatron.checkpoint.resume import ResumePlan
+    from megatron.checkpoint.resume import ResumePlan, open_planned
     from megatron.checkpoint.saving import save
     from megatron.checkpoint.state_digest import state_digests
     from megatron.training.loop import fit
@@ -49,7 +49,7 @@ def take_all(
     found = []
     for kind, folder, *save_to in plans:
         fill_with_noise(run)
-        progress = load(run.live, ResumePlan(kind, Path(folder), ""))
+        progress = load(run.live, open_planned(ResumePlan(kind, Path(folder), "")))
         steps = {state.step_of(interval.flat) for interval in state.intervals}
         if save_to and save_to[0] is not None:
             save(run.live, Path(save_to[0]), progress)

@@ -190,7 +190,7 @@ def test_the_last_save_and_load_of_a_log_count(tmp_path):
     ("file", "words"),
     [
         ("saving.py", '"saved %s: %.1f MiB in %.2f s (%.2f GiB/s), state digest %s"'),
-        ("loading.py", '"state digest %s equals the one at save (%s resume)"'),
+        ("proof.py", '"state digest %s equals the one at save (%s resume)"'),
     ],
 )
 def test_the_trainer_still_says_what_is_looked_for(file, words):

@@ -1,0 +1,89 @@
+"""Is what stands in the engine what was saved? By digest, after every load.
+
+prove(live, source, options, kind="direct", frozen=frozen)         # collective over the world
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+from megatron.checkpoint.errors import CheckpointError, on_rank_0
+from megatron.checkpoint.frozen_weights import FrozenParts, frozen_faults
+from megatron.checkpoint.judging import is_trained_in
+from megatron.checkpoint.live_run import LiveRun
+from megatron.checkpoint.resume import LoadOptions
+from megatron.checkpoint.state_digest import state_digests
+from megatron.engine.engine_state import MASTER
+from megatron.ucp.digest import total
+from megatron.ucp.errors import UcpError, listed
+from megatron.ucp.expert_digests import changed_experts
+from megatron.ucp.experts import holding, numbered
+from megatron.ucp.file_table import changed_files
+from megatron.ucp.sources import Source
+
+log = logging.getLogger(__name__)
+
+
+def prove(live: LiveRun, source: Source, options: LoadOptions, *, kind: str, frozen: FrozenParts) -> None:
+    """`kind` of resume, for the log; `frozen`: of the weights that are not trained, what was read. Raises
+    CheckpointError, on every rank, naming what differs and the files that changed."""
+    placed = state_digests(live.state)
+    saved = source.manifest.digests
+    if not saved:
+        log.warning("%s carries no state digest: the load could not be proven", source.folder)
+        return
+    wrong = frozen_faults(live.state, frozen, saved, placed)
+    wrong += [
+        f"{name} ({state})"
+        for name, digests in placed.items()
+        if name not in live.atlas.frozen
+        for state in (digests if options.with_optimizer and is_trained_in(source, name) else (MASTER,))
+        if saved.get(name, {}).get(state) != digests.get(state)
+    ]
+    if wrong:
+        changed = on_rank_0(lambda: changed_files(source.folder, source.manifest))
+        lines = on_rank_0(lambda: _naming_experts(source, wrong))
+        raise CheckpointError(
+            f"what was placed in the engine is not what was saved in {source.folder}; "
+            f"{len(wrong)} digests differ: {listed(lines, 20, is_sorted=True)}. "
+            + (
+                f"Files changed since they were written: {listed(changed, 20)}: copy them again from where they were "
+                f"saved{holding(source.manifest, changed)}."
+                if changed
+                else "No file is known to have changed, so this is a defect: run `python -m megatron.ucp verify` on it."
+            )
+        )
+    if not options.with_optimizer:
+        log.info("weight digests equal those at save; optimizer states were not loaded")
+    elif placed == saved:
+        log.info("state digest %s equals the one at save (%s resume)", total(placed), kind)
+    else:
+        log.info("state digests equal those at save, of all that both runs train (%s resume)", kind)
+    if source.manifest.doubt:
+        log.warning(
+            "warning: %s is unverified (%s): that digest proves this load, not what was once saved",
+            source.folder, source.manifest.doubt,
+        )  # fmt: skip
+    _tell_what_changed(live, source, options)
+
+
+def _naming_experts(source: Source, wrong: list[str]) -> list[str]:
+    """The same lines, "name (state)", those of experts first and with their numbers. Reads these once more."""
+    known, other = [], []
+    for line in wrong:
+        name, _, state = line.rstrip(")").partition(" (")
+        experts: list[int] = []
+        with contextlib.suppress(UcpError):  # the fault that is being told is not hidden by a second one
+            experts = changed_experts(source, name, state)
+        (known if experts else other).append(line + numbered(experts))
+    return known + other
+
+
+def _tell_what_changed(live: LiveRun, source: Source, options: LoadOptions) -> None:
+    """Frozen there and trained here, or the reverse: one line each."""
+    before = {name for name, info in source.manifest.parameters.items() if not info.is_trainable}
+    if (begun := sorted(before - live.atlas.frozen)) and options.with_optimizer:
+        log.info("trained from here on, with fresh optimizer states (frozen in the Source): %s", listed(begun, 20))
+    if ended := sorted(live.atlas.frozen - before):
+        log.info("frozen from here on, without the Source's optimizer states: %s", listed(ended, 20))
