@@ -1,6 +1,6 @@
 """The live run as checkpointing sees it: what is saved, and what a Source is placed into.
 
-live = LiveRun.of(engine, context, layouts, streams, schedule, model=..., train_order=...)     # collective
+live = LiveRun.of(engine, context, layouts, streams, schedule, **what_must_agree)     # collective
 saving.save(live, Path("runs/a"), progress)
 progress = loading.load(live, plan)
 """

@@ -28,12 +28,9 @@ from megatron.ucp.commit import REPLACED_SUFFIX, STAGING_SUFFIX
 from megatron.ucp.errors import NotACheckpointError, UcpError
 from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
-from megatron.ucp.pointers import read_pointer
+from megatron.ucp.pointers import LATEST, LATEST_UNIVERSAL, read_pointer
 from megatron.ucp.sources import Source, open_source
 from megatron.ucp.topology import Topology
-
-LATEST = "latest"
-LATEST_UNIVERSAL = "latest_universal"
 
 
 class ResumeError(RuntimeError):

@@ -24,7 +24,6 @@ import megatron
 from megatron.checkpoint.errors import CheckpointError, all_ranks_or_none, on_rank_0
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.progress import Progress
-from megatron.checkpoint.resume import LATEST
 from megatron.checkpoint.saved_streams import RNG_FILE, save_streams
 from megatron.checkpoint.state_digest import expert_digests, state_digests
 from megatron.engine.counters import loss_scaler_state
@@ -34,8 +33,9 @@ from megatron.parallel.agreement import gathered
 from megatron.ucp import commit
 from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors
+from megatron.ucp.file_names import dealt_file
 from megatron.ucp.manifest import FileInfo, Manifest, OptimizerInfo, ParameterInfo, write_manifest
-from megatron.ucp.sources.deepspeed_files import dealt_file
+from megatron.ucp.pointers import LATEST
 from megatron.ucp.topology import Topology
 
 log = logging.getLogger(__name__)

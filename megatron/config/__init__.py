@@ -1,6 +1,6 @@
 """A run as typed, frozen values, and Megatron-DeepSpeed's command line as one way to write them down.
 
-The one idea: a flag is the metadata of the dataclass field it sets, so the parser, the help text, the
+A flag is the metadata of the dataclass field it sets, so the parser, the help text, the
 table in docs/flags.md and the error messages cannot disagree with the code.
 
     result = parse(sys.argv[1:])            # unknown flag, wrong type: ConfigError, nothing has run yet

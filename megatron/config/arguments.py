@@ -1,6 +1,6 @@
 """The command line: flags to a Config, through a parser that is generated from the fields' metadata.
 
-The one idea: parsing collects every mistake (unknown, refused, missing, mistyped) and raises once; what was
+Parsing collects every mistake (unknown, refused, missing, mistyped) and raises once; what was
 accepted without effect comes back as notes, for the caller to log.
 
     result = parse(["--num-layers", "2", ...])     # ConfigError, or

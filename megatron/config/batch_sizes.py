@@ -1,6 +1,6 @@
 """The global batch size of every step: constant, or rising with the samples that were consumed.
 
-The one idea: the size follows from the samples alone, so a run that goes on in the middle of its ramp-up, under
+The size follows from the samples alone, so a run that goes on in the middle of its ramp-up, under
 whatever parallelism, takes the batches that the run before it would have taken.
 
     sizes = BatchSizes(32, rampup=(8, 8, 600))     # 8, 16, 24 for 200 samples each, then 32

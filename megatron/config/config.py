@@ -1,6 +1,6 @@
 """The whole configuration of a run, and the one place where it is judged.
 
-The one idea: `validate` checks everything that does not need a process group or a tensor, before anything is
+`validate` checks everything that does not need a process group or a tensor, before anything is
 written, raises once with every problem, and returns the configuration with what was left to derive filled in.
 
     config = parse(argv).config

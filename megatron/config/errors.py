@@ -1,6 +1,6 @@
 """What is wrong with a configuration, all of it at once.
 
-The one idea: a check returns a Problem and goes on; only the end raises, so that a user mends a command
+A check returns a Problem and goes on; only the end raises, so that a user mends a command
 line once and not once per mistake.
 
     problem = Problem("heads do not divide", found="5", expected="a multiple of 2", flags=("--num-layers",))

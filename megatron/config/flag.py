@@ -1,6 +1,6 @@
 """The flag of a dataclass field: its names, help and unit, kept in the field's own metadata.
 
-The one idea: `flag(...)` is `dataclasses.field(...)` plus what a command line needs to know, so a field is
+`flag(...)` is `dataclasses.field(...)` plus what a command line needs to know, so a field is
 declared once.
 
     num_layers: int = flag(help="transformer blocks", unit="blocks")

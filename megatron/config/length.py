@@ -1,6 +1,6 @@
 """How long a run is, counted in what was asked for: iterations, samples or tokens.
 
-The one idea: what is counted in samples stays in samples. A run that goes on with another batch size ends where the
+What is counted in samples stays in samples. A run that goes on with another batch size ends where the
 samples end, not where an iteration number of the other batch size would be.
 
     length = config.length

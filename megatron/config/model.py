@@ -1,6 +1,6 @@
 """The shape of the model: everything that decides what the atomic parameters are.
 
-The one idea: two runs with equal ModelConfig have the same atomic parameters under every parallelism, so
+Two runs with equal ModelConfig have the same atomic parameters under every parallelism, so
 this is what a checkpoint is compared with when it is resumed.
 
     model = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, seq_length=1024)

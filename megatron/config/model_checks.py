@@ -1,6 +1,6 @@
 """Checks of the model and of how it is cut: one generator per subject, which never stops early.
 
-The one idea: a problem lists the legal values nearest to what was asked, so the next command line is right.
+A problem lists the legal values nearest to what was asked, so the next command line is right.
 
     problems = [*model_problems(config.model), *parallel_problems(config.model, config.parallel, world_size=8)]
 """

@@ -1,6 +1,6 @@
 """The optimizer, the learning-rate and weight-decay schedule, and the numbers' precision.
 
-The one idea: values only. engine/schedule.py turns the schedule fields into a curve, engine/ds_config.py
+Values only. engine/schedule.py turns the schedule fields into a curve, engine/ds_config.py
 turns the precision fields into DeepSpeed's blocks, engine/optimizers.py builds the optimizer.
 
     optimizer = OptimizerConfig(lr=6e-4, min_lr=6e-5, lr_decay_style="cosine", precision="bf16")

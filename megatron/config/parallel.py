@@ -1,6 +1,6 @@
 """How the run is spread over ranks.
 
-The one idea: degrees only; which rank has which coordinates is the Topology's business (ucp/topology.py).
+Degrees only; which rank has which coordinates is the Topology's business (ucp/topology.py).
 
     parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, zero_stage=1)
     parallel.topology(world_size=8)          # tp2 pp2 dp2

@@ -1,6 +1,6 @@
 """Published models, and tiny ones of each family, by name: --model-preset NAME.
 
-The one idea: a preset is nothing but values of ModelConfig's fields. What it states holds unless a flag gives that
+A preset is nothing but values of ModelConfig's fields. What it states holds unless a flag gives that
 field; what it does not state is derived, as always, from what holds then (ffn_hidden_size 4 x hidden of a GPT, the key/
 value heads and the size of a head where they follow from the others). So `--model-preset gpt-125m --hidden-size 1024`
 has an MLP of 4096, and `--model-preset llama-3.1-8b --hidden-size 1024` keeps the 14336 that is stated.

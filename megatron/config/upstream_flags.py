@@ -1,6 +1,6 @@
 """Flags of Megatron-DeepSpeed that set nothing here: each accepted with a note, or refused with the reason.
 
-The one idea: a script written for upstream either runs and is told what had no effect, or is told why it
+A script written for upstream either runs and is told what had no effect, or is told why it
 cannot run. Nothing is ignored in silence. A flag leaves this table when its feature is built.
 
     ACCEPTED["--no-query-key-layer-scaling"].reason     # said as a note when the flag is given

@@ -1,6 +1,6 @@
 """Token files on disk, and the order in which a training run reads them.
 
-The one idea: the sequence of samples is a pure function of (files, split, sequence length, seed, number of
+The sequence of samples is a pure function of (files, split, sequence length, seed, number of
 samples). Which rank reads which sample is arithmetic on `consumed_samples`, so a run may go on under another
 data-parallel size or micro batch and still see every sample exactly once.
 

@@ -1,6 +1,6 @@
 """Several datasets as one, in proportion to weights: "--data-path 0.3 books 0.7 web".
 
-The one idea (Megatron's rule): each next sample comes from the dataset that lags most behind its weight, so
+Megatron's rule: each next sample comes from the dataset that lags most behind its weight, so
 the proportions hold at every point of the run, not only at its end.
 
     dataset_index, sample_index = blending_index([0.3, 0.7], 10)      # sample i is datasets[d][s]

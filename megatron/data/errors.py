@@ -1,6 +1,6 @@
 """What can be wrong with training data, as named errors that carry their cure.
 
-The one idea: every message says what is wrong, what was found, what was expected, where, and what to do.
+Every message says what is wrong, what was found, what was expected, where, and what to do.
 
     raise CorruptDatasetError("the .bin file is cut short", found="10 bytes", expected="20 bytes", where=path)
 """

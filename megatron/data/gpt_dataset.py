@@ -1,6 +1,6 @@
 """Training samples out of token files: what --data-path, --split, --seq-length and --seed mean together.
 
-The one idea: item i of a dataset is the same tokens on every rank and under every topology; who reads which
+Item i of a dataset is the same tokens on every rank and under every topology; who reads which
 item is decided elsewhere (sampler.py).
 
     train, valid, test = build_datasets(["gpt2_text_document"], "949,50,1", 128, seed=1234, num_samples=(800, 80, 8))

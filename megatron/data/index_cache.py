@@ -1,6 +1,6 @@
 """Keep built sample indices on disk, for many processes that want the same one at the same moment.
 
-The one idea: a file's name is the hash of everything its content depends on (the token counts of the documents
+A file's name is the hash of everything its content depends on (the token counts of the documents
 themselves, not the time stamp of the data file), so a stale index cannot be found, and whoever builds an index
 builds the same bytes. A file is renamed into place when complete and checked by checksum when opened; one that
 is damaged is built again.

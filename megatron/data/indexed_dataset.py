@@ -1,6 +1,6 @@
 """Read and write Megatron's memory-mapped token files: PREFIX.bin with tokens, PREFIX.idx with where they lie.
 
-The one idea: the .idx is the commit marker. It is renamed into place last, so a pair either is whole or is
+The .idx is the commit marker. It is renamed into place last, so a pair either is whole or is
 not there, and opening a pair first checks that every byte the .idx speaks of exists.
 
     with IndexedDatasetWriter("corpus_text_document", np.uint16) as writer:

@@ -1,6 +1,6 @@
 """Samples to the tensors that a model takes.
 
-The one idea: labels are the tokens moved by one, so a sample of s + 1 tokens gives s inputs and s labels.
+Labels are the tokens moved by one, so a sample of s + 1 tokens gives s inputs and s labels.
 
     loader = build_loader(train, SampleIndexer(...), Collator())
     batch = next(iter(loader))      # {"tokens": [b, s] int64, "labels": [b, s] int64, "loss_mask": [b, s] fp32}

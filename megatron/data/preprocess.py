@@ -1,6 +1,6 @@
 """Text files to one token file: read, tokenise on several processes, write in the order of the input.
 
-The one idea: the output does not depend on the number of workers. Batches of lines go out to the workers and
+The output does not depend on the number of workers. Batches of lines go out to the workers and
 come back in order, a bounded number at a time, so memory does not grow with the input.
 
     job = PreprocessJob(inputs=("corpus.jsonl",), output_prefix="corpus", tokenizer=TokenizerSpec(...))

@@ -1,6 +1,6 @@
 """Which tokens make sample i: Megatron's document, sample and shuffle indices.
 
-The one idea: lay the (shuffled) documents of all epochs end to end, cut a sample every `seq_length` tokens,
+Lay the (shuffled) documents of all epochs end to end, cut a sample every `seq_length` tokens,
 shuffle the samples. A sample has seq_length + 1 tokens, so neighbours share one: labels are tokens moved by one.
 
     index = build_sample_index(sizes, documents=(0, 1871), num_samples=800, seq_length=128, seed=1)

@@ -1,6 +1,6 @@
 """Which samples this rank reads next, from nothing but the number of samples consumed so far.
 
-The one idea: the samples stand in one line. A micro step takes the next micro_batch_size * dp_size of it, and
+The samples stand in one line. A micro step takes the next micro_batch_size * dp_size of it, and
 data-parallel rank r the r-th piece. So global batch k is samples [k * gbs, (k + 1) * gbs) whatever dp_size and
 micro_batch_size are, and a run resumed under others goes on exactly where the line was left.
 

@@ -1,6 +1,6 @@
 """Divide the documents of a dataset into train, valid and test by --split, with Megatron's rounding.
 
-The one idea: whole documents, in file order, the first part to train, the last to test.
+Whole documents, in file order, the first part to train, the last to test.
 
     split_documents("949,50,1", 1972)      # [(0, 1871), (1871, 1970), (1970, 1972)]
 """

@@ -1,6 +1,6 @@
 """Text to token ids and back, with the names of Megatron's --tokenizer-type.
 
-The one idea: a tokenizer is a small picklable object with `vocab_size` (the true one, before any padding),
+A tokenizer is a small picklable object with `vocab_size` (the true one, before any padding),
 `eod` (the id that ends a document), `tokenize` and `detokenize`. Text never produces `eod` by itself: a
 document that contains the characters "<|endoftext|>" is text like any other.
 

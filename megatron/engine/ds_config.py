@@ -1,6 +1,6 @@
 """DeepSpeed's configuration, computed from the flags and merged with the user's JSON.
 
-The one idea: what decides the arithmetic of a run (batch sizes, ZeRO stage, precision) must be the same in both,
+What decides the arithmetic of a run (batch sizes, ZeRO stage, precision) must be the same in both,
 or neither is obeyed; elsewhere the JSON wins, as upstream, and a note says over which flag.
 
     ds_config, notes = deepspeed_config(config, topology, json.load(open("ds_config.json")))

@@ -1,6 +1,6 @@
 """Where the training state lives inside a DeepSpeed engine: every owned interval of every parameter.
 
-The one idea: whatever the ZeRO stage, the master weights and the optimizer's states are flat tensors of the base
+Whatever the ZeRO stage, the master weights and the optimizer's states are flat tensors of the base
 torch optimizer, and this rank holds an interval of each parameter's TP shard somewhere in them. `EngineState`
 lists those intervals as views, so that saving a digest and placing a saved state are plain loops:
 

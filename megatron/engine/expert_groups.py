@@ -1,6 +1,6 @@
 """Tell DeepSpeed about expert parallelism: which ranks hold the same experts, and which parameters are theirs.
 
-The one idea: DeepSpeed keeps its expert groups in a table of its own and marks parameters by attributes; both are
+DeepSpeed keeps its expert groups in a table of its own and marks parameters by attributes; both are
 filled from our context, so that ranks are dealt as everywhere here (deepspeed/utils/groups.py would take consecutive
 ranks, whatever tp is), and any layer can have experts (its engine would only know its own MoE class). Expert gradients
 are then summed over edp and divided by dp, and ZeRO partitions experts over edp, in every stage.

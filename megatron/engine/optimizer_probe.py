@@ -1,6 +1,6 @@
 """What an optimizer keeps and how it computes, found out by letting it step small tensors.
 
-The one idea: no table of optimizers. Any class that steps parameters shows on a dummy which states it makes, where it
+No table of optimizers. Any class that steps parameters shows on a dummy which states it makes, where it
 counts its steps, and whether its arithmetic is elementwise.
 
     kept = kept_states(optimizer, optimizer.param_groups[0], like=flat)

@@ -1,6 +1,6 @@
 """What the optimizer that steps keeps, whatever it is: states made, checked, counted and set, by flat tensor.
 
-The one idea: nothing here knows an optimizer by name. Tensors of the shape of the flat are cut as the parameters are;
+Nothing here knows an optimizer by name. Tensors of the shape of the flat are cut as the parameters are;
 tensors of another shape are carried whole where every rank has whole parameters, and refused elsewhere; numbers are
 carried by name; the step is found where the optimizer counts it.
 

@@ -1,6 +1,6 @@
 """The optimizers: torch's where DeepSpeed leaves them alone, ours where it would not train the same everywhere.
 
-The one idea: under ZeRO an optimizer steps flat pieces of parameters. Elementwise arithmetic does not notice. Muon's
+Under ZeRO an optimizer steps flat pieces of parameters. Elementwise arithmetic does not notice. Muon's
 is of whole matrices, so ours puts each matrix together for it; Adafactor's too, and it is allowed only where every
 rank has whole matrices (config/run_checks.py).
 
@@ -24,7 +24,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from megatron.config.optimizer import MATRICES, OptimizerConfig
 from megatron.engine.engine_state import EngineState, OwnedInterval
+from megatron.kernels.importable import importable
 from megatron.ucp.layout import Layout
 
 Groups = Iterable[Mapping[str, Any]]
@@ -86,19 +86,12 @@ def fused_adam(choice: str) -> Callable[..., torch.optim.Optimizer]:
     if choice == "torch":
         return torch.optim.AdamW
     if choice != "triton":
-        if _importable("amp_C") is not None and hasattr(apex := _importable("apex.optimizers"), "FusedAdam"):
+        if importable("amp_C") is not None and hasattr(apex := importable("apex.optimizers"), "FusedAdam"):
             return partial(apex.FusedAdam, adam_w_mode=True)
-        compiled = getattr(_importable("deepspeed.git_version_info"), "installed_ops", {})
+        compiled = getattr(importable("deepspeed.git_version_info"), "installed_ops", {})
         if compiled.get("fused_adam"):
             return partial(importlib.import_module("deepspeed.ops.adam").FusedAdam, adam_w_mode=True)
     return partial(torch.optim.AdamW, fused=True)
-
-
-def _importable(module: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        return None
 
 
 class Lion(torch.optim.Optimizer):

@@ -1,6 +1,6 @@
 """Learning rate and weight decay as a function of the samples seen, and the object that sets them.
 
-The one idea: everything is counted in samples, as Megatron counts (optimizer_param_scheduler.py), so the curve
+Everything is counted in samples, as Megatron counts (optimizer_param_scheduler.py), so the curve
 goes on where it was when a run resumes with another number of ranks or another batch size.
 
     schedule = LearningRateSchedule(config.optimizer, config.length.planned_samples, config.run.global_batch_size)

@@ -16,7 +16,6 @@ On a CPU auto is torch; Triton runs there only in its interpreter (TRITON_INTERP
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from megatron.config.errors import ConfigError, Problem
 from megatron.kernels import reference
+from megatron.kernels.importable import importable
 
 MODES = ("auto", "apex", "triton", "torch")
 
@@ -90,7 +90,7 @@ def choose(mode: str, device_type: str) -> Kernels:
         if mode == "apex":
             raise _unavailable(mode, f"a model on {device_type}", "a CUDA device", "--fused-kernels auto")
         return TORCH
-    kernels = TORCH if _importable("triton") is None else _triton()
+    kernels = TORCH if importable("triton") is None else _triton()
     apex = _apex_norms()
     if apex is not None:
         return _with(kernels, "apex", layer_norm=apex.layer_norm, rms_norm=apex.rms_norm)
@@ -106,7 +106,7 @@ def choose(mode: str, device_type: str) -> Kernels:
 
 
 def _all_triton(device_type: str) -> Kernels:
-    triton = _importable("triton")
+    triton = importable("triton")
     if triton is None:
         raise _unavailable(
             "triton", "no importable triton", "Triton, which torch's CUDA build brings",
@@ -152,8 +152,8 @@ class _ApexNorms:
 
 def _apex_norms() -> _ApexNorms | None:
     """The Python part of Apex imports without its compiled part, and fails at the first call."""
-    module = _importable("apex.normalization.fused_layer_norm")
-    if module is None or _importable("fused_layer_norm_cuda") is None:
+    module = importable("apex.normalization.fused_layer_norm")
+    if module is None or importable("fused_layer_norm_cuda") is None:
         return None
     wanted = ("fused_layer_norm_affine", "fused_rms_norm_affine")
     return _ApexNorms(module) if all(hasattr(module, name) for name in wanted) else None
@@ -168,7 +168,7 @@ def _deepspeed_rms_norm(otherwise: Callable[[Tensor, Tensor, float], Tensor]) ->
     rms_norm.py, triton/layer_norm.py; inference/v2/kernels/core_ops) or are part of a whole transformer layer in one
     kernel (ops/transformer/transformer.py).
     """
-    module = _importable("deepspeed.ops.triton_ops.fused_rms_norm")
+    module = importable("deepspeed.ops.triton_ops.fused_rms_norm")
     wanted = ("is_available", "assert_supported", "fused_rms_norm")
     if not all(hasattr(module, name) for name in wanted) or not module.is_available():
         return None
@@ -183,13 +183,6 @@ def _deepspeed_rms_norm(otherwise: Callable[[Tensor, Tensor, float], Tensor]) ->
         return module.fused_rms_norm(x, weight, epsilon)
 
     return rms_norm
-
-
-def _importable(module: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        return None
 
 
 def _with(kernels: Kernels, name: str, **operations: Callable) -> Kernels:

@@ -1,6 +1,6 @@
 """Vocabulary-parallel cross entropy in Triton: the logits are read once forward, and become their gradient in place.
 
-The one idea: forward keeps three numbers of each row (maximum, sum of exponentials, the label's logit), found in one
+Forward keeps three numbers of each row (maximum, sum of exponentials, the label's logit), found in one
 pass with an online softmax; backward makes the gradient from the logits themselves. No second tensor of the logits'
 size exists in any precision.
 

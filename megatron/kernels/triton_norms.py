@@ -1,6 +1,6 @@
 """LayerNorm and RMSNorm in Triton: one read of the input forward, one backward, sums in fp32.
 
-The one idea: a row fits into the registers of one program. Backward, each of a fixed number of programs takes a run of
+A row fits into the registers of one program. Backward, each of a fixed number of programs takes a run of
 rows, so that the weight's gradient is summed in an order that depends on no device and no race: equal runs are
 bitwise equal.
 

@@ -1,6 +1,6 @@
 """Causal self-attention, its heads dealt to the tp ranks.
 
-The one idea: multi-head attention is grouped-query attention in which every query head has a key/value head of its
+Multi-head attention is grouped-query attention in which every query head has a key/value head of its
 own. The fused weight stacks q | k | v (as GPT-2's c_attn), each cut by itself, never inside a group of heads that
 share a key (layers/heads.py).
 

@@ -1,6 +1,6 @@
 """Cross entropy over a vocabulary cut over tp ranks, without a second copy of the logits in any precision.
 
-The one idea: the logits are the largest tensor of a training step, so they are consumed: backward turns their memory
+The logits are the largest tensor of a training step, so they are consumed: backward turns their memory
 into their own gradient. Each rank works relative to the maximum of its own columns; two small all-reduces then give
 log sum exp and the label's logit over all columns.
 

@@ -1,6 +1,6 @@
 """What happens to the word embedding before the first block: positions, normalisation, dropout; each if there is one.
 
-The one idea: in a pipeline the word embedding is an entry by itself, as its weight may be shared with the last one. So
+In a pipeline the word embedding is an entry by itself, as its weight may be shared with the last one. So
 the rest of the embedding is one module for the plain model and the pipelined one.
 
     x_bsh = EmbeddingTail(model, context, streams, kernels)(words_bsh)

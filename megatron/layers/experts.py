@@ -1,6 +1,6 @@
 """The experts of one MoE layer: all in one tensor [E, out, in] a matrix, cut over ep by experts and over tp inside.
 
-The one idea: one layout for every degree. Experts are dealt to ep ranks, an expert's inner features to tp ranks, gate
+One layout for every degree. Experts are dealt to ep ranks, an expert's inner features to tp ranks, gate
 and up each by itself; every element is kept by one (ep, tp) rank. Rows come sorted by expert.
 
     experts = Experts(model, num_experts, context, kernels)

@@ -1,6 +1,6 @@
 """Which query, key and value heads a tp rank computes, and the matrix that makes them.
 
-The one idea: every element of the fused q | k | v weight is kept by one rank, whatever the numbers of heads.
+Every element of the fused q | k | v weight is kept by one rank, whatever the numbers of heads.
 
 * At least as many key/value heads as tp ranks: a rank has whole groups, a key/value head with the query heads that
   share it, as evenly as they go (3 key/value heads on 2 ranks: 2 and 1).

@@ -1,11 +1,11 @@
 """Linear layers cut over tp: by columns of the output, then by rows of the input, with one sum at the end.
 
-The one idea (Shoeybi et al., Megatron-LM, section 3): a column-parallel layer, something elementwise or per head,
+Shoeybi et al., Megatron-LM, section 3: a column-parallel layer, something elementwise or per head,
 and a row-parallel layer need one all-reduce forward and one backward.
 
     up = ColumnLinear(h, 4 * h, context, normal(0.02))
     down = RowLinear(4 * h, h, context, normal(0.02))
-    y_bsh = down(gelu(up(x_bsh)))
+    y_bsh = down(F.gelu(up(x_bsh)))
 
 Weights are torch's [out, in].
 """

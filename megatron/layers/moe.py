@@ -1,6 +1,6 @@
 """A mixture of experts in place of an MLP: route, send tokens to their experts' ranks, compute, send back, add up.
 
-The one idea: tokens are rows, sorted by expert. Sorted by expert is sorted by rank, so that one all-to-all over ep
+Tokens are rows, sorted by expert. Sorted by expert is sorted by rank, so that one all-to-all over ep
 carries them, whatever their number; nothing is padded and, without a capacity, nothing dropped.
 
     y_bsh = MoeMlp(model, layer, context, ledger, kernels)(x_bsh)

@@ -1,7 +1,7 @@
 """How a parameter comes into being: with its layout, its initial distribution and whether it decays, all declared
 by the layer that makes it.
 
-The one idea: nothing later infers any of these from a name or a shape. Checkpoints ask for `.atomic_layout`
+Nothing later infers any of these from a name or a shape. Checkpoints ask for `.atomic_layout`
 (`.layout` is torch's own), DeepSpeed's gradient norm for `.tensor_model_parallel`, the optimizer's groups for
 `.is_decayed` and `.kind`.
 

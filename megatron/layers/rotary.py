@@ -1,6 +1,6 @@
 """Rotary positions: the angles by which pairs of a head's features are turned (Su et al. 2021).
 
-The one idea: a table of angles is a function of the configuration, so nothing is kept in the model. It is computed in
+A table of angles is a function of the configuration, so nothing is kept in the model. It is computed in
 forward, in fp64, and shared by all layers: what a constructor makes would have the run's precision under zero.Init.
 
     cos_sd, sin_sd = rotary_table(Rotary.of(model), start=0, length=1024, device=x.device)     # [s, rotated / 2], fp32

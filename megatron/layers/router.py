@@ -1,6 +1,6 @@
 """The router of an MoE layer: which experts a token goes to, with what weight, and what that costs.
 
-The one idea: everything is counted by sequence. The load balancing loss is a product of two means, and capacity a
+Everything is counted by sequence. The load balancing loss is a product of two means, and capacity a
 limit on a sum; taken over a micro batch they would depend on how sequences are dealt to micro batches and ranks. Over
 each sequence, averaged over sequences, they do not.
 

@@ -1,6 +1,6 @@
 """What the routers of a run add to its loss, and what they have seen.
 
-The one idea: an MoE layer's loss does not travel to the end of the model (in a pipeline there is no way for it).
+An MoE layer's loss does not travel to the end of the model (in a pipeline there is no way for it).
 `attached` leaves the activations as they are, and when their gradient comes back, gives the layer's own loss the
 gradient that it would have had as a summand of the loss. Statistics are written down at the same moment, so that they
 count once for each micro batch whose gradient is used: not in evaluation, nor again where a block is recomputed.

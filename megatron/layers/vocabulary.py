@@ -1,6 +1,6 @@
 """The word embedding and the output layer, cut over tp by words.
 
-The one idea: the atomic matrix has the true vocabulary. Shards are padded to equal sizes; padding rows are zero,
+The atomic matrix has the true vocabulary. Shards are padded to equal sizes; padding rows are zero,
 are never looked up, and `cross_entropy` keeps their columns out of the loss, so that they stay zero in training.
 
     vocabulary = Vocabulary(50257, padded_size=50304, context)

@@ -1,6 +1,6 @@
 """The GPT as DeepSpeed pipeline stages: the plain model's layers in a row, one entry of the pipeline each.
 
-The one idea: `entry_paths` says where each entry stands in the plain model. DeepSpeed numbers entries ("4.mlp...");
+`entry_paths` says where each entry stands in the plain model. DeepSpeed numbers entries ("4.mlp...");
 through this one table `named_parameters` gives canonical names instead, and DeepSpeed's engine takes them into its
 checkpoints. In its layer_XX files names are relative to the entry: prefix them with `entry_paths[XX]`.
 

@@ -1,11 +1,10 @@
 """Tensor-parallel communication with gradients: pairs of conjugate operations.
 
-The one idea: what forward does, backward does the conjugate of (Shoeybi et al., Megatron-LM, section 3).
+What forward does, backward does the conjugate of (Shoeybi et al., Megatron-LM, section 3).
 
     x = copy_to_tp(x, context)        # forward: identity          backward: sum over tp
     y = reduce_from_tp(y, context)    # forward: sum over tp       backward: identity
     y = gather_from_tp(y, context)    # forward: concatenate       backward: own part      (last dimension)
-    x = split_to_tp(x, context)       # forward: own part          backward: concatenate   (last dimension)
 
 Under Megatron's sequence parallelism (Korthikanti et al. 2022, section 4.2.2) what is replicated between the matrices
 of a block is cut over tp along the sequence instead, and a sum becomes its two halves. A layer says where activations
@@ -51,13 +50,6 @@ def gather_from_tp(x: Tensor, context: ParallelContext, sizes: Sequence[int] | N
     if context.tp_size == 1:
         return x
     return _Gather.apply(x, context, tuple(sizes or [x.shape[-1]] * context.tp_size))
-
-
-def split_to_tp(x: Tensor, context: ParallelContext, sizes: Sequence[int] | None = None) -> Tensor:
-    """This rank's part of the last dimension. Backward is collective over tp."""
-    if context.tp_size == 1:
-        return x
-    return _Split.apply(x, context, tuple(sizes or even_sizes(x.shape[-1], context.tp_size)))
 
 
 def enter_tp(x_bsh: Tensor, context: ParallelContext) -> Tensor:
@@ -128,17 +120,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         return _own_part(grad, ctx.context, ctx.sizes), None, None
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, context: ParallelContext, sizes: tuple[int, ...]) -> Tensor:
-        ctx.context, ctx.sizes = context, sizes
-        return _own_part(x, context, sizes)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return _concatenated(grad, ctx.context, ctx.sizes), None, None
 
 
 class _GatherSequence(torch.autograd.Function):

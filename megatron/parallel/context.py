@@ -1,6 +1,6 @@
 """This rank's place and its process groups, as one frozen value that is passed to whoever communicates.
 
-The one idea: no global groups. A layer that talks to others gets the context by parameter, so what it can talk to
+No global groups. A layer that talks to others gets the context by parameter, so what it can talk to
 is visible where it is built, and a single process is just `ParallelContext.single()`.
 
     context = build_context(topology)         # collective over the world
@@ -114,14 +114,6 @@ class ParallelContext:
     @property
     def pp_size(self) -> int:
         return self.topology.pp_size
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pp_size - 1
 
     @property
     def shard_rank(self) -> ShardRank:

@@ -1,13 +1,13 @@
 """The one object through which DeepSpeed asks a plain (not pipelined) model about tensor and data parallelism.
 
-The one idea: DeepSpeed calls a module named `mpu` by method names that grew over years; they are all here and
+DeepSpeed calls a module named `mpu` by method names that grew over years; they are all here and
 nowhere else. A PipelineModule brings its own (`model.mpu()`, deepspeed/runtime/pipe/topology.py).
 
 To DeepSpeed, ranks that share a sequence are data-parallel ranks: it averages gradients over both and partitions over
 both, in every ZeRO stage and in pipelines, once the loss is scaled for it (layers/cross_entropy.py, mean_loss). Its
 own notion of sequence parallelism sums over sp in ZeRO-1/2, averages in ZeRO-3, and leaves ZeRO-3's ranks to diverge.
 
-    engine = DeepSpeedEngine(..., mpu=Mpu(context))
+    engine = deepspeed.DeepSpeedEngine(..., mpu=Mpu(context))
 
 To DeepSpeed a group of None is the whole world, so a degree of 1 is answered with a group of this rank alone.
 """

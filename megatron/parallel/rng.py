@@ -1,6 +1,6 @@
 """Two random streams per rank, and activation checkpointing that replays both.
 
-The one idea: what is replicated over tp (the residual stream) must draw the same numbers on every tp rank, what is
+What is replicated over tp (the residual stream) must draw the same numbers on every tp rank, what is
 cut over tp (a rank's attention heads; the residual stream under sequence parallelism) must not. So the device's own
 generator is the default stream, equal on tp ranks, and a second one is swapped in by `fork`.
 

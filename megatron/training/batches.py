@@ -1,6 +1,6 @@
 """Micro batches for this rank, in an order that depends on nothing but the seed and the samples consumed.
 
-batches = Batches(config, context)                      # builds or opens the index caches
+batches = Batches(config, context, eod=tokenizer.eod, start=Progress())     # builds or opens the index caches
 for batch in batches.train(progress.consumed_train_samples): ...   # {"tokens", "labels", "loss_mask"}, [b, s / sp]
 """
 

@@ -1,6 +1,6 @@
 """From a configuration to a run that is ready to train: data, model, engine, and what it resumes from.
 
-run = build_run(config, launch, notes)      # collective; raises before training starts, never half way
+run = build_run(config, launch)      # collective; raises before training starts, never half way
 fit(run)
 """
 

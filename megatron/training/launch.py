@@ -1,6 +1,6 @@
 """Who this process is, and the process group: the only place that reads or sets environment variables.
 
-The one idea: torchrun, the deepspeed launcher, srun, mpirun and plain `python` end in the same LaunchInfo, and what
+Torchrun, the deepspeed launcher, srun, mpirun and plain `python` end in the same LaunchInfo, and what
 DeepSpeed reads from the environment by itself is made to agree with it.
 
     launch = LaunchInfo.from_environment(local_rank=config.run.local_rank)

@@ -1,6 +1,6 @@
 """Which process of which run this is, from the variables of srun and mpirun, which set none of torch's.
 
-The one idea: what a launcher's variables say becomes torch's (RANK, WORLD_SIZE, LOCAL_RANK, ..., MASTER_PORT), or the
+What a launcher's variables say becomes torch's (RANK, WORLD_SIZE, LOCAL_RANK, ..., MASTER_PORT), or the
 start is refused by the names of what is missing. A process that is one of several never takes itself for the whole run.
 
     variables = launcher_variables(environ)     # {"RANK": "1", "WORLD_SIZE": "2", ...}; {} for a lone process

@@ -1,12 +1,12 @@
 """Which rank is missing when a collective does not end: each rank says in the process group's store that it is there.
 
-The one idea: a thread of every rank writes "I am here, at this iteration" every few seconds. A process that was
+A thread of every rank writes "I am here, at this iteration" every few seconds. A process that was
 stopped or killed, or whose machine is gone, no longer does; one that only waits for it still does. So whoever sees a
 collective fail can name the rank to look at, and rank 0 can say so while the wait still lasts.
 
     with Presence.of_world() as presence:
         presence.at(iteration)              # cheap: no message of its own
-        all_reduce(...)                     # fails: LostRankError, with the rank, its host and its last iteration
+        dist.all_reduce(...)                # fails: LostRankError, with the rank, its host and its last iteration
 
 Not collective. A run of one process has nobody to miss.
 """

@@ -1,6 +1,6 @@
 """A signal that asks the run to save and end at the next iteration, whoever sends it to whom.
 
-The one idea: launchers, schedulers and shells send the signal to every process that they find, data-loader workers
+Launchers, schedulers and shells send the signal to every process that they find, data-loader workers
 included, and often twice. Here it is remembered; in the workers it is blocked, since they end with their rank anyway.
 
     stop = StopSignal.install("SIGTERM")

@@ -1,6 +1,6 @@
 """Universal Checkpointing: one library that reads, proves, converts and compares training states.
 
-The one idea: a training state is a set of atomic parameters; everything else (a rank's shard, a ZeRO partition, a
+A training state is a set of atomic parameters; everything else (a rank's shard, a ZeRO partition, a
 universal folder) is boxes of them. Sources read boxes, Targets write them, one planner joins the two. It imports torch
 and numpy, not DeepSpeed, and needs no process group.
 

@@ -1,6 +1,6 @@
 """A box: one block of a parameter, where it lies in the whole and where it lies in a rank's shard.
 
-The one idea: every way of cutting a parameter is a few boxes per rank, so whatever reads and writes boxes needs to
+Every way of cutting a parameter is a few boxes per rank, so whatever reads and writes boxes needs to
 know nothing about tensor, expert or pipeline parallelism.
 
     box = Box(atomic=((4, 8), (0, 16)), shard=((0, 4), (0, 16)))   # rows 4..7 of the whole are rows 0..3 of the shard

@@ -1,6 +1,6 @@
 """The command line of the checkpoint library: `python -m megatron.ucp COMMAND DIR...`, installed as `ucp`.
 
-The one idea: five questions about any checkpoint folder, DeepSpeed's or universal, of any topology.
+Five questions about any checkpoint folder, DeepSpeed's or universal, of any topology.
 
     inspect DIR              what is in it
     verify DIR               is it whole            exit 0 sound, 1 not

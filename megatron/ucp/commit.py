@@ -1,6 +1,6 @@
 """Durability: a folder becomes a checkpoint in one step, or never.
 
-The one idea: write everything under a temporary name, ucp.json last, flush it to the disk, rename, and only then move
+Write everything under a temporary name, ucp.json last, flush it to the disk, rename, and only then move
 the pointer file (`latest`), itself by an atomic replace. Whoever dies in between leaves the previous state intact.
 
     staging = stage(run / "global_step100")            # run/global_step100.tmp, empty, ours
@@ -194,14 +194,6 @@ def checksum_of(file: BinaryIO) -> FileInfo:
         crc = zlib.crc32(view[:count], crc)
         size += count
     return FileInfo(size, f"{crc:08x}")
-
-
-def checksum_folder(folder: str | Path, num_workers: int = 2) -> dict[str, FileInfo]:
-    """The `files` table of a folder: every regular file but the manifest, by relative path, sorted."""
-    folder = Path(folder)
-    paths = data_files(folder)
-    with ThreadPoolExecutor(num_workers) as pool:
-        return dict(zip(paths, pool.map(lambda p: checksum_file(folder / p), paths)))
 
 
 def data_files(folder: str | Path) -> list[str]:

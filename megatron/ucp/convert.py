@@ -1,6 +1,6 @@
 """Convert a checkpoint of any topology into a universal folder.
 
-The one idea: open a Source, check everything that can be checked, write the universal Target under a temporary name
+Open a Source, check everything that can be checked, write the universal Target under a temporary name
 in one pass, prove it by the digests of the save, and make it appear at once.
 
     result = convert("run/global_step100", "run/global_step100_universal", num_workers=2)
@@ -38,11 +38,11 @@ from megatron.ucp.experts import holding
 from megatron.ucp.file_table import changed_files, require_unchanged
 from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import Manifest, write_manifest
+from megatron.ucp.pointers import LATEST_UNIVERSAL
 from megatron.ucp.sources import Source, find_checkpoint, open_source
 from megatron.ucp.targets.universal import tensor_bytes, write_universal
 from megatron.ucp.topology import Topology
 
-POINTER = "latest_universal"
 _SPARE_BYTES = 4 << 20
 """For ucp.json, steps and model states."""
 
@@ -88,7 +88,7 @@ def convert(
         shutil.rmtree(staging, ignore_errors=True)
         identity.require_unchanged()  # what was found wrong may be another save's
         raise
-    point_to(output.parent, POINTER, output.name)
+    point_to(output.parent, LATEST_UNIVERSAL, output.name)
     seconds = time.perf_counter() - started
     return Conversion(source.folder, output, manifest, total(manifest.digests), num_bytes, seconds)
 

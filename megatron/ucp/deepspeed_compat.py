@@ -1,6 +1,6 @@
 """Layouts <-> the pattern lists of DeepSpeed's `universal_checkpoint_info`.
 
-The one idea: DeepSpeed says how a parameter is cut by matching its name against lists of regular expressions; layouts
+DeepSpeed says how a parameter is cut by matching its name against lists of regular expressions; layouts
 say it exactly. Ours to theirs lets DeepSpeed's own converter read our saves. Theirs to ours reads checkpoints of other
 frameworks; there a tensor-parallel parameter that no list names is refused, because DeepSpeed would concatenate it
 along dimension 0 whatever it is (replicated norms included).

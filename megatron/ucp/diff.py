@@ -1,6 +1,6 @@
 """Are two checkpoints the same training state, and if not, where and by how much?
 
-The one idea: both sides are Sources, so any kind and topology compares with any other: by digest first, and only where
+Both sides are Sources, so any kind and topology compares with any other: by digest first, and only where
 digests differ (or are not there) element by element.
 
     difference = diff("run/global_step100", "run/global_step100_universal")

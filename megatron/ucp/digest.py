@@ -1,6 +1,6 @@
 """The state digest: 128 bits that say whether two training states are the same, whatever they were cut into.
 
-The one idea: a digest is a sum over elements of a hash of (bit pattern, index in the atomic parameter, parameter name,
+A digest is a sum over elements of a hash of (bit pattern, index in the atomic parameter, parameter name,
 state name), so it adds up over any partition: each rank digests the runs it owns, one integer SUM all-reduce ends it,
 and the same state has the same digest under every topology, padding and ZeRO stage.
 
@@ -21,12 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron.ucp import native
 from megatron.ucp.fragment import Runs
-
-try:
-    from megatron.ucp import _kernel
-except ImportError:  # no compiler at install time
-    _kernel = None
 
 _MASK = (1 << 64) - 1
 _CHUNK = 1 << 17
@@ -83,8 +79,8 @@ def digest_runs(
     bits = _float32_bits(values)
     seed0, seed1 = seeds(name, state, shape)
     runs = np.ascontiguousarray(runs, dtype=np.int64)
-    if _kernel is not None and use_kernel:
-        lanes = _kernel.digest_runs(bits.ctypes.data, bits.size, runs.ctypes.data, len(runs), seed0, seed1)
+    if native.kernel is not None and use_kernel:
+        lanes = native.kernel.digest_runs(bits.ctypes.data, bits.size, runs.ctypes.data, len(runs), seed0, seed1)
         return Digest(*lanes)
     return _digest_numpy(bits, runs, seed0, seed1)
 

@@ -1,6 +1,6 @@
 """What can be wrong with a checkpoint, as named errors that carry their cure.
 
-The one idea: every error says what is wrong, what was found, what was expected, where, and what to do; and a
+Every error says what is wrong, what was found, what was expected, where, and what to do; and a
 check collects all of its findings before it raises, so that a user repairs a folder once and not ten times.
 
     raise MissingFileError("2 files are missing", found=["a.pt"], where=folder, do="copy them from the other node")

@@ -1,6 +1,6 @@
 """The one copy loop: put elements of a parameter's state where they are wanted, from wherever the Source has them.
 
-The one idea: intersect the wanted runs with each piece's runs, copy, and count; what was not found or found twice is
+Intersect the wanted runs with each piece's runs, copy, and count; what was not found or found twice is
 an error that names the parameter and the interval. The digest of what was placed is returned.
 
     runs = shard_runs(layout, ShardRank(tp_rank, tp_size), start, stop)
@@ -12,7 +12,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron.ucp.digest import Digest, _kernel, digest_runs
+from megatron.ucp import native
+from megatron.ucp.digest import Digest, digest_runs
 from megatron.ucp.errors import CorruptFileError, ReplicaMismatchError, SourceError
 from megatron.ucp.fragment import Runs, clip_atomic, intersect, numel, tiling_faults
 from megatron.ucp.sources.source import Piece, Source
@@ -81,12 +82,12 @@ def copy_runs(target: torch.Tensor, origin: torch.Tensor, copies: np.ndarray, pi
         for t, s, n in copies.tolist():
             target[t : t + n].copy_(origin[s : s + n])
         return
-    if _kernel is None or target.device.type != "cpu":
+    if native.kernel is None or target.device.type != "cpu":
         for t, s, n in copies.tolist():
             target[t : t + n] = origin[s : s + n]
         return
     copies = np.ascontiguousarray(copies, dtype=np.int64)
-    _kernel.copy_runs(
+    native.kernel.copy_runs(
         target.data_ptr(),
         target.numel(),
         origin.data_ptr(),

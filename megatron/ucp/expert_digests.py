@@ -1,6 +1,6 @@
 """Which experts of a parameter are not those that were saved?
 
-The one idea: experts stand one after the other in their parameter, and a digest adds up over any partition; so a save
+Experts stand one after the other in their parameter, and a digest adds up over any partition; so a save
 can keep one digest for each expert, whose sum is the parameter's, and a wrong sum be taken apart.
 
     changed_experts(source, "layers.1.mlp.experts.dense_h_to_4h", "exp_avg")          # [2, 3]

@@ -1,6 +1,6 @@
 """Which experts a shard or a file holds, for messages: an expert that is missing or wrong is named.
 
-The one idea: a parameter cut over the axis "ep" has its experts along that dimension, so a range of it is a range of
+A parameter cut over the axis "ep" has its experts along that dimension, so a range of it is a range of
 experts.
 
     experts_of_shard(layout, rank)                   # " (experts 2 to 3)", or nothing
@@ -10,15 +10,16 @@ experts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
+from pathlib import PurePosixPath
 
 from megatron.ucp.errors import listed
+from megatron.ucp.file_names import DEALT_FILE, STAGE3_MODEL_FILE, ZERO_FILE
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest
 
-_FILE = re.compile(r"(zero_pp|expp)_rank_(\d+)_mp_rank_(\d+)_(optim|model|expert)_states\.pt$")
-"""Of a ZeRO rank or, what ZeRO does not partition, of an ep rank (sources/deepspeed_files.py)."""
+_FILES_OF_A_RANK = (ZERO_FILE, STAGE3_MODEL_FILE, DEALT_FILE)
+"""Of a ZeRO rank or, what ZeRO does not partition, of an ep rank."""
 
 
 def experts_of_shard(layout: Layout, rank: ShardRank) -> str:
@@ -46,10 +47,11 @@ def experts_in_files(manifest: Manifest, files: Iterable[str]) -> list[str]:
         return []
     dealt = [(name, info) for name, info in manifest.parameters.items() if info.layout.is_cut_over("ep")]
     held = set()
-    for match in filter(None, map(_FILE.search, files)):
-        ep_rank, stage = int(match[2]) % topology.ep_size, int(match[3]) // topology.tp_size
+    names = [PurePosixPath(file).name for file in files]
+    for match in filter(None, (pattern.match(name) for name in names for pattern in _FILES_OF_A_RANK)):
+        ep_rank, stage = int(match[1]) % topology.ep_size, int(match[2]) // topology.tp_size
         # Of what ZeRO partitions, weights are only where its states are.
-        has_only_frozen = match[4] == "model" or (match[4] == "expert" and manifest.is_partitioned)
+        has_only_frozen = match.re is STAGE3_MODEL_FILE or (match.re is DEALT_FILE and manifest.is_partitioned)
         held |= {
             name + experts_of_shard(info.layout, ShardRank(0, topology.tp_size, ep_rank, topology.ep_size))
             for name, info in dealt

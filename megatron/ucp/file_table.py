@@ -1,6 +1,6 @@
 """The `files` table of a manifest against the folder: which files are not the ones that were written?
 
-The one idea: sizes cost nothing, so every opening compares them; checksums read everything, so they are for `verify`
+Sizes cost nothing, so every opening compares them; checksums read everything, so they are for `verify`
 and for an error that has to say which file is to blame.
 
     require_sizes(folder, manifest)            # raises, naming every file that is missing or of another size

@@ -1,6 +1,6 @@
 """Flat intervals: what ZeRO makes of boxes, and the arithmetic of who overlaps whom.
 
-The one idea: a *run* (atomic_start, local_start, length) says that `length` consecutive elements of the flattened
+A *run* (atomic_start, local_start, length) says that `length` consecutive elements of the flattened
 atomic parameter lie consecutively in somebody's flat tensor. Sources and Targets of every kind become arrays of runs
 (int64 [n, 3], sorted by atomic_start, not overlapping), and one vectorised intersection is the whole planner.
 

@@ -1,6 +1,6 @@
 """Is this still the folder that was opened? A save may replace a checkpoint while it is read.
 
-The one idea: the identity of a checkpoint is its folder (device and inode) with the bytes of its ucp.json; without one,
+The identity of a checkpoint is its folder (device and inode) with the bytes of its ucp.json; without one,
 the table of its files. It is taken before anything is read and compared when all was read, so that nothing that mixes
 two saves is ever used.
 

@@ -1,6 +1,6 @@
 """Checks of JSON values that come out of a file: each takes a place and a value, and adds what is wrong.
 
-The one idea: a check is a function, a bigger one is made of smaller ones, and none stops at the first fault.
+A check is a function, a bigger one is made of smaller ones, and none stops at the first fault.
 
     check = record({"bytes": whole(), "crc32": hexadecimal(8)}, required=("bytes", "crc32"))
     check(lambda place, what: faults.append(f"{place}: {what}"), "files.a", {"bytes": -1})

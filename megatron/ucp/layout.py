@@ -1,6 +1,6 @@
 """How one parameter is cut over ranks: the paper's patterns as constructors of one thing.
 
-The one idea: a layout is a list of cuts; a cut says along which dimension, over which axis ("tp" or "ep"), and in
+A layout is a list of cuts; a cut says along which dimension, over which axis ("tp" or "ep"), and in
 which parts (a fused QKV has three, each cut by itself). Boxes, shard shapes, split and merge all follow from it.
 
     qkv = Layout.shard_nc((10 * 64, 512), dim=0, parts=(Part(8 * 64, unit=64), Part(64, 64, True), Part(64, 64, True)))

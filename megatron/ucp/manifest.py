@@ -1,11 +1,11 @@
 """ucp.json: what a checkpoint folder holds, in typed form.
 
-The one idea: everything that is not a tensor is in one JSON file, written last, without which the folder is not a
+Everything that is not a tensor is in one JSON file, written last, without which the folder is not a
 checkpoint. Native saves (DeepSpeed's own files beside it) and universal folders have the same manifest.
 
     manifest = read_manifest(folder)
     manifest.parameters["final_norm.weight"].layout
-    write_manifest(folder, replace(manifest, digests=digests))
+    write_manifest(folder, dataclasses.replace(manifest, digests=digests))
 
 Nothing of a file is believed before its checksum and its schema (manifest_schema.py) hold. Fields: see the dataclasses;
 FORMAT.md is the specification.

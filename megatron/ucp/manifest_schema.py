@@ -1,6 +1,6 @@
 """What ucp.json has to be before anything in it is believed: types, ranges, names, and one part against another.
 
-The one idea: a manifest is a stranger's. Every field is checked where it stands, all faults are told at once, each with
+A manifest is a stranger's. Every field is checked where it stands, all faults are told at once, each with
 its place in the file; what passes can be used without a second look.
 
     faults = manifest_faults(json_object)          # ["parameters.w.step: -3 is below 0", ...]

@@ -1,6 +1,6 @@
 """Who owns a folder that is being written, so that nobody else removes it or writes into it.
 
-The one idea: the owner leaves a mark that says where and when its process was started. On the same machine the
+The owner leaves a mark that says where and when its process was started. On the same machine the
 process table says whether it lives. From elsewhere it is watched for a minute: what changes meanwhile lives (an owner
 renews its mark every ten seconds, a writer writes files), what does not is dead. No clocks are compared. What carries
 no mark is not ours.

@@ -1,6 +1,6 @@
 """What would each rank of another topology read? Bytes and files, without reading any data.
 
-The one idea: a Target rank owns intervals of shards, a Source has pieces of the same parameter, and their intersection
+A Target rank owns intervals of shards, a Source has pieces of the same parameter, and their intersection
 is counted instead of copied.
 
     for rank in plan(source, Topology(dp_size=4), zero_stage=1): rank.num_bytes, rank.files

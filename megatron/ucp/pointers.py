@@ -1,6 +1,6 @@
 """The pointer files of a run folder: `latest`, `latest_universal`. One line each, the name of a checkpoint folder.
 
-The one idea: a pointer is a stranger's file too. It may be missing, a folder, a FIFO, no text, or name nothing; then
+A pointer is a stranger's file too. It may be missing, a folder, a FIFO, no text, or name nothing; then
 the reason is told, and nothing is read that could wait or lead out of the folder.
 
     found = read_pointer(run, "latest")
@@ -15,6 +15,11 @@ from pathlib import Path
 
 from megatron.ucp.errors import CorruptFileError, MissingFileError, UnsafePathError
 from megatron.ucp.safe_paths import MAX_PATH_BYTES, open_file, path_fault
+
+LATEST = "latest"
+"""The newest native checkpoint."""
+LATEST_UNIVERSAL = "latest_universal"
+POINTERS = (LATEST, LATEST_UNIVERSAL)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The one function that reads a .pt file. It never runs code from the file.
 
-The one idea: torch's restricted unpickler (`weights_only=True`), plus inert stand-ins: for the few classes that
+Torch's restricted unpickler (`weights_only=True`), plus inert stand-ins: for the few classes that
 DeepSpeed puts into its files, so that they open without importing DeepSpeed, and for whatever else a program keeps
 beside its weights (stand_ins.py). Names that can do harm are refused, and so are compressed records, whose size in
 memory has nothing to do with the file's.

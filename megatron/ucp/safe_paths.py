@@ -1,12 +1,11 @@
 """What a name that comes out of a file may become: a part of a path, and a regular file below the folder, or nothing.
 
-The one idea: the names of parameters, states and files in a checkpoint are a stranger's. Every reader and every writer
+The names of parameters, states and files in a checkpoint are a stranger's. Every reader and every writer
 asks here before it makes a path of one; whatever is absolute, leaves the folder, is a link or no regular file is
 refused by name, and what is opened is what was checked.
 
     if fault := part_fault(name): ...                       # "holds a '/'", for messages that list all faults at once
     path = existing_file(folder, "zero/w/fp32.pt")          # raises UnsafePathError
-    path = new_file(staging, f"zero/{name}/{state}.pt")     # makes the folders on the way
 
 The folder itself is the user's and may be reached through links. That others write into it at the same time with
 intent is not defended against (SECURITY.md).
@@ -99,25 +98,6 @@ def open_file(folder: str | Path, relative: str) -> BinaryIO:
         file.close()
         raise UnsafePathError("not a regular file", found=kind_of(mode), where=path)
     return file
-
-
-def new_file(folder: str | Path, relative: str) -> Path:
-    """`folder`/`relative` for writing; makes the folders on the way. Raises UnsafePathError where something that is no
-    regular file or folder is in its place."""
-    path = Path(folder)
-    if fault := path_fault(relative):
-        raise UnsafePathError(f"a file's name {fault}", found=repr(relative)[:200], where=folder)
-    *folders, last = relative.split("/")
-    for part in folders:
-        path = path / part
-        if not os.path.lexists(path):
-            path.mkdir(exist_ok=True)
-        if not stat.S_ISDIR(mode := os.lstat(path).st_mode):
-            raise UnsafePathError("not a regular folder", found=kind_of(mode), where=path)
-    path = path / last
-    if os.path.lexists(path) and not stat.S_ISREG(mode := os.lstat(path).st_mode):
-        raise UnsafePathError("not a regular file", found=kind_of(mode), where=path)
-    return path
 
 
 def kind_of(mode: int) -> str:

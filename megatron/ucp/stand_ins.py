@@ -1,6 +1,6 @@
 """Inert stand-ins for classes and functions that a .pt file names and that are not needed to understand it.
 
-The one idea: what a program puts beside its weights (numpy's random state, paths, dates, hyper-parameters of its own
+What a program puts beside its weights (numpy's random state, paths, dates, hyper-parameters of its own
 classes) must not make the checkpoint unreadable, and must not run either. So each unknown name becomes a class of our
 own that only keeps what it was given. Common values come out as what they mean: numpy scalars as numbers, paths as
 text, deques as lists, defaultdicts as dicts. Names that can do harm in any form are refused as before.

@@ -1,6 +1,6 @@
 """Which rank sits where: the arithmetic of ranks and parallel degrees, and nothing else.
 
-The one idea: ranks count through (pp, dp, sp, tp), slowest first, which is DeepSpeed's own order
+Ranks count through (pp, dp, sp, tp), slowest first, which is DeepSpeed's own order
 (`deepspeed/runtime/pipe/topology.py`, PipeModelDataParallelTopology); experts are dealt to consecutive dp ranks.
 
     topology = Topology(tp_size=2, pp_size=2, dp_size=2)

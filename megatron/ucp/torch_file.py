@@ -1,6 +1,6 @@
 """Writes .pt files: torch.save for small things, and a streaming form for one large tensor.
 
-The one idea: a .pt file is an uncompressed zip with a pickle that describes tensors and one record of bytes for each.
+A .pt file is an uncompressed zip with a pickle that describes tensors and one record of bytes for each.
 So a parameter's file can be written front to back from a small buffer, its zip CRC and the checksum of the whole file
 coming out of the same pass; torch.load, with mmap too, reads it as any other.
 

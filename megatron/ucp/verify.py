@@ -1,6 +1,6 @@
 """Is this checkpoint whole? Every check that the folder itself allows, all findings at once.
 
-The one idea: a finding is one line of text, and a sound checkpoint has none. Sizes and checksums of the files, exactly
+A finding is one line of text, and a sound checkpoint has none. Sizes and checksums of the files, exactly
 one holder for every element (no gap, no overlap), equal replicas, and the state digests of the save.
 
     report = verify("run/global_step100")

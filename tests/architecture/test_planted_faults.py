@@ -1,6 +1,6 @@
 """A test that expects a failure says which: a bare `pytest.raises(AssertionError)` is content with any accident.
 
-The one idea: of what is so general that anything may raise it, the test has to match the message or look at what was
+Of what is so general that anything may raise it, the test has to match the message or look at what was
 caught. The base classes of the product's own errors count as general too.
 """
 

@@ -1,6 +1,6 @@
 """Every damage that the fuzz plants, as a table: where, what, and whether it has to be told.
 
-The one idea: a fault is a name, a base and a function that damages a copy of it. Which faults there are follows from
+A fault is a name, a base and a function that damages a copy of it. Which faults there are follows from
 what the bases hold (each field of ucp.json, each kind of file, each place of a name, each value in a .pt file of
 DeepSpeed's), so that a new field or file is damaged without a line here. Random choices come from the fault's name and
 SEED: a failure is the same in every run.

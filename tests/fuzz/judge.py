@@ -1,6 +1,6 @@
 """What a damaged checkpoint does to everything that reads it: it is told, or what comes out is right.
 
-The one idea: the five ways of reading a folder (open, verify, convert, diff, load) run on a damaged copy, in this
+The five ways of reading a folder (open, verify, convert, diff, load) run on a damaged copy, in this
 process, between two looks at the disk. Each must end in an error of a known kind that says something, or in the very
 outcome that the whole folder has. Anything else is a violation, one line:
 

@@ -126,9 +126,7 @@ MUTATIONS = (
         "rng_state.safetensors: a bit is flipped",
         ((convert, "require_unchanged", _nothing),),
     ),
-    Mutation(
-        "digests after a load", "optim_states.pt: a bit is flipped", ((loading, "prove", _nothing),), "ZeRO"
-    ),
+    Mutation("digests after a load", "optim_states.pt: a bit is flipped", ((loading, "prove", _nothing),), "ZeRO"),
     Mutation("files that run code", "a pickle that runs code", ((safe_load, "_load", _execute),)),
     Mutation(
         "memory by a number",

@@ -1,6 +1,6 @@
 """A layer at its place among the ranks against the same layer in plain torch, in fp64.
 
-The one idea: truth is a function of the atomic weights and the whole input. A rank gets its part of the input and of
+Truth is a function of the atomic weights and the whole input. A rank gets its part of the input and of
 the upstream gradient; outputs and input gradients must be its parts of the truth's, and weight gradients, summed over
 the ranks that hold the same shard and merged over the others, the truth's.
 

@@ -15,7 +15,7 @@ from megatron.layers.linear import ColumnLinear, RowLinear
 from megatron.layers.mlp import Mlp
 from megatron.layers.parameter import layouts_of, normal
 from megatron.layers.vocabulary import OutputLayer, Vocabulary, WordEmbedding
-from megatron.parallel.collectives import gather_from_tp, split_to_tp
+from megatron.parallel.collectives import copy_to_tp, gather_from_tp
 from megatron.parallel.context import ParallelContext, build_context
 from megatron.parallel.rng import RandomStreams
 from megatron.ucp.layout import Layout, ShardRank
@@ -38,7 +38,7 @@ class _Column(ColumnLinear):
 
 class _Row(RowLinear):
     def forward(self, x):
-        return super().forward(split_to_tp(x, self.context, _sizes(self.weight, 1)))
+        return super().forward(copy_to_tp(x, self.context).split(_sizes(self.weight, 1), -1)[self.context.tp_rank])
 
 
 class _Output(OutputLayer):

@@ -1,4 +1,4 @@
-"""Forward and backward of the four tensor-parallel operations, against their definitions."""
+"""Forward and backward of the three tensor-parallel operations, against their definitions."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from megatron.parallel import collectives
 from megatron.parallel.context import ParallelContext, build_context
 from megatron.ucp.topology import Topology
 
-OPERATIONS = ("copy_to_tp", "reduce_from_tp", "gather_from_tp", "split_to_tp")
+OPERATIONS = ("copy_to_tp", "reduce_from_tp", "gather_from_tp")
 
 
 def _apply(rank, world_size, operation, inputs, upstreams, sizes):
     context = build_context(Topology(tp_size=world_size))
     x = inputs[rank].clone().requires_grad_()
-    extra = {"sizes": sizes} if operation in ("gather_from_tp", "split_to_tp") else {}
+    extra = {"sizes": sizes} if operation == "gather_from_tp" else {}
     y = getattr(collectives, operation)(x, context, **extra)
     other = y * 1.0  # a second branch that gets the same gradient tensor: it must not be written to
     gradient = upstreams[rank].clone()
@@ -37,7 +37,6 @@ def test_forward_and_backward(operation, sizes):
         "copy_to_tp": (wide, [draw(total) for _ in sizes]),
         "reduce_from_tp": (wide, [draw(total) for _ in sizes]),
         "gather_from_tp": (narrow, wide),
-        "split_to_tp": (wide, narrow),
     }[operation]
     starts = [sum(sizes[:r]) for r in range(size)]
     results = run_ranks(size, _apply, operation, inputs, upstreams, sizes)
@@ -50,7 +49,6 @@ def test_forward_and_backward(operation, sizes):
             "copy_to_tp": lambda rank=rank, own=own: (inputs[rank], sum(upstreams)),
             "reduce_from_tp": lambda rank=rank, own=own: (sum(inputs), upstreams[rank]),
             "gather_from_tp": lambda rank=rank, own=own: (torch.cat(inputs, -1), own(upstreams[rank])),
-            "split_to_tp": lambda rank=rank, own=own: (own(inputs[rank]), torch.cat(upstreams, -1)),
         }[operation]()
         torch.testing.assert_close(output, expected[0], rtol=0, atol=1e-12)
         torch.testing.assert_close(grad, expected[1], rtol=0, atol=1e-12)

@@ -47,4 +47,3 @@ def test_topology_of_another_world_size_is_refused():
 def test_single_process_needs_no_process_group():
     context = ParallelContext.single()
     assert (context.tp_size, context.dp_size, context.pp_size, context.tp_group) == (1, 1, 1, None)
-    assert context.is_first_stage and context.is_last_stage

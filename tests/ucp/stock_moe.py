@@ -1,6 +1,6 @@
 """Stock saves of deepspeed.moe.layer.MoE for the tests, and the live state that they have to hold.
 
-The one idea: every rank gives what it has under global names (live weights, masters and moments by DeepSpeed's own
+Every rank gives what it has under global names (live weights, masters and moments by DeepSpeed's own
 accessors), so that the truth comes from the ranks and not from the files.
 """
 

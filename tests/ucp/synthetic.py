@@ -1,6 +1,6 @@
 """Checkpoint folders in DeepSpeed's format without DeepSpeed: from a known atomic state, by slow plain code.
 
-The one idea: independent truth. Nothing here uses Layout, runs or fragments to cut: each kind of parameter has a few
+Independent truth. Nothing here uses Layout, runs or fragments to cut: each kind of parameter has a few
 lines of torch.chunk / torch.cat / array_split, and ZeRO partitions are made by concatenating and padding.
 
     state = make_state(MODEL, seed=0)
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron.ucp.commit import checksum_folder
+from megatron.ucp.commit import checksum_file, data_files
 from megatron.ucp.digest import digest_tensor
 from megatron.ucp.layout import Layout, Part
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo, write_manifest
@@ -206,7 +206,7 @@ def write_native(
             name: {s: digest_tensor(t, name=name, state=s).hex() for s, t in states.items()}
             for name, states in state.items()
         },
-        files=checksum_folder(folder),
+        files={path: checksum_file(folder / path) for path in data_files(folder)},
         zero0_order=[] if zero_stage else order,
         zero3_order=stage3_order,
         pipeline_layers=_layer_prefixes(parameters) if is_pipelined else [],

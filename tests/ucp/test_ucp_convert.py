@@ -8,7 +8,7 @@ import pytest
 import torch
 from ucp.synthetic import FROZEN, Parameter, make_state, model, write_native
 
-from megatron.ucp import digest, execute
+from megatron.ucp import native
 from megatron.ucp.commit import checksum_file
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
@@ -163,8 +163,7 @@ def test_without_the_compiled_kernel_the_result_is_the_same(tmp_path, monkeypatc
 
     write_native(tmp_path / "n", STATE, Topology(tp_size=4, dp_size=2), 1)
     first = convert(tmp_path / "n", tmp_path / "u")
-    monkeypatch.setattr(digest, "_kernel", None)
-    monkeypatch.setattr(execute, "_kernel", None)
+    monkeypatch.setattr(native, "kernel", None)
     second = convert(tmp_path / "n", tmp_path / "v")
     assert first.digest == second.digest and first.manifest.files == second.manifest.files
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.ucp.digest import _CHUNK, Digest, _kernel, digest_runs, digest_tensor, total
+from megatron.ucp import native
+from megatron.ucp.digest import _CHUNK, Digest, digest_runs, digest_tensor, total
 from megatron.ucp.fragment import shard_runs
 from megatron.ucp.layout import Layout, Part, ShardRank
 
@@ -32,7 +33,7 @@ def plain(values, indices, name, state, shape) -> Digest:
 
 
 @pytest.mark.parametrize(
-    "use_kernel", [pytest.param(True, marks=pytest.mark.skipif(_kernel is None, reason="not built")), False]
+    "use_kernel", [pytest.param(True, marks=pytest.mark.skipif(native.kernel is None, reason="not built")), False]
 )
 @pytest.mark.parametrize("start", [0, 1000, (1 << 32) - 7, (5 << 32) + 3])
 def test_equals_the_definition(use_kernel, start):

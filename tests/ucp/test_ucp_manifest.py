@@ -13,7 +13,7 @@ from ucp.synthetic import layout_of, make_state, model, write_native
 from megatron.ucp import convert as convert_module
 from megatron.ucp import verify as verify_module
 from megatron.ucp.cli import main
-from megatron.ucp.commit import checksum_folder
+from megatron.ucp.commit import checksum_file, data_files
 from megatron.ucp.convert import convert
 from megatron.ucp.deepspeed_compat import universal_checkpoint_info
 from megatron.ucp.diff import diff
@@ -36,7 +36,8 @@ def with_side_file(folder: Path) -> Path:
     (folder / RNG).write_bytes(bytes(range(256)) * 4)
     manifest = read_manifest(folder)
     common = {**manifest.common, "rng": {"file": RNG, "world_size": 4}}
-    write_manifest(folder, replace(manifest, common=common, files=checksum_folder(folder)))
+    files = {path: checksum_file(folder / path) for path in data_files(folder)}
+    write_manifest(folder, replace(manifest, common=common, files=files))
     return folder
 
 

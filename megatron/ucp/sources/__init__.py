@@ -13,11 +13,11 @@ from pathlib import Path
 
 from megatron.ucp.commit import STAGING_SUFFIX
 from megatron.ucp.errors import CorruptFileError, NotACheckpointError, UcpError, listed
+from megatron.ucp.file_names import MODEL_FILE, ZERO_FILE
 from megatron.ucp.file_table import require_listed, require_sizes
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
-from megatron.ucp.pointers import read_pointer
+from megatron.ucp.pointers import POINTERS, read_pointer
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
-from megatron.ucp.sources.deepspeed_files import MODEL_FILE, ZERO_FILE
 from megatron.ucp.sources.deepspeed_moe import open_moe
 from megatron.ucp.sources.expert_files import has_experts
 from megatron.ucp.sources.foreign import open_foreign
@@ -29,7 +29,6 @@ __all__ = ["Piece", "Source", "find_checkpoint", "open_source"]
 
 _COUNTED = re.compile(r"(checkpoint[-_]|step[-_])([0-9]{1,18})")
 """Names of the run folders of Trainer ("checkpoint-500"), Accelerate ("checkpoint_3") and its examples ("step_500")."""
-POINTERS = ("latest", "latest_universal")
 
 
 def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:

@@ -1,6 +1,6 @@
 """Do the files of one folder tell the same story? For folders without the checksums of a ucp.json.
 
-The one idea: files of one save give equal answers to questions such as "how many ranks?" and "which step?". Where they
+Files of one save give equal answers to questions such as "how many ranks?" and "which step?". Where they
 do not, most of them are taken to be right and the others are named; with no majority all are, by answer.
 
     require_agreement(folder, cache, list_files(folder), tp_size=2)

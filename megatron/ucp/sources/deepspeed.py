@@ -1,6 +1,6 @@
 """Source: the files DeepSpeed writes for ZeRO-0 to 3, BF16_Optimizer and pipelines, with the ucp.json beside them.
 
-The one idea: ZeRO concatenates the tensor-parallel shards of a parameter group and gives every rank one interval; each
+ZeRO concatenates the tensor-parallel shards of a parameter group and gives every rank one interval; each
 file says in `param_slice_mappings` which parameters it has and where, in the order of the ranks. The start inside the
 shard is the running sum over ranks. The layout turns shard intervals into runs.
 

@@ -1,31 +1,23 @@
 """Which files DeepSpeed writes for a topology, by their names.
 
-The one idea: numbers in names are compared as numbers, never as text, and whatever is missing or too many is named
+Numbers in names are compared as numbers, never as text, and whatever is missing or too many is named
 at once.
 
     files = find_files(folder, manifest)
     files.zeros[zero_rank, mp_rank], files.model(mp_rank)
 
-Source of the names: deepspeed/runtime/engine.py (_get_rank_zero_ckpt_name, _get_ckpt_name), runtime/pipe/module.py.
+The names themselves are in ucp/file_names.py.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.ucp.errors import MissingFileError, SourceError, listed
 from megatron.ucp.experts import holding
+from megatron.ucp.file_names import DEALT_FILE, LAYER_FILE, MODEL_FILE, STAGE3_MODEL_FILE, ZERO_FILE, dealt_file
 from megatron.ucp.manifest import Manifest
-
-ZERO_FILE = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
-STAGE3_MODEL_FILE = re.compile(r"^zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt$")
-MODEL_FILE = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
-DEALT_FILE = re.compile(r"^expp_rank_(\d+)_mp_rank_(\d+)_expert_states\.pt$")
-"""Ours, not DeepSpeed's: what each ep rank has of experts that ZeRO does not partition."""
-LAYER_FILE = re.compile(r"^layer_(\d+)(?:-model_(\d+))?-model_states\.pt$")
-"""Without a topology that names tensor parallelism DeepSpeed leaves the second number out."""
 
 _MAX_MISSING = 4096
 """More are not listed one by one: the topology, a few bytes in a file, must not decide how much memory is taken."""
@@ -114,10 +106,6 @@ def _missing_expert_files(manifest: Manifest, stages: set[int], found: Files) ->
         for ep in range(topology.ep_size) for pp in stages for tp in range(topology.tp_size)
     }  # fmt: skip
     return [dealt_file(ep, mp) for ep, mp in sorted(needed - set(found.experts))]
-
-
-def dealt_file(ep_rank: int, mp_rank: int) -> str:
-    return f"expp_rank_{ep_rank}_mp_rank_{mp_rank:02d}_expert_states.pt"
 
 
 def list_files(folder: Path) -> Files:

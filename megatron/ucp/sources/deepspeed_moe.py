@@ -1,6 +1,6 @@
 """Source: stock saves with experts of deepspeed.moe.layer.MoE, without a ucp.json.
 
-The one idea: dense parameters are read as in every foreign folder. Expert e of a layer is a parameter for itself, under
+Dense parameters are read as in every foreign folder. Expert e of a layer is a parameter for itself, under
 its number in the whole layer; the optimizer's files know it by its number within a rank, so which ranks hold it is
 worked out from DeepSpeed's groups (expert_places.py) and then held against the weights in the experts' own files
 (expert_weights.py). ZeRO-1, ZeRO-2 and BF16_Optimizer here, ZeRO-0 in deepspeed_moe_zero0.py.

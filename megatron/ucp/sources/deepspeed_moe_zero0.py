@@ -1,6 +1,6 @@
 """Source: stock ZeRO-0 saves with experts (`expp_rank_*`), where DeepSpeed made the optimizer's groups.
 
-The one idea: ZeRO-0 keeps the optimizer's state by index. With experts DeepSpeed divides the program's one list of
+ZeRO-0 keeps the optimizer's state by index. With experts DeepSpeed divides the program's one list of
 parameters into the group "dense-params" and groups "ep_size_N", so that the indices follow the model's own order: the
 order of the weights, which are saved by name. It is believed only where every state has the shape of its parameter.
 

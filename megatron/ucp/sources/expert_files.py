@@ -1,6 +1,6 @@
 """The files that DeepSpeed writes for experts, and the names inside them.
 
-The one idea: DeepSpeed numbers experts twice. In `layer_{i}_expert_{e}_mp_rank_{mp}_model_states.pt`, in the name and
+DeepSpeed numbers experts twice. In `layer_{i}_expert_{e}_mp_rank_{mp}_model_states.pt`, in the name and
 in the keys, e counts through the whole layer; in everything that lists parameters (`param_shapes`, the optimizer's
 tables) experts are numbered within a rank. Here both become (layer's name, number, rest), and files that are missing,
 too many or not of the expert that their name says are named together.

@@ -1,6 +1,6 @@
 """Which ranks hold which experts: DeepSpeed's expert-parallel groups, from what the files of one stage say.
 
-The one idea: the ranks of a pipeline stage stand in a row; expert-parallel groups are neighbours in it ("E + D"), or,
+The ranks of a pipeline stage stand in a row; expert-parallel groups are neighbours in it ("E + D"), or,
 under `use_data_before_expert_parallelism`, ranks at equal distances ("D + E"). The row is the data-parallel group where
 tensor parallelism cuts the experts too, else all ranks of the stage, tp fastest.
 

@@ -1,6 +1,6 @@
 """The Source of a folder with experts in files of their own: dense parameters by another Source, experts by a table.
 
-The one idea: for every parameter of an expert the reader has worked out who holds which stretch of which
+For every parameter of an expert the reader has worked out who holds which stretch of which
 tensor-parallel shard, and where each state of it lies; pieces follow from that and the layout.
 
     part = ExpertPart(tp=0, start=0, stop=40, offset=20, places={"fp32": (file, ("optimizer_state_dict", ...)), ...})

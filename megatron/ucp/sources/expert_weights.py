@@ -1,6 +1,6 @@
 """Are the weights in the experts' own files those that the optimizer holds under the same numbers?
 
-The one idea: DeepSpeed saves every expert twice, as weights in a file that carries its number and as masters in the
+DeepSpeed saves every expert twice, as weights in a file that carries its number and as masters in the
 optimizer's files, where only the rank tells the number. Both have to agree; where they do not, the expert is named, and
 the one whose weights they are, if there is one. Only the beginning of large tensors is compared.
 

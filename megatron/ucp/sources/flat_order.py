@@ -1,6 +1,6 @@
 """Where parameters lie in ZeRO's flat tensors, worked out from the order in which the model states list them.
 
-The one idea: ZeRO lays parameters one after the other, so an ordered list of lengths and the sizes of the flat tensors
+ZeRO lays parameters one after the other, so an ordered list of lengths and the sizes of the flat tensors
 say where each begins. Needed where the files have no table (ZeRO-3), or a wrong one (ZeRO-1 and 2 under
 `round_robin_gradients`: DeepSpeed reorders the parameters and writes the table as if it had not).
 

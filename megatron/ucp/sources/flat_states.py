@@ -1,6 +1,6 @@
 """Where a parameter lies in the optimizer's own tensors, beside the flat tensor of masters that ZeRO cut.
 
-The one idea: the size of a state tensor says how it is laid out, and nothing else is believed. One as long as the flat
+The size of a state tensor says how it is laid out, and nothing else is believed. One as long as the flat
 tensor is cut at the same places. One as long as all parameters that touch the partition is DeepSpeed's Muon: each rank
 keeps the momentum of those parameters whole, one after the other. Any other size is refused by name.
 

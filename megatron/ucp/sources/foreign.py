@@ -1,7 +1,7 @@
 """Source: DeepSpeed's files without a ucp.json, understood from what they say about themselves. ZeRO-1 to 3; ZeRO-0
 is read by foreign_zero0.py.
 
-The one idea: the model states list every parameter in the order in which it lies in the flat tensors (`param_shapes`),
+The model states list every parameter in the order in which it lies in the flat tensors (`param_shapes`),
 so that names, shapes, groups and places follow; how tensor-parallel shards fit together is said by DeepSpeed's
 patterns. What the files leave open is refused with the reason, never guessed. Saves with experts are read by
 deepspeed_moe.py, which builds on this.

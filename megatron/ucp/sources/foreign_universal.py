@@ -1,6 +1,6 @@
 """Source: universal folders without a ucp.json, written by DeepSpeed's own converter.
 
-The one idea: names, states and shapes are taken from the folder. ZeRO-0 to 2 left tensors with their shapes. ZeRO-3
+Names, states and shapes are taken from the folder. ZeRO-0 to 2 left tensors with their shapes. ZeRO-3
 left bare, flat ones: their shapes (`param_shapes`) and their step are in files that the converter copies beside them.
 
     source = open_foreign_universal("run/global_step100_universal")

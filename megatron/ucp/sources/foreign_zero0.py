@@ -1,6 +1,6 @@
 """Source: stock ZeRO-0 saves without a ucp.json, fp32 on one tensor- and pipeline-parallel rank.
 
-The one idea: ZeRO-0 keeps the optimizer's state by index, and the weights by name in the model's own order. A parameter
+ZeRO-0 keeps the optimizer's state by index, and the weights by name in the model's own order. A parameter
 group takes parameters in that order too, so the shapes of the states say which group takes which parameter; it is
 believed where they leave exactly one way, and the checkpoint stays marked as unverified. Where they leave several, the
 program that saved it can say the order: `client_state={"ucp_parameter_names": [...]}`, by index of the optimizer.

@@ -1,6 +1,6 @@
 """Frozen parameters of a foreign pipeline: what its layer files hold beside what is trained.
 
-The one idea: PipelineModule names a parameter by the number of its layer, `2.weight`, and the file of layer 2 has it
+PipelineModule names a parameter by the number of its layer, `2.weight`, and the file of layer 2 has it
 as `weight`. The file of a tied layer holds a copy of `tied_modules.<key>.weight` and does not say so; it is known by
 having just the names and shapes of one.
 

@@ -1,6 +1,6 @@
 """The optimizer's parameter groups out of DeepSpeed's files: names, where it gives one name to several, and values.
 
-The one idea: DeepSpeed names every group of experts "ep_size_N", whichever of the program's groups it came from, and
+DeepSpeed names every group of experts "ep_size_N", whichever of the program's groups it came from, and
 divides large ones, on every pipeline stage otherwise. Groups of one name with equal hyper-parameters are one here; a
 second set of hyper-parameters under the same name is "ep_size_N.2".
 

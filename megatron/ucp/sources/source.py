@@ -1,6 +1,6 @@
 """What every Source is: a folder that answers "where do the bytes of this parameter's state lie?"
 
-The one idea: an answer is a list of pieces, and a piece is a flat tensor in a file plus runs. Reading (execute.py),
+An answer is a list of pieces, and a piece is a flat tensor in a file plus runs. Reading (execute.py),
 converting, comparing and verifying are written once against this and know no file format.
 
     source = open_source("checkpoints/global_step100")

@@ -1,6 +1,6 @@
 """Source: a universal folder, ours or one that DeepSpeed's own converter wrote.
 
-The one idea: every (parameter, state) is one file with the whole atomic tensor, so a piece is that tensor. What a
+Every (parameter, state) is one file with the whole atomic tensor, so a piece is that tensor. What a
 folder without a ucp.json holds is found out by foreign_universal.py.
 
     source = UniversalSource(folder, read_manifest(folder))

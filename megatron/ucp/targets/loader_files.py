@@ -1,6 +1,6 @@
 """What DeepSpeed's own engines ask for in a universal folder beside the tensors, whatever their ZeRO stage.
 
-The one idea: an engine looks for a file by the name that its own stage would have given it, and for groups and steps
+An engine looks for a file by the name that its own stage would have given it, and for groups and steps
 where its own stage would have kept them. So every name and every place is filled, whatever stage the Source was.
 
     for relative, content in loader_files(source).items(): save(content, folder / relative)

@@ -1,6 +1,6 @@
 """Target: a universal folder that DeepSpeed's own universal loader reads, plus ucp.json.
 
-The one idea: one pass. Each (parameter, state) is gathered in atomic order into a small buffer that stays in the
+One pass. Each (parameter, state) is gathered in atomic order into a small buffer that stays in the
 cache; while it is there it is compared with its replicas, digested, checksummed and appended to its file. Nothing is
 written twice, no parameter is ever whole in memory, and a digest that differs from the save's stops the conversion.
 
