@@ -32,7 +32,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron", "megatron.*"]),
-    package_data={"megatron.ucp": ["FORMAT.md"]},
+    package_data={"megatron": ["py.typed"], "megatron.ucp": ["FORMAT.md"]},
     ext_modules=[
         cpp_extension("megatron.data._index_helpers", "megatron/data/index_helpers.cpp"),
         cpp_extension("megatron.ucp._kernel", "megatron/ucp/kernel.cpp"),
@@ -53,6 +53,7 @@ setup(
     extras_require={
         # Triton comes with torch's CUDA build (2.13.0 asks for 3.7.1); with the CPU build the tests need it too.
         "dev": ["pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "triton>=3.7.1,<4"],
+        "types": ["mypy==2.4.1"],
         # NVIDIA Apex is not on PyPI: it is used where importable.
         "cuda": ["triton>=3.7.1,<4"],
         "plots": ["seaborn>=0.13"],

@@ -59,10 +59,10 @@ def draw_lanes(verdicts: Sequence[Verdict], labels: Labels) -> Figure:
     """Every Target of every verdict; there must be one at least."""
     lanes = _lanes(verdicts)
     lanes_height = 1.25 + 0.27 * len(lanes)
-    figure = Figure(figsize=(11.0, 5.4 + lanes_height), layout="constrained")
+    figure = Figure(figsize=(11.0, 5.4 + lanes_height))
+    figure.set_layout_engine("constrained", h_pad=0.06, w_pad=0.06)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
-    above, below = figure.subfigures(2, 1, height_ratios=(5.4, lanes_height))
+    above, below = figure.subfigures(2, 1, height_ratios=(5.4, lanes_height))  # type: ignore[misc]
     is_pass = all(verdict.is_pass for verdict in verdicts)
     above.suptitle(labels.title or "Universal checkpoint", fontsize=14, fontweight="bold")
     losses = above.subplots()

@@ -86,7 +86,7 @@ def _figure(heights: tuple[float, ...], height: float) -> tuple[Figure, list[Axe
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=11, integer=True))
-    figure.get_layout_engine().set(h_pad=0.08, hspace=0.04)
+    figure.set_layout_engine("constrained", h_pad=0.08, hspace=0.04)
     return figure, list(axes)
 
 

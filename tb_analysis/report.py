@@ -67,7 +67,7 @@ def summary(verdicts: Sequence[Verdict]) -> str:
         f"max |delta| {worst.max_delta:.3g} over {worst.num_common} steps, bound {worst.bound:.3g}"
     )
     if _has_grad_norms(verdicts):
-        text += f"; grad norms within {max(c.grad_norm_delta for c in comparisons):.1e} of their size"
+        text += f"; grad norms within {max(c.grad_norm_delta or 0 for c in comparisons):.1e} of their size"
     if _has_digests(verdicts):
         text += "; digests equal"
     return text

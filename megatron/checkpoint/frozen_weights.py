@@ -39,9 +39,9 @@ def place_frozen(state: EngineState, source: Source) -> tuple[int, FrozenParts]:
         values = torch.zeros(interval.numel, dtype=torch.float32)
         gather(source, name, MASTER, source.pieces(name, MASTER), interval.runs, values)
         weights.copy_(values)
-        identity = {"name": name, "state": MASTER, "shape": state.layouts[name].shape}
-        parts.as_read[name] = digest_runs(values, interval.counted_runs, **identity)
-        parts.as_rounded[name] = digest_runs(values.to(weights.dtype), interval.counted_runs, **identity)
+        shape, rounded = state.layouts[name].shape, values.to(weights.dtype)
+        parts.as_read[name] = digest_runs(values, interval.counted_runs, name=name, state=MASTER, shape=shape)
+        parts.as_rounded[name] = digest_runs(rounded, interval.counted_runs, name=name, state=MASTER, shape=shape)
         num_elements += interval.numel
     return num_elements, parts
 

@@ -36,7 +36,7 @@ def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) ->
     """
     options = options or LoadOptions()
     started = time.perf_counter()
-    if plan.opened is None:
+    if plan.folder is None or plan.opened is None:
         raise ValueError("the plan's checkpoint is not open: give what open_planned returns")
     folder, source, identity = plan.folder, plan.opened.source, plan.opened.identity
     with all_ranks_or_none("opening", folder):

@@ -52,7 +52,7 @@ def place(live: LiveRun, source: Source, options: LoadOptions) -> int:
 def _set_numbers(live: LiveRun, source: Source, flat: torch.Tensor, names: list[str]) -> None:
     """The step and other numbers, of which a flat tensor has one for all its parameters."""
     infos = {name: source.manifest.parameters[name] for name in names}
-    kept = {name: {"step": info.step, **info.scalars} for name, info in infos.items()}
+    kept: dict[str, dict[str, Any]] = {name: {"step": info.step, **info.scalars} for name, info in infos.items()}
     first = kept[names[0]]
     if differing := sorted(name for name, numbers in kept.items() if numbers != first):
         raise CheckpointError(

@@ -70,7 +70,8 @@ def prove(live: LiveRun, source: Source, options: LoadOptions, *, kind: str, fro
 
 def _naming_experts(source: Source, wrong: list[str]) -> list[str]:
     """The same lines, "name (state)", those of experts first and with their numbers. Reads these once more."""
-    known, other = [], []
+    known: list[str] = []
+    other: list[str] = []
     for line in wrong:
         name, _, state = line.rstrip(")").partition(" (")
         experts: list[int] = []

@@ -168,7 +168,7 @@ def _manifest(
         optimizer=OptimizerInfo(
             kind=type(live.state.base).__name__, wrapper=live.state.wrapper, groups=hyper_parameters
         ),
-        model=live.model,
+        model=dict(live.model),
         common=_common(live, progress),
         digests={name: dict(values) for name, values in digests.items()},
         expert_digests=of_experts,

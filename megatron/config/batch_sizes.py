@@ -16,7 +16,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class BatchSizes:
     final: int
-    rampup: tuple[int, int, int] | None = None
+    rampup: tuple[int, ...] | None = None
     """(first size, increment, samples until the final one), as Megatron's --rampup-batch-size
     (core/num_microbatches_calculator.py): every size but the final one has an equal share of the samples."""
 

@@ -5,6 +5,8 @@ python -m megatron.config > docs/flags.md
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron.config.arguments import SECTIONS
 from megatron.config.flag import FlagField, flag_fields
 from megatron.config.presets import PRESETS
@@ -74,7 +76,7 @@ def _reasons(table: dict[str, UpstreamFlag]) -> list[tuple[str, str]]:
     return sorted(rows, key=lambda row: row[0].lower())
 
 
-def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -64,32 +64,32 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-_NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+_NO_DROPOUT: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 
-_LLAMA = {
+_LLAMA: dict[str, Any] = {
     "normalization": "rmsnorm", "swiglu": True, "position_embedding_type": "rope", "add_bias_linear": False,
     **_NO_DROPOUT,
 }  # fmt: skip
-_LLAMA_3_1 = {
+_LLAMA_3_1: dict[str, Any] = {
     **_LLAMA, "untie_embeddings_and_output_weights": True, "layernorm_epsilon": 1e-5, "rope_theta": 500000.0,
     "rope_scaling_type": "llama3", "rope_scaling_factor": 8.0, "rope_low_freq_factor": 1.0,
     "rope_high_freq_factor": 4.0, "rope_original_max_position_embeddings": 8192,
 }  # fmt: skip
-_QWEN3 = {**_LLAMA, "layernorm_epsilon": 1e-6, "rope_theta": 1000000.0, "qk_layernorm": True}
-_MIXTRAL = {
+_QWEN3: dict[str, Any] = {**_LLAMA, "layernorm_epsilon": 1e-6, "rope_theta": 1000000.0, "qk_layernorm": True}
+_MIXTRAL: dict[str, Any] = {
     **_LLAMA, "untie_embeddings_and_output_weights": True, "layernorm_epsilon": 1e-5, "rope_theta": 1000000.0,
     "expert_interval": 1, "topk": 2, "moe_aux_loss_coeff": 0.02,
 }  # fmt: skip
-_PHI_MOE = {
+_PHI_MOE: dict[str, Any] = {
     "normalization": "layernorm", "layernorm_epsilon": 1e-5, "swiglu": True, "position_embedding_type": "rope",
     "rope_theta": 10000.0, "add_bias_linear": False, "add_attention_bias": True, "add_output_layer_bias": True,
     "untie_embeddings_and_output_weights": True, "expert_interval": 1, "topk": 2, **_NO_DROPOUT,
 }  # fmt: skip
-_BLOOM = {
+_BLOOM: dict[str, Any] = {
     "normalization": "layernorm", "layernorm_epsilon": 1e-5, "position_embedding_type": "alibi",
     "embed_layernorm": True, **_NO_DROPOUT,
 }  # fmt: skip
-_NEOX = {
+_NEOX: dict[str, Any] = {
     "normalization": "layernorm", "layernorm_epsilon": 1e-5, "position_embedding_type": "rope", "rotary_percent": 0.25,
     "use_parallel_residual": True, "untie_embeddings_and_output_weights": True, **_NO_DROPOUT,
 }  # fmt: skip

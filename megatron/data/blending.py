@@ -17,7 +17,7 @@ import numpy as np
 from megatron.data.errors import BlendError
 
 try:
-    from megatron.data import _index_helpers
+    from megatron.data import _index_helpers  # type: ignore[attr-defined]
 except ImportError:  # built without a compiler: the Python below gives the same bits
     _index_helpers = None
 

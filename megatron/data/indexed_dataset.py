@@ -40,7 +40,7 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 
 # Codes 6 and 7 are floating types that differ between forks of Megatron; tokens are never stored in them.
-DTYPES = {
+DTYPES: dict[int, np.dtype] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
     3: np.dtype("<i2"),

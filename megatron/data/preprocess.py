@@ -188,7 +188,7 @@ class _Encoder:
         self._dtype = best_dtype(tokenizer.vocab_size)
 
     def __call__(self, batch: _Batch) -> _Encoded:
-        columns = tuple(([], []) for _ in self._job.json_keys)
+        columns: tuple[tuple[list, list], ...] = tuple(([], []) for _ in self._job.json_keys)
         num_empty = num_replaced = 0
         for line_number, raw in batch.lines:
             texts, is_replaced = self._texts(batch.path, line_number, raw)

@@ -178,7 +178,7 @@ class HFTokenizer:
         return self._backend(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self._backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def __reduce__(self):
         return type(self), (self._folder,)

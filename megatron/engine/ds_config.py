@@ -95,7 +95,10 @@ REFUSED_OPTIMIZERS = {
 """By type in lower case. Others are tried on small tensors before training (optimizer_probe.py)."""
 
 
-OFF = {("zero_optimization", "zero_hpz_partition_size"): 1, ("zero_optimization", "mics_shard_size"): -1}
+OFF: dict[tuple[str, ...], Any] = {
+    ("zero_optimization", "zero_hpz_partition_size"): 1,
+    ("zero_optimization", "mics_shard_size"): -1,
+}
 """The values, not false, that leave a feature off."""
 
 
@@ -227,8 +230,8 @@ def _refused(user: Json) -> Iterator[Problem]:
                 expected='such as {"zero_optimization": {"stage": 1}}',
                 flags=("--deepspeed_config",),
             )
-    block = user.get("optimizer")
-    kind = block.get("type") if isinstance(block, Mapping) else "none"
+    optimizer = user.get("optimizer")
+    kind = optimizer.get("type") if isinstance(optimizer, Mapping) else "none"
     if not isinstance(kind, str) or kind.lower() in REFUSED_OPTIMIZERS:
         reason = REFUSED_OPTIMIZERS.get(str(kind).lower(), "it has no type")
         yield Problem(
@@ -311,7 +314,9 @@ def _drop_defaults_of_given_fp16(flags: Json, user: Json, optimizer: OptimizerCo
                 del user["fp16"][name]
 
 
-def _merge(flags: Json, user: Json, path: tuple[str, ...], won: list[str], notes: list[str]) -> Json:
+def _merge(
+    flags: Mapping[str, Any], user: Mapping[str, Any], path: tuple[str, ...], won: list[str], notes: list[str]
+) -> Json:
     merged = dict(flags)
     for key, value in user.items():
         here = (*path, key)

@@ -200,7 +200,8 @@ class EngineState(OptimizerStates):
 
     def _fragments(self) -> Iterator[tuple[int, _Fragment]]:
         if self.is_replicated:
-            yield from ((group, _Fragment(param, param, 0, 0, param.numel())) for group, param in self.flats)
+            for group, param in self.flats:
+                yield group, _Fragment(param, param, 0, 0, param.numel())  # type: ignore[arg-type]
         elif self.wrapper == _STAGE3:
             yield from self._stage3_fragments()
         elif self.wrapper in _FLAT_GROUPS:

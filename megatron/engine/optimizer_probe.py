@@ -63,7 +63,7 @@ def kept_states(optimizer: torch.optim.Optimizer, group: Group, like: Tensor) ->
     """For a parameter of the shape and precision of `like`."""
     dummies = [_dummy(like.new_zeros(2)), _dummy(torch.zeros_like(like, requires_grad=False))]
     (first, last), after = _stepped(optimizer, group, dummies)
-    home = None
+    home: Literal["state", "last", "group"] | None = None
     if STEP in last:
         home = "state" if first.get(STEP) == last[STEP] else "last"
     elif after.get(STEP) is not None:

@@ -38,7 +38,8 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_bsnd: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(grad_bsnd, *ctx.saved_tensors, is_backward=True), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad_bsnd, cos, sin, is_backward=True), None, None
 
 
 def _rotated(x_bsnd: Tensor, cos_sd: Tensor, sin_sd: Tensor, is_backward: bool) -> Tensor:

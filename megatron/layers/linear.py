@@ -29,6 +29,8 @@ Epilogue = Callable[[Tensor, Tensor | None], Tensor]
 class ColumnLinear(nn.Module):
     """Each rank computes some of the output features. `parts` (of the output) are cut one by one."""
 
+    bias: Tensor | None
+
     def __init__(
         self,
         in_size: int,
@@ -57,6 +59,8 @@ class ColumnLinear(nn.Module):
 
 class RowLinear(nn.Module):
     """Each rank has some of the input features, never splitting `unit` neighbours; the bias is replicated."""
+
+    bias: Tensor | None
 
     def __init__(
         self,

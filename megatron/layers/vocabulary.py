@@ -39,6 +39,8 @@ class Vocabulary:
 
 
 class _VocabularyMatrix(nn.Module):
+    bias: Tensor | None
+
     def __init__(self, vocabulary: Vocabulary, hidden_size: int, initial: Initial) -> None:
         super().__init__()
         self.vocabulary = vocabulary

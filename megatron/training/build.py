@@ -247,11 +247,11 @@ def _identity(model: ModelConfig) -> dict[str, Any]:
     identity = {name: getattr(model, name) for name in names}
     if model.has_experts:
         identity["num_experts"] = [model.num_experts_of(layer) for layer in range(model.num_layers)]
-        names = (
+        of_experts = (
             "topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_score_function",
             "moe_normalize_topk",
         )  # fmt: skip
-        identity |= {name: getattr(model, name) for name in names}
+        identity |= {name: getattr(model, name) for name in of_experts}
     return identity
 
 

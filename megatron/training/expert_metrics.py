@@ -68,5 +68,5 @@ def expert_metrics(
             continue
         tokens = values[len(_SCALARS) :][: model.num_experts_of(layer)]
         scalars = [value / num_ranks for value in values[: len(_SCALARS)]]
-        metrics.append(ExpertMetrics(layer, *scalars, shares=tuple(count / sum(tokens) for count in tokens)))
+        metrics.append(ExpertMetrics(layer, *scalars, shares=tuple(count / sum(tokens) for count in tokens)))  # type: ignore[misc]
     return tuple(metrics)

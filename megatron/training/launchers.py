@@ -157,7 +157,9 @@ def _place(environ: Mapping[str, str]) -> _Place | None:
                 "What to do: set it for every rank, or start with torchrun or deepspeed"
             )
         return _Place("PMIx", f"PMIX_RANK={pmix}, WORLD_SIZE={size}", pmix, size, None, None)
-    return slurm or _refuse_forgotten_srun(environ)
+    if not slurm:
+        _refuse_forgotten_srun(environ)
+    return slurm
 
 
 def _mpi(environ: Mapping[str, str], family: _Family) -> _Place | None:

@@ -79,7 +79,7 @@ class Presence:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         store = None
         if world_size > 1:
-            store = dist.PrefixStore("megatron/presence", distributed_c10d._get_default_store().clone())
+            store = dist.PrefixStore("megatron/presence", distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
         return cls(store, rank, world_size, timeout_minutes, interval)
 
     def at(self, iteration: int) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -179,9 +180,9 @@ def _kind(manifest: Manifest) -> str:
 
 
 def _origin(manifest: Manifest) -> str:
-    return str(Topology.from_json(manifest.source["topology"]))
+    return str(Topology.from_json((manifest.source or {})["topology"]))
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [heads, *rows])

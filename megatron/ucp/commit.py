@@ -190,7 +190,7 @@ def checksum_of(file: BinaryIO) -> FileInfo:
     crc, size = 0, 0
     block = bytearray(_BLOCK)
     view = memoryview(block)
-    while count := file.readinto(block):
+    while count := file.readinto(block):  # type: ignore[attr-defined]
         crc = zlib.crc32(view[:count], crc)
         size += count
     return FileInfo(size, f"{crc:08x}")

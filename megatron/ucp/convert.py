@@ -173,7 +173,7 @@ def main(arguments: Any = None) -> int:
     except (UcpError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    source = result.manifest.source
+    source = result.manifest.source or {}
     size = result.num_bytes / 2**20
     print(
         f"{result.source} (ZeRO-{source['zero_stage']}, {Topology.from_json(source['topology'])}) -> {result.output}\n"

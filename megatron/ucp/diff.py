@@ -94,11 +94,11 @@ def _compare_tables(a: Source, b: Source) -> tuple[list[str], list[tuple[str, st
     if a.manifest.iteration != b.manifest.iteration:
         lines.append(f"iteration {a.manifest.iteration} and {b.manifest.iteration}")
     sides = ("common", a.manifest.common, b.manifest.common), ("model", a.manifest.model, b.manifest.model)
-    for what, left, right in sides:
+    for what, here, there in sides:
         # The random streams are per rank, and what a foreign folder does not say is no difference.
-        for key in sorted((set(left) & set(right)) - {"rng", "iteration"}):
-            if left[key] != right[key]:
-                lines.append(f"{what}: {key} {left[key]} and {right[key]}")
+        for key in sorted((set(here) & set(there)) - {"rng", "iteration"}):
+            if here[key] != there[key]:
+                lines.append(f"{what}: {key} {here[key]} and {there[key]}")
     groups_a, groups_b = a.manifest.optimizer.groups, b.manifest.optimizer.groups
     if groups_a and groups_b and set(groups_a) != set(groups_b):
         lines.append(f"parameter groups {', '.join(sorted(groups_a))} and {', '.join(sorted(groups_b))}")

@@ -15,7 +15,7 @@ padding by nobody. -0.0 and 0.0 differ; bf16 and fp16 states count as their exac
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +52,8 @@ class Digest:
 
     def to_int64_pair(self) -> tuple[int, int]:
         """As signed integers, for a SUM all-reduce of int64, which wraps as the digest does."""
-        return tuple(lane - (1 << 64) if lane >> 63 else lane for lane in (self.lane0, self.lane1))
+        first, second = (lane - (1 << 64) if lane >> 63 else lane for lane in (self.lane0, self.lane1))
+        return first, second
 
     @classmethod
     def from_int64_pair(cls, pair: Sequence[int]) -> Digest:
@@ -107,6 +108,7 @@ def _digest_numpy(bits: np.ndarray, runs: Runs, seed0: int, seed1: int) -> Diges
     if len(runs) and (runs[:, 1].min() < 0 or (runs[:, 1] + runs[:, 2]).max() > bits.size):
         raise IndexError("a run leaves its tensor")
     lane0 = lane1 = 0
+    parts: Iterable[tuple[np.ndarray, np.ndarray]]
     for first, last in _batches(runs[:, 2]):
         batch = runs[first:last]
         if len(batch) == 1:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 kernel: ModuleType | None
 try:
-    from megatron.ucp import _kernel as kernel
+    kernel = importlib.import_module("megatron.ucp._kernel")
 except ImportError:
     kernel = None

@@ -178,11 +178,12 @@ def _globals_of_legacy_file(path: Path) -> set[str]:
 
 
 def _globals_of_pickle(file: BinaryIO) -> set[str]:
-    names, strings = set(), []
+    names: set[str] = set()
+    strings: list[Any] = []
     try:
         for operation, argument, _ in pickletools.genops(file):
             if operation.name == "GLOBAL":
-                names.add(argument.replace(" ", "."))
+                names.add(str(argument).replace(" ", "."))
             elif operation.name == "STACK_GLOBAL":
                 names.add(".".join(strings[-2:]))
             elif isinstance(argument, str):

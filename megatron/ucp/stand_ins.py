@@ -43,6 +43,7 @@ _NUMPY_SCALARS = {
 class Stranger:
     """What stands for an object of an unknown class: the values it was made of and the state it was given."""
 
+    values: tuple[Any, ...]
     name = ""
     """Of the class or function that the file asked for."""
 
@@ -93,7 +94,7 @@ def _stand_in(name: str, container: type | None) -> Callable:
     names = {"name": "numpy.ndarray" if leaf == "_reconstruct" else name, "__module__": "inert", "__qualname__": name}
     kind = type(leaf, (Stranger,), names)
     if container is not None:
-        kind.__new__ = staticmethod(lambda cls, *values: container())  # type: ignore[method-assign]
+        kind.__new__ = staticmethod(lambda cls, *values: container())  # type: ignore[method-assign, assignment]
     return kind
 
 
@@ -164,7 +165,8 @@ class _Cleaner:
             clean = self.clean(attributes, place, depth)
             if clean is attributes:
                 return value
-            copied = type(value).__new__(type(value))
+            kind: Any = type(value)
+            copied = kind.__new__(kind)
             copied.__dict__.update(clean)
             return copied
         if isinstance(value, dict):

@@ -75,7 +75,7 @@ class _Tensor:
         for extent in reversed(self.shape):
             strides.append(numel)
             numel *= extent
-        arguments = (_Storage(numel), 0, self.shape, tuple(reversed(strides)), False, OrderedDict())
+        arguments: tuple[Any, ...] = (_Storage(numel), 0, self.shape, tuple(reversed(strides)), False, OrderedDict())
         return torch._utils._rebuild_tensor_v2, arguments
 
 
@@ -89,7 +89,9 @@ class TensorFile:
     """{**metadata, "param": tensor} as a .pt file, the float32 tensor's elements coming in order through `write`."""
 
     def __init__(self, path: str | Path, metadata: dict[str, Any], shape: Sequence[int]):
-        self.path, self.info = Path(path), None
+        self.path = Path(path)
+        self.info: FileInfo
+        """Of the whole file, once it is closed."""
         buffer = io.BytesIO()
         _Pickler(buffer, protocol=2).dump({**metadata, "param": _Tensor(shape)})
         self._pickle = buffer.getvalue()

@@ -75,7 +75,7 @@ def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
 def _runs_inside(folder: Path) -> dict[str, Path]:
     """Run folders in a root of them, and what `latest` names in each. Hugging Face's Trainer makes one for each save
     ("checkpoint-500/global_step500"), Accelerate too, under a tag that is always the same ("pytorch_model")."""
-    runs = {}
+    runs: dict[str, Path] = {}
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
         for pointer in POINTERS:
             named = read_pointer(path, pointer).folder

@@ -233,12 +233,13 @@ class DeepSpeedSource:
 
     def _key(self, group: int, state: str) -> tuple[str | int, ...]:
         if self.manifest.zero_stage == 3:
-            flats, base = "fp32_flat_groups", ("optimizer_state_dict", "state")
+            flats = "fp32_flat_groups"
+            base: tuple[str, ...] = ("optimizer_state_dict", "state")
         else:
             # elastic_checkpoint: a list of per-group dicts; otherwise torch's own {"state": {index: ...}}.
             flats = "single_partition_of_fp32_groups"
             base = ("base_optimizer_state",) if self._is_elastic else ("base_optimizer_state", "state")
-        path = (flats, group) if state == "fp32" else (*base, group, state)
+        path: tuple[str | int, ...] = (flats, group) if state == "fp32" else (*base, group, state)
         return ("optimizer_state_dict", *path)
 
     @cached_property

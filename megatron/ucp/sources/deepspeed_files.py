@@ -110,7 +110,8 @@ def _missing_expert_files(manifest: Manifest, stages: set[int], found: Files) ->
 
 def list_files(folder: Path) -> Files:
     """DeepSpeed's files in the folder. Raises SourceError where two are of the same rank."""
-    zeros, models, stage3, layers, experts = {}, {}, {}, {}, {}
+    zeros: dict[tuple[int, int], Path] = {}
+    models, stage3, layers, experts = zeros.copy(), zeros.copy(), zeros.copy(), zeros.copy()
     doubled: list[str] = []
     for path in folder.iterdir():
         for pattern, table in (
@@ -121,8 +122,8 @@ def list_files(folder: Path) -> Files:
             (DEALT_FILE, experts),
         ):
             if match := pattern.match(path.name):
-                numbers = [int(number or 0) for number in match.groups()]
-                key = tuple(numbers if len(numbers) > 1 else [0, *numbers])
+                first, *second = (int(number or 0) for number in match.groups())
+                key = (first, second[0]) if second else (0, first)
                 if key in table:
                     doubled += [table[key].name, path.name]
                 table[key] = path

@@ -152,7 +152,8 @@ class _MoeReader(ForeignReader):
             raise
 
     def _experts_of_missing(self, found: Files) -> list[str]:
-        tp_size, lost = self.topology.tp_size, {}
+        tp_size = self.topology.tp_size
+        lost: dict[Any, Any] = {}
         stages = {pp for pp in range(self.topology.pp_size) if (0, pp * tp_size) in found.models}
         for pp in sorted(stages & {mp // tp_size for _, mp in found.zeros}):
             layers, places = self._stage(pp, found)

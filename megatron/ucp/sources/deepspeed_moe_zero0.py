@@ -232,8 +232,8 @@ class _Reader:
         buffers = {parts[2] for parts in named if parts and parts[0] == layer.name}
         content = self.cache.load(self.files.weights[layer.number, number, 0])
         items = content.items() if isinstance(content, Mapping) else ()
-        items = ((split_name(str(key).lstrip(".")), value) for key, value in items)
-        return {p[2]: tuple(v.shape) for p, v in items if p and p[2] not in buffers and is_weight(v)}
+        of_parts = ((split_name(str(key).lstrip(".")), value) for key, value in items)
+        return {p[2]: tuple(v.shape) for p, v in of_parts if p and p[2] not in buffers and is_weight(v)}
 
     def _experts(self, ep: int) -> list[tuple[MoeLayer, int]]:
         """Of one expert-parallel rank."""

@@ -43,7 +43,7 @@ _NUM_COMPARED = 16
 def open_foreign(folder: str | Path, column_parallel: tuple[str, ...] = ()) -> Source:
     """Opens every file. Raises, before any tensor is read, MissingFileError, CorruptFileError, SourceError (the files
     contradict each other) or UnsupportedCheckpointError."""
-    found = list_files(folder)
+    found = list_files(Path(folder))
     if found.models and not found.zeros:
         return open_zero0(Path(folder))
     return ForeignReader(Path(folder), column_parallel).source()
@@ -54,7 +54,7 @@ class ForeignReader:
 
     def __init__(self, folder: Path, column_parallel: tuple[str, ...]):
         self.folder, self.column_parallel, self.cache = folder, column_parallel, FileCache()
-        found = list_files(folder)
+        found = list_files(Path(folder))
         self._check_kind(found)
         self._open_all((*found.zeros.values(), *found.models.values(), *found.layers.values()))
         first = self.cache.load(found.zeros[min(found.zeros)])["optimizer_state_dict"]
@@ -328,7 +328,7 @@ class ForeignReader:
         lengths = {name: math.prod(shape) for name, shape in shapes.items()}
         optimizers = [self.cache.load(file)["optimizer_state_dict"] for file in files]
         tables = [optimizer["param_slice_mappings"][group] for optimizer in optimizers]
-        order = dict.fromkeys(n for t in tables for n in sorted(t, key=lambda name, t=t: t[name].start))
+        order = dict.fromkeys(n for t in tables for n in sorted(t, key=lambda name, t=t: t[name].start))  # type: ignore[misc]
         if list(order) == list(lengths):
             return {}
         faults += [

@@ -46,7 +46,7 @@ def _name(group: Mapping[str, Any], index: int) -> str:
     return name if isinstance(name, str) else str(index)
 
 
-def group_values(group: dict) -> dict:
+def group_values(group: Mapping[str, Any]) -> dict[str, Any]:
     """A torch param_group as JSON values, without its parameters."""
     plain = (bool, int, float, str, type(None))
     values = {key: float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 else v for key, v in group.items()}
