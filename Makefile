@@ -1,5 +1,5 @@
 # make ex1     set up .venv if needed and run the main job: train under PP2, convert, resume on one rank, prove it
-# make test    set up and run the tests          make lint    ruff and mypy
+# make test    set up and run the tests          make lint    ruff, mypy, codespell
 # make test-fast   those that start no other process, for the edit loop
 # make fig7    one Source, eleven Targets and eight Sources, one Target: the paper's Figure 7 on CPU, into gallery/
 # make fig9    LLaMA, BLOOM and a mixture of experts under another topology: the paper's Figure 9, into gallery/
@@ -37,11 +37,15 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not processes and not gpu"
 
-lint: $(STAMP)
+$(VENV)/.lint: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[lint]'
+	@touch $@
+
+lint: $(STAMP) $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -c 'import mypy' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[types]'
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/convert.py

@@ -1,8 +1,12 @@
-"""Make the golden checkpoints again (only when FORMAT.md's version changes): python tests/golden/make_golden.py
+"""Make the golden checkpoints of this version of the format (once for each version; others stay as they are):
 
-A GPT of 2,216 parameters, two steps under tp2 dp2 ZeRO-1, saved natively and converted.
+    python tests/golden/make_golden.py
+
+A model of some 2,000 parameters, two steps, saved in each way that files are laid out. Of what each converts to only
+hashes are kept.
 """
 
+import json
 import shutil
 import sys
 import tempfile
@@ -11,19 +15,26 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
+from golden.kinds import KINDS, TAG, flags_of, tensor_hashes
+
 from harness.ranks import run_ranks
-from matrix.recording import command_line, train, write_dataset
+from matrix.recording import train, write_dataset
 from megatron.ucp.convert import convert
+from megatron.ucp.digest import total
+from megatron.ucp.manifest import FORMAT_VERSION, read_manifest
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        data = write_dataset(Path(scratch) / "golden_text_document")
-        argv = command_line(
-            data, tp=2, zero=1, iters=2, save=scratch, num_layers=1, hidden_size=8, num_attention_heads=2,
-            seq_length=8, max_position_embeddings=8,
-        )  # fmt: skip
-        run_ranks(4, train, argv)
-        convert(Path(scratch) / "global_step2", Path(scratch) / "global_step2_universal", num_workers=1)
-        for name in ("global_step2", "global_step2_universal"):
-            shutil.rmtree(HERE / name, ignore_errors=True)
-            shutil.copytree(Path(scratch) / name, HERE / name)
+    home, expected = HERE / f"version{FORMAT_VERSION}", {}
+    for kind, (world_size, _) in KINDS.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            data = write_dataset(Path(scratch) / "golden_text_document")
+            run_ranks(world_size, train, flags_of(kind, data, save=Path(scratch) / kind, save_interval=2))
+            saved = Path(scratch) / kind / TAG
+            convert(saved, Path(scratch) / "universal", num_workers=1)
+            expected[kind] = {
+                "digest": total(read_manifest(saved).digests),
+                "universal": tensor_hashes(Path(scratch) / "universal"),
+            }
+            shutil.rmtree(home / kind, ignore_errors=True)
+            shutil.copytree(saved, home / kind)
+    (home / "expected.json").write_text(json.dumps(expected, indent=1, sort_keys=True) + "\n")
