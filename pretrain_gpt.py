@@ -9,14 +9,14 @@
 import sys
 
 from megatron.config.arguments import parse
-from megatron.parallel.rank_errors import told_by_rank_0
+from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.training.launch import LaunchInfo, check_precision, close_distributed, init_distributed
 from megatron.training.reporting import report_errors, set_up_logging
 
 
 def main(argv: list[str]) -> int:
     # Before any process group: a configuration that cannot run is told by one rank, at once.
-    with told_by_rank_0(LaunchInfo.from_environment().rank):
+    with reported_by_rank_0(LaunchInfo.from_environment().rank):
         result = parse(argv)
         launch = LaunchInfo.from_environment(local_rank=result.config.run.local_rank)
         log = set_up_logging(launch.rank)

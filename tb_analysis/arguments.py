@@ -59,9 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     verdict.add_argument("--source", help="folder name of the Source, if several runs could be it")
     verdict.add_argument("--last_step", type=int, help="judge up to this step; default: the Source's last")
     verdict.add_argument(
-        "--grad_norm_tolerance",
-        type=_positive,
-        help=f"judge {GRAD_NORM_KEY!r} as well: bound of its relative distance",
+        "--grad_norm_tolerance", type=_positive, help=f"judge {GRAD_NORM_KEY!r} as well: bound of its relative distance"
     )
     verdict.add_argument(
         "--log_dir",

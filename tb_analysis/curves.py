@@ -43,8 +43,7 @@ class Curve:
                 latest[point.step] = point
         ordered = [latest[step] for step in sorted(latest)]
         return cls(
-            np.array([p.step for p in ordered], dtype=np.int64),
-            np.array([p.value for p in ordered], dtype=np.float64),
+            np.array([p.step for p in ordered], dtype=np.int64), np.array([p.value for p in ordered], dtype=np.float64)
         )
 
     def __len__(self) -> int:

@@ -28,9 +28,19 @@ from tb_analysis.verdict import Comparison, Verdict
 
 # Twelve hues of different lightness; with the marks they also stay apart for the colour-blind and in grey.
 _COLOURS = (
-    "#0B3C5D", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9",
-    "#882255", "#117733", "#7B68C8", "#E4572E", "#6B6B6B", "#2F9599",
-)  # fmt: skip
+    "#0B3C5D",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#B8860B",
+    "#56B4E9",
+    "#882255",
+    "#117733",
+    "#7B68C8",
+    "#E4572E",
+    "#6B6B6B",
+    "#2F9599",
+)
 _MARKS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "d", "h", "p")
 _DASH = 3.5
 """Length of a dash, in line widths."""

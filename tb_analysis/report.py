@@ -15,18 +15,7 @@ from collections.abc import Sequence
 from tb_analysis.runs import Run, resumed_at
 from tb_analysis.verdict import Comparison, Verdict
 
-_COLUMNS = (
-    "role",
-    "run",
-    "topology",
-    "steps",
-    "first common",
-    "common",
-    "|d| first",
-    "max |d|",
-    "mean |d|",
-    "bound",
-)
+_COLUMNS = ("role", "run", "topology", "steps", "first common", "common", "|d| first", "max |d|", "mean |d|", "bound")
 _LEFT_ALIGNED = 3
 _DIGEST_SHOWN = 12
 

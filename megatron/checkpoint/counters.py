@@ -72,8 +72,9 @@ def _tell_unsaid(common: Mapping[str, Any], progress: Progress) -> None:
         unsaid.remove("consumed_train_samples")
         log.warning(
             "warning: the Source does not say how many samples it consumed; of %d iterations %d are assumed",
-            progress.iteration, progress.consumed_train_samples,
-        )  # fmt: skip
+            progress.iteration,
+            progress.consumed_train_samples,
+        )
     if unsaid:
         log.warning("warning: the Source does not say its %s: counted from 0 here", ", ".join(unsaid))
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron.parallel.agreement import failures_everywhere
-from megatron.parallel.rank_errors import told_by_rank_0
+from megatron.parallel.rank_errors import reported_by_rank_0
 
 _Result = TypeVar("_Result")
 
@@ -40,7 +40,7 @@ def on_rank_0(action: Callable[[], _Result]) -> _Result:
             outcome[1] = f"{type(error).__name__}: {error}"
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        with told_by_rank_0(dist.get_rank()):
+        with reported_by_rank_0(dist.get_rank()):
             raise CheckpointError(outcome[1])
     return outcome[0]
 
@@ -57,5 +57,5 @@ def all_ranks_or_none(what: str, folder: Path) -> Iterator[None]:
         by_text.setdefault(text, []).append(rank)
     lines = [f"ranks {ranks[:8]}{'...' if len(ranks) > 8 else ''}: {text}" for text, ranks in by_text.items()]
     kind = SourceMismatchError if isinstance(failures.own, SourceMismatchError) else CheckpointError
-    with told_by_rank_0(dist.get_rank()):
+    with reported_by_rank_0(dist.get_rank()):
         raise kind(f"{what} {folder} failed on {failures.how_many}\n" + "\n".join(lines)) from failures.own

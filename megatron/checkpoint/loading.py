@@ -22,7 +22,7 @@ from megatron.checkpoint.placing import place
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.proof import prove
 from megatron.checkpoint.resume import LoadOptions, ResumePlan
-from megatron.parallel.rank_errors import told_by_rank_0
+from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.errors import listed
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) ->
     with all_ranks_or_none("refreshing the weights from", folder):
         if stale := live.state.stale_weights():
             raise CheckpointError(f"live weights are not the masters that were placed: {listed(stale, 20)}")
-    with told_by_rank_0(dist.get_rank()):
+    with reported_by_rank_0(dist.get_rank()):
         prove(live, source, options, kind=plan.kind, frozen=frozen)
     progress = restore_counters(live, source, options, is_same_topology=plan.kind == "native")
     with all_ranks_or_none("loading", folder):
@@ -62,6 +62,10 @@ def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) ->
     seconds = time.perf_counter() - started
     log.info(
         "loaded %s in %.2f s: rank 0 read %.1f MiB; iteration %d, consumed samples %d",
-        folder, seconds, (num_elements + num_frozen) * 4 / 2**20, progress.iteration, progress.consumed_train_samples,
-    )  # fmt: skip
+        folder,
+        seconds,
+        (num_elements + num_frozen) * 4 / 2**20,
+        progress.iteration,
+        progress.consumed_train_samples,
+    )
     return progress

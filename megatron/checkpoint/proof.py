@@ -18,7 +18,7 @@ from megatron.engine.engine_state import MASTER
 from megatron.ucp.digest import total
 from megatron.ucp.errors import UcpError, listed
 from megatron.ucp.expert_digests import changed_experts
-from megatron.ucp.experts import holding, numbered
+from megatron.ucp.expert_labels import experts_clause, label_of
 from megatron.ucp.file_table import changed_files
 from megatron.ucp.sources import Source
 
@@ -49,7 +49,7 @@ def prove(live: LiveRun, source: Source, options: LoadOptions, *, kind: str, fro
             f"{len(wrong)} digests differ: {listed(lines, 20, is_sorted=True)}. "
             + (
                 f"Files changed since they were written: {listed(changed, 20)}: copy them again from where they were "
-                f"saved{holding(source.manifest, changed)}."
+                f"saved{experts_clause(source.manifest, changed)}."
                 if changed
                 else "No file is known to have changed, so this is a defect: run `python -m megatron.ucp verify` on it."
             )
@@ -63,8 +63,9 @@ def prove(live: LiveRun, source: Source, options: LoadOptions, *, kind: str, fro
     if source.manifest.doubt:
         log.warning(
             "warning: %s is unverified (%s): that digest proves this load, not what was once saved",
-            source.folder, source.manifest.doubt,
-        )  # fmt: skip
+            source.folder,
+            source.manifest.doubt,
+        )
     _tell_what_changed(live, source, options)
 
 
@@ -77,7 +78,7 @@ def _naming_experts(source: Source, wrong: list[str]) -> list[str]:
         experts: list[int] = []
         with contextlib.suppress(UcpError):  # the fault that is being told is not hidden by a second one
             experts = changed_experts(source, name, state)
-        (known if experts else other).append(line + numbered(experts))
+        (known if experts else other).append(line + label_of(experts))
     return known + other
 
 

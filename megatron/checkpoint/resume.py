@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint.errors import CheckpointError, all_ranks_or_none
 from megatron.parallel.agreement import gathered
-from megatron.parallel.rank_errors import told_by_rank_0
+from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.commit import REPLACED_SUFFIX, STAGING_SUFFIX
 from megatron.ucp.errors import NotACheckpointError, UcpError
 from megatron.ucp.identity import Identity
@@ -235,7 +235,7 @@ def _require_same_everywhere(identity: Identity) -> None:
     seen = gathered(f"SHA-256 {identity.manifest[:16]}" if identity.manifest else "none")
     if len(set(seen)) > 1:
         ranks = "; ".join(f"ranks {[r for r, s in enumerate(seen) if s == what][:8]}: {what}" for what in set(seen))
-        with told_by_rank_0(dist.get_rank()):
+        with reported_by_rank_0(dist.get_rank()):
             raise CheckpointError(
                 f"ranks do not see the same checkpoint in {identity.folder}: {MANIFEST_NAME} is, on {ranks}. "
                 "Put the whole folder where every node reads it."
@@ -283,9 +283,7 @@ def _choose(found: FoundCheckpoints, wanted: Wanted) -> ResumePlan:
         )
     if universal is not None:
         return ResumePlan(
-            "universal",
-            universal.folder,
-            f"resuming from universal checkpoint {_tell(universal)}: the only one there",
+            "universal", universal.folder, f"resuming from universal checkpoint {_tell(universal)}: the only one there"
         )
     if wanted.exit_on_missing_checkpoint:
         raise ResumeError(

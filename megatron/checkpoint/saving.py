@@ -73,8 +73,12 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
     seconds = time.perf_counter() - started
     log.info(
         "saved %s: %.1f MiB in %.2f s (%.2f GiB/s), state digest %s",
-        final, num_bytes / 2**20, seconds, num_bytes / 2**30 / seconds, total(digests),
-    )  # fmt: skip
+        final,
+        num_bytes / 2**20,
+        seconds,
+        num_bytes / 2**30 / seconds,
+        total(digests),
+    )
     return final
 
 
@@ -184,11 +188,7 @@ def _numbers(state: EngineState, interval: OwnedInterval) -> dict[str, Any]:
     """What ParameterInfo keeps beside the tensors."""
     shape = state.layouts[interval.name].shape
     own_shapes = {part.state: part.layout.shape for part in state.parts(interval) if part.layout.shape != shape}
-    return {
-        "step": state.step_of(interval.flat),
-        "scalars": state.scalars_of(interval.flat),
-        "shapes": own_shapes,
-    }
+    return {"step": state.step_of(interval.flat), "scalars": state.scalars_of(interval.flat), "shapes": own_shapes}
 
 
 def _fragments(topology: Topology, tables: list[list[tuple[str, int, int, int]]]) -> dict[str, list[list[int]]]:

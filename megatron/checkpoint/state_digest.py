@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron.engine.engine_state import MASTER, EngineState, StatePart
 from megatron.parallel.agreement import gathered
-from megatron.parallel.rank_errors import told_by_rank_0
+from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.digest import Digest, digest_runs
 from megatron.ucp.expert_digests import expert_elements, num_experts
 from megatron.ucp.fragment import Runs, clip_atomic
@@ -60,7 +60,7 @@ def state_digests(state: EngineState) -> dict[str, dict[str, str]]:
     counted = _summed(counted.to(device), None)
     num_holders = _summed(num_holders.to(device), None).cpu()
     wholes, context = wholes.to(device), state.context
-    # Of experts a rank that has all of its shard still has only some.
+    # A rank's shard of experts is the experts of its ep rank only: the others' are added.
     over_ep = _summed(wholes.clone(), context.ep_group, context.ep_size)
     is_dealt = torch.tensor([state.layouts[name].is_cut_over("ep") for name in names], device=device)
     held = torch.where(is_dealt[:, None, None], over_ep, wholes)
@@ -160,7 +160,7 @@ def _check_copies(
     dist.all_gather_object(everywhere, diverged)
     found = sorted({line for lines in everywhere for line in lines})
     if found:
-        with told_by_rank_0(dist.get_rank()):
+        with reported_by_rank_0(dist.get_rank()):
             raise DivergedCopiesError(
                 "copies of parameters that must be equal have drifted apart (a gradient was not reduced, or a copy "
                 "was written to); nothing was saved:\n  " + "\n  ".join(found[:40])

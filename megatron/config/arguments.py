@@ -20,12 +20,12 @@ from megatron.config.config import Config
 from megatron.config.data import DataConfig
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.flag import FlagField, flag_fields
+from megatron.config.implied_flags import fill_in_implied
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.presets import apply_preset
 from megatron.config.run import RunConfig
-from megatron.config.settle import settle
 from megatron.config.upstream_flags import ACCEPTED, REFUSED
 
 SECTIONS: dict[str, type] = {
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> ParseResult:
         raise ConfigError(problems)
 
     names = {occurrence.name for occurrence in given}
-    notes += settle({section: values for section, (_, values) in sections.items()}, names)
+    notes += fill_in_implied({section: values for section, (_, values) in sections.items()}, names)
     config = Config(**{section: owner(**values) for section, (owner, values) in sections.items()})
     return ParseResult(config, tuple(notes))
 
@@ -78,9 +78,11 @@ def parse(argv: Sequence[str]) -> ParseResult:
 def build_parser() -> argparse.ArgumentParser:
     """Every value is kept as text here and converted later, so that one mistyped value does not hide the next."""
     parser = _Parser(
-        prog="pretrain_gpt.py", allow_abbrev=False, argument_default=None,
+        prog="pretrain_gpt.py",
+        allow_abbrev=False,
+        argument_default=None,
         description="Train a GPT under any parallelism; resume it under any other.",
-    )  # fmt: skip
+    )
     parser.set_defaults(given=None)
     for section, owner in SECTIONS.items():
         group = parser.add_argument_group(section)

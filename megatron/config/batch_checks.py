@@ -47,9 +47,12 @@ def rampup_problems(
     found = "--rampup-batch-size " + " ".join(map(str, run.rampup_batch_size))
     if len(run.rampup_batch_size) != 3 or min(run.rampup_batch_size) < 1:
         yield Problem(
-            "--rampup-batch-size is not a ramp-up", found=found, expected="START INCREMENT SAMPLES, each at least 1",
-            flags=flags, fix="give three whole numbers: --rampup-batch-size 16 16 100000",
-        )  # fmt: skip
+            "--rampup-batch-size is not a ramp-up",
+            found=found,
+            expected="START INCREMENT SAMPLES, each at least 1",
+            flags=flags,
+            fix="give three whole numbers: --rampup-batch-size 16 16 100000",
+        )
         return
     if run.train_iters is not None:
         yield Problem(
@@ -61,9 +64,12 @@ def rampup_problems(
         )
     if run.global_batch_size is None:
         yield Problem(
-            "a ramp-up of the batch size needs its end", found=found, expected="--global-batch-size", flags=flags,
+            "a ramp-up of the batch size needs its end",
+            found=found,
+            expected="--global-batch-size",
+            flags=flags,
             fix="give --global-batch-size, the size after the ramp-up",
-        )  # fmt: skip
+        )
         return
     start, increment, _ = run.rampup_batch_size
     if run.global_batch_size < start or (run.global_batch_size - start) % increment:

@@ -43,6 +43,8 @@ def within(low: float, high: float, section: Any, *names: str, is_open_above: bo
         if not low <= value <= high or (is_open_above and value == high):
             above = "<" if is_open_above else "<="
             yield Problem(
-                f"{flag_of(name)} is out of range", found=f"{value:g}", expected=f"{low:g} <= value {above} {high:g}",
+                f"{flag_of(name)} is out of range",
+                found=f"{value:g}",
+                expected=f"{low:g} <= value {above} {high:g}",
                 flags=(flag_of(name),),
-            )  # fmt: skip
+            )

@@ -62,10 +62,15 @@ def _row(spec: FlagField) -> tuple[str, ...]:
 
 def _presets() -> list[tuple[str, ...]]:
     return [
-        (f"`{name}`", preset.family, f"{preset.num_parameters:,}" if preset.num_parameters else "",
-         preset.source, preset.differs)
+        (
+            f"`{name}`",
+            preset.family,
+            f"{preset.num_parameters:,}" if preset.num_parameters else "",
+            preset.source,
+            preset.differs,
+        )
         for name, preset in PRESETS.items()
-    ]  # fmt: skip
+    ]
 
 
 def _reasons(table: dict[str, UpstreamFlag]) -> list[tuple[str, str]]:

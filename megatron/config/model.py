@@ -38,9 +38,10 @@ class ModelConfig:
         None, help="width inside the MLP; default 4 x hidden (8/3 x hidden with SwiGLU)", unit="features"
     )
     num_key_value_heads: int | None = flag(
-        None, help="key/value heads of one block (grouped-query attention); default: as many as query heads",
+        None,
+        help="key/value heads of one block (grouped-query attention); default: as many as query heads",
         unit="heads",
-    )  # fmt: skip
+    )
     kv_channels: int | None = flag(None, help="features of one head; default: hidden / heads", unit="features")
     max_position_embeddings: int | None = flag(
         None, help="rows of the position table; default: the sequence length", unit="positions"
@@ -117,18 +118,24 @@ class ModelConfig:
         stores=False,
     )
     moe_router_jitter: float = flag(
-        0.0, "--moe-router-jitter", "--moe-input-jitter-eps",
+        0.0,
+        "--moe-router-jitter",
+        "--moe-input-jitter-eps",
         help="in training the router sees its input times a random 1 - this to 1 + this",
-    )  # fmt: skip
+    )
     moe_aux_loss_coeff: float = flag(
-        0.1, "--moe-loss-coeff", "--moe-aux-loss-coeff",
+        0.1,
+        "--moe-loss-coeff",
+        "--moe-aux-loss-coeff",
         help="of the load balancing loss of each MoE layer, which is 1 where experts are evenly used",
-    )  # fmt: skip
+    )
     moe_z_loss_coeff: float = flag(0.0, help="of the mean square of the router's log sum exp")
     moe_train_capacity_factor: float | None = flag(
-        None, "--moe-train-capacity-factor", "--moe-expert-capacity-factor",
+        None,
+        "--moe-train-capacity-factor",
+        "--moe-expert-capacity-factor",
         help="tokens of a sequence that an expert takes, in units of an even share; default: all that are sent to it",
-    )  # fmt: skip
+    )
     moe_eval_capacity_factor: float | None = flag(None, help="the same in evaluation; default: as in training")
     moe_min_capacity: int = flag(4, help="least number of tokens of a sequence that an expert takes", unit="tokens")
     moe_token_dropping: bool = flag(
@@ -139,10 +146,7 @@ class ModelConfig:
         "--recompute-granularity",
         help="activation checkpointing: whole blocks, or attention only",
         choices=("full", "selective"),
-        switches={
-            "--checkpoint-activations": "full",
-            "--recompute-activations": "selective",
-        },
+        switches={"--checkpoint-activations": "full", "--recompute-activations": "selective"},
     )
     recompute_method: str | None = flag(
         None,
@@ -152,9 +156,12 @@ class ModelConfig:
         choices=("uniform", "block"),
     )
     recompute_num_layers: int = flag(
-        1, "--recompute-num-layers", "--checkpoint-num-layers",
-        help="blocks in a checkpointed group (uniform) or blocks checkpointed (block)", unit="blocks",
-    )  # fmt: skip
+        1,
+        "--recompute-num-layers",
+        "--checkpoint-num-layers",
+        help="blocks in a checkpointed group (uniform) or blocks checkpointed (block)",
+        unit="blocks",
+    )
 
     def __post_init__(self) -> None:
         if self.ffn_hidden_size is None:

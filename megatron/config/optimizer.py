@@ -69,13 +69,17 @@ class OptimizerConfig:
     lr_wsd_decay_iters: int | None = flag(None, help="length of the last part of WSD", unit="iterations")
     lr_wsd_decay_samples: int | None = flag(None, help="length of the last part of WSD", unit="samples")
     override_opt_param_scheduler: bool = flag(
-        False, "--override-opt_param-scheduler", "--override-opt-param-scheduler",
+        False,
+        "--override-opt_param-scheduler",
+        "--override-opt-param-scheduler",
         help="on resume take the schedule from these flags where the checkpoint's differs",
-    )  # fmt: skip
+    )
     use_checkpoint_opt_param_scheduler: bool = flag(
-        False, "--use-checkpoint-opt_param-scheduler", "--use-checkpoint-opt-param-scheduler",
+        False,
+        "--use-checkpoint-opt_param-scheduler",
+        "--use-checkpoint-opt-param-scheduler",
         help="on resume take the schedule from the checkpoint where it differs from these flags",
-    )  # fmt: skip
+    )
     weight_decay: float = flag(0.01, help="decay of matrices (norms and biases are not decayed)")
     start_weight_decay: float | None = flag(None, help="first weight decay, with --weight-decay-incr-style")
     end_weight_decay: float | None = flag(None, help="last weight decay, with --weight-decay-incr-style")

@@ -24,9 +24,12 @@ class ParallelConfig:
     """Degrees of parallelism. The data parallel size is what is left of the world size."""
 
     tensor_model_parallel_size: int = flag(
-        1, "--tensor-model-parallel-size", "--model-parallel-size",
-        help="ranks that share one block's matrices", unit="ranks",
-    )  # fmt: skip
+        1,
+        "--tensor-model-parallel-size",
+        "--model-parallel-size",
+        help="ranks that share one block's matrices",
+        unit="ranks",
+    )
     pipeline_model_parallel_size: int = flag(1, help="pipeline stages", unit="stages")
     ds_sequence_parallel_size: int = flag(1, help="ranks that share one sequence (Ulysses)", unit="ranks")
     sequence_parallel: bool = flag(False, help="Megatron's sequence parallelism inside the tensor parallel group")
@@ -81,10 +84,6 @@ class ParallelConfig:
             found=f"world size {world_size}",
             expected=f"a multiple of {size} = {self.tensor_model_parallel_size} x "
             f"{self.pipeline_model_parallel_size} x {self.ds_sequence_parallel_size}",
-            flags=(
-                "--tensor-model-parallel-size",
-                "--pipeline-model-parallel-size",
-                "--ds-sequence-parallel-size",
-            ),
+            flags=("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--ds-sequence-parallel-size"),
             fix=f"start {' or '.join(neighbours)} ranks (--num_gpus / --nproc-per-node), or change a degree",
         )

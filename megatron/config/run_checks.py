@@ -58,9 +58,11 @@ def optimizer_problems(optimizer: OptimizerConfig, run: RunConfig) -> Iterator[P
         )
     elif start is not None and not 0 <= start <= end:
         yield Problem(
-            "weight decay does not rise", found=f"from {start:g} to {end:g}", expected="0 <= start <= end",
+            "weight decay does not rise",
+            found=f"from {start:g} to {end:g}",
+            expected="0 <= start <= end",
             flags=("--start-weight-decay", "--end-weight-decay"),
-        )  # fmt: skip
+        )
     for name in ("initial_loss_scale", "min_loss_scale"):
         scale = getattr(optimizer, name)
         if scale <= 0 or not math.log2(scale).is_integer():
@@ -141,9 +143,11 @@ def _schedule_problems(optimizer: OptimizerConfig, run: RunConfig) -> Iterator[P
     ]
     if len(warmups) > 1:
         yield Problem(
-            "the warm-up is given more than once", found=", ".join(map(flag_of, warmups)), expected="one of them",
+            "the warm-up is given more than once",
+            found=", ".join(map(flag_of, warmups)),
+            expected="one of them",
             flags=tuple(map(flag_of, warmups)),
-        )  # fmt: skip
+        )
     unit = "samples" if by_samples else "iters"
     decay = getattr(optimizer, f"lr_decay_{unit}")
     decay = getattr(run, f"train_{unit}") if decay is None else decay
@@ -202,9 +206,11 @@ def _json_problems(path: str) -> Iterator[Problem]:
         value: Any = json.loads(Path(path).read_text())
     except OSError as error:
         yield Problem(
-            "the DeepSpeed configuration cannot be read", found=f"{path}: {error.strerror}", flags=flags,
+            "the DeepSpeed configuration cannot be read",
+            found=f"{path}: {error.strerror}",
+            flags=flags,
             fix="give an existing JSON file, or drop the flag: it is computed from the flags",
-        )  # fmt: skip
+        )
     except ValueError as error:
         yield Problem("the DeepSpeed configuration is not JSON", found=f"{path}: {error}", flags=flags)
     else:
@@ -215,9 +221,11 @@ def _json_problems(path: str) -> Iterator[Problem]:
 def checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
     if checkpoint.save is not None and checkpoint.save_interval is None:
         yield Problem(
-            "--save without --save-interval", found=f"--save {checkpoint.save}",
-            flags=("--save", "--save-interval"), fix="give --save-interval ITERATIONS",
-        )  # fmt: skip
+            "--save without --save-interval",
+            found=f"--save {checkpoint.save}",
+            flags=("--save", "--save-interval"),
+            fix="give --save-interval ITERATIONS",
+        )
     if checkpoint.save_interval is not None:
         yield from at_least(1, checkpoint, "save_interval")
     for name in ("universal_checkpoint", "load_tag", "finetune", "load_strict", "exit_on_missing_checkpoint"):
@@ -231,9 +239,10 @@ def data_problems(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
     yield from at_least(0, data, "num_workers")
     if not data.data_path:
         yield Problem(
-            "--data-path is missing", flags=("--data-path",),
+            "--data-path is missing",
+            flags=("--data-path",),
             fix="give the dataset's prefix: --data-path training_datasets/gpt2_text_document",
-        )  # fmt: skip
+        )
     else:
         yield from _blend_problems(data)
     yield from _split_problems(data)
@@ -241,16 +250,19 @@ def data_problems(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
         path, flags = getattr(data, name), (flag_of(name), "--tokenizer-type")
         if path is None:
             yield Problem(
-                f"{flag_of(name)} is missing", found=f"--tokenizer-type {data.tokenizer_type}", flags=flags,
+                f"{flag_of(name)} is missing",
+                found=f"--tokenizer-type {data.tokenizer_type}",
+                flags=flags,
                 fix=f"give {flag_of(name)} PATH",
-            )  # fmt: skip
+            )
         elif not Path(path).exists():
             yield Problem(f"the file of {flag_of(name)} does not exist", found=str(Path(path).absolute()), flags=flags)
     if data.tokenizer_type == "NullTokenizer" and (model.vocab_size is None or model.vocab_size < 2):
         yield Problem(
             "a NullTokenizer does not know how many words there are",
-            flags=("--vocab-size", "--tokenizer-type"), fix="give --vocab-size",
-        )  # fmt: skip
+            flags=("--vocab-size", "--tokenizer-type"),
+            fix="give --vocab-size",
+        )
 
 
 def _blend_problems(data: DataConfig) -> Iterator[Problem]:
@@ -295,5 +307,7 @@ def _split_problems(data: DataConfig) -> Iterator[Problem]:
     if len(weights) != 3 or min(weights) < 0 or weights[0] <= 0:
         yield Problem(
             "--split is not three proportions with some training data",
-            found=data.split, expected="such as 949,50,1", flags=("--split",),
-        )  # fmt: skip
+            found=data.split,
+            expected="such as 949,50,1",
+            flags=("--split",),
+        )

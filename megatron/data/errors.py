@@ -12,13 +12,7 @@ class DataError(Exception):
     """Base of every error of megatron.data."""
 
     def __init__(
-        self,
-        what: str,
-        *,
-        found: object = None,
-        expected: object = None,
-        where: object = None,
-        do: str | None = None,
+        self, what: str, *, found: object = None, expected: object = None, where: object = None, do: str | None = None
     ):
         self.what = what
         self._fields = {"found": found, "expected": expected, "where": where, "do": do}

@@ -28,12 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.data.errors import (
-    CorruptDatasetError,
-    DatasetExistsError,
-    MissingDatasetError,
-    TokenRangeError,
-)
+from megatron.data.errors import CorruptDatasetError, DatasetExistsError, MissingDatasetError, TokenRangeError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -41,11 +41,7 @@ class Collator:
 
 
 def build_loader(
-    dataset,
-    indexer: SampleIndexer,
-    collator: Collator,
-    num_workers: int = 0,
-    pin_memory: bool = False,
+    dataset, indexer: SampleIndexer, collator: Collator, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
     """One batch per micro step of this rank, in the indexer's order, from `num_workers` processes."""
     return DataLoader(

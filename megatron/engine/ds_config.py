@@ -62,10 +62,7 @@ REFUSED = {
     ("zero_optimization", "zenflow"): "a state under ZenFlow cannot be resumed",
     ("checkpoint", "use_node_local_storage"): "the files of all ranks must be in one folder that all nodes share",
     ("compile", "deepcompile"): "a state under DeepCompile cannot be resumed",
-    (
-        "torch_autocast",
-        "enabled",
-    ): "its loss scale is neither saved nor known to routers; use --bf16 or --fp16",
+    ("torch_autocast", "enabled"): "its loss scale is neither saved nor known to routers; use --bf16 or --fp16",
     ("amp", "enabled"): f"{_GONE}; use --bf16 or --fp16",
     ("sparse_attention",): _GONE,
     ("sparse_gradients",): _GONE,

@@ -104,11 +104,11 @@ def build_engine(
     context: ParallelContext,
     mpu: Mpu,
     ds_config: dict[str, Any],
-    late: Mapping[str, str] | None = None,
+    trained_later: Mapping[str, str] | None = None,
     fused_kernels: str = "torch",
 ) -> PlainEngine | PipeEngine:
     """Collective over the world. `ds_config` is the merged dictionary of `ds_config.deepspeed_config`; `mpu` the one
-    that a plain model was constructed with (a pipeline has its own); `late` as `parameter_groups` takes it;
+    that a plain model was constructed with (a pipeline has its own); `trained_later` as `parameter_groups` takes it;
     `fused_kernels` is --fused-kernels. Raises DeepSpeedChangedError where this DeepSpeed lacks a name that is read,
     replaced or set."""
     require_names()
@@ -118,7 +118,7 @@ def build_engine(
         optimizer.weight_decay,
         has_matrices=optimizer.optimizer == "muon" and block is None,
         has_decoupled=optimizer.decoupled_lr is not None,
-        late=late,
+        trained_later=trained_later,
     )
     mark_expert_groups(groups)
     fused = fused_kernels if _steps_on_cuda(ds_config) else "torch"

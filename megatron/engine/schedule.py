@@ -16,13 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.config.optimizer import (
-    DECAY_STYLES,
-    WSD_DECAY_STYLES,
-    OptimizerConfig,
-    is_decayed,
-    is_decoupled,
-)
+from megatron.config.optimizer import DECAY_STYLES, WSD_DECAY_STYLES, OptimizerConfig, is_decayed, is_decoupled
 from megatron.ucp.json_checks import number, record, text, whole
 
 

@@ -66,8 +66,14 @@ class Kernels:
 
 NORMS = ("layer_norm", "rms_norm")
 OPERATIONS = (
-    *NORMS, "swiglu", "bias_gelu", "rope", "causal_softmax", "cross_entropy_statistics", "cross_entropy_gradient",
-)  # fmt: skip
+    *NORMS,
+    "swiglu",
+    "bias_gelu",
+    "rope",
+    "causal_softmax",
+    "cross_entropy_statistics",
+    "cross_entropy_gradient",
+)
 
 TORCH = Kernels(
     **{operation: getattr(reference, operation) for operation in OPERATIONS}, name=dict.fromkeys(OPERATIONS, "torch")
@@ -109,14 +115,18 @@ def _all_triton(device_type: str) -> Kernels:
     triton = importable("triton")
     if triton is None:
         raise _unavailable(
-            "triton", "no importable triton", "Triton, which torch's CUDA build brings",
+            "triton",
+            "no importable triton",
+            "Triton, which torch's CUDA build brings",
             "pip install triton, or --fused-kernels torch",
-        )  # fmt: skip
+        )
     if device_type != "cuda" and not triton.knobs.runtime.interpret:
         raise _unavailable(
-            "triton", f"a model on {device_type}", "a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1: slow)",
+            "triton",
+            f"a model on {device_type}",
+            "a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1: slow)",
             "--fused-kernels auto, which is torch here",
-        )  # fmt: skip
+        )
     return _triton()
 
 

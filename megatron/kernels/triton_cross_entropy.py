@@ -46,9 +46,16 @@ def cross_entropy_gradient(
     num_rows, width = state_nv.shape
     block = min(triton.next_power_of_2(width), MAX_BLOCK)
     gradient[(num_rows, triton.cdiv(width, block))](
-        state_nv, column_n.contiguous(), max_n.contiguous(), factor_n.contiguous(), hot_n.contiguous(),
-        width, num_true, BLOCK=block, num_warps=warps(block),
-    )  # fmt: skip
+        state_nv,
+        column_n.contiguous(),
+        max_n.contiguous(),
+        factor_n.contiguous(),
+        hot_n.contiguous(),
+        width,
+        num_true,
+        BLOCK=block,
+        num_warps=warps(block),
+    )
     return None
 
 

@@ -37,9 +37,16 @@ class _CausalSoftmax(torch.autograd.Function):
         p_bnqk = torch.empty_like(scores_bnqk)
         block = min(triton.next_power_of_2(s), MAX_BLOCK)
         softmax_forward[(b * n * s,)](
-            scores_bnqk, scores_bnqk if slopes_n is None else slopes_n, p_bnqk, n, s, scale,
-            HAS_SLOPES=slopes_n is not None, BLOCK=block, num_warps=warps(block),
-        )  # fmt: skip
+            scores_bnqk,
+            scores_bnqk if slopes_n is None else slopes_n,
+            p_bnqk,
+            n,
+            s,
+            scale,
+            HAS_SLOPES=slopes_n is not None,
+            BLOCK=block,
+            num_warps=warps(block),
+        )
         ctx.save_for_backward(p_bnqk)
         ctx.scale = scale
         return p_bnqk
@@ -58,9 +65,7 @@ class _CausalSoftmax(torch.autograd.Function):
 
 
 @triton.jit
-def softmax_forward(
-    scores_ptr, slopes_ptr, p_ptr, n, s, scale, HAS_SLOPES: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def softmax_forward(scores_ptr, slopes_ptr, p_ptr, n, s, scale, HAS_SLOPES: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     q = (row % s).to(tl.int32)
     slope = 0.0

@@ -102,8 +102,10 @@ class Attention(nn.Module):
         with self.streams.fork() if dropout else nullcontext():
             y_bnsd = F.scaled_dot_product_attention(
                 *(part.transpose(1, 2) for part in (q_bsnd, k_bsnd, v_bsnd)),
-                dropout_p=dropout, is_causal=True, enable_gqa=is_grouped,
-            )  # fmt: skip
+                dropout_p=dropout,
+                is_causal=True,
+                enable_gqa=is_grouped,
+            )
         return y_bnsd.transpose(1, 2)
 
     def _alibi_core(self, q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor) -> Tensor:

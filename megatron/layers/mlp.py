@@ -26,9 +26,14 @@ class Mlp(nn.Module):
         super().__init__()
         hidden, ffn, has_bias = model.hidden_size, width or model.ffn_hidden_size, model.add_bias_linear
         self.dense_h_to_4h = ColumnLinear(
-            hidden, 2 * ffn if model.swiglu else ffn, context, normal(model.init_method_std), has_bias,
-            parts=(Part(ffn), Part(ffn)) if model.swiglu else None, epilogue=activation(model, kernels),
-        )  # fmt: skip
+            hidden,
+            2 * ffn if model.swiglu else ffn,
+            context,
+            normal(model.init_method_std),
+            has_bias,
+            parts=(Part(ffn), Part(ffn)) if model.swiglu else None,
+            epilogue=activation(model, kernels),
+        )
         self.dense_4h_to_h = RowLinear(ffn, hidden, context, normal(output_std(model)), has_bias)
 
     def forward(self, x_bsh: Tensor) -> Tensor:

@@ -29,12 +29,7 @@ from megatron.parallel.context import ParallelContext
 
 class MoeMlp(nn.Module):
     def __init__(
-        self,
-        model: ModelConfig,
-        layer: int,
-        context: ParallelContext,
-        ledger: RouterLedger,
-        kernels: Kernels = TORCH,
+        self, model: ModelConfig, layer: int, context: ParallelContext, ledger: RouterLedger, kernels: Kernels = TORCH
     ) -> None:
         super().__init__()
         self.context, self.layer, self.ledger = context, layer, ledger

@@ -38,9 +38,14 @@ class Rotary:
     @classmethod
     def of(cls, model: ModelConfig) -> Rotary:
         return cls(
-            model.rotary_dim, model.rope_theta, model.rope_scaling_type, model.rope_scaling_factor,
-            model.rope_low_freq_factor, model.rope_high_freq_factor, model.rope_original_max_position_embeddings,
-        )  # fmt: skip
+            model.rotary_dim,
+            model.rope_theta,
+            model.rope_scaling_type,
+            model.rope_scaling_factor,
+            model.rope_low_freq_factor,
+            model.rope_high_freq_factor,
+            model.rope_original_max_position_embeddings,
+        )
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:
         """Radians per position of each pair, fp64 [rotary_dim / 2]."""

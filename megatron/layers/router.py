@@ -78,11 +78,12 @@ class Router(nn.Module):
         z = logits_bse.logsumexp(-1).square().mean()
         kept_bsk = self._within_capacity(experts_bsk, length)
         statistics = {
-            "load balancing loss": balance, "z loss": z,
+            "load balancing loss": balance,
+            "z loss": z,
             "dropped": 1.0 - kept_bsk.float().mean(),
             "entropy": -(probs_bse * probs_bse.clamp(min=1e-20).log()).sum(-1).mean(),
             "tokens": own_be.sum(0),
-        }  # fmt: skip
+        }
         return Routing(
             experts_bsk.masked_fill(~kept_bsk, -1).view(-1, topk),
             gates_bsk.reshape(-1, topk),

@@ -8,7 +8,7 @@ count once for each micro batch whose gradient is used: not in evaluation, nor a
     ledger = RouterLedger()
     y_bsh = ledger.attached(y_bsh, routing, layer=3)          # in forward
     ledger.scale = loss_scale / num_micro_batches             # before a step: what backward starts from
-    seen = ledger.taken()                                     # after a step, once: {layer: {"entropy": ..., ...}}
+    seen = ledger.take_means()                                     # after a step, once: {layer: {"entropy": ..., ...}}
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RouterLedger:
             return y
         return _Attached.apply(y, routing.loss, routing.statistics, self, layer)
 
-    def taken(self) -> dict[int, dict[str, Tensor]]:
+    def take_means(self) -> dict[int, dict[str, Tensor]]:
         """By layer, the means over micro batches since the last call, of this rank's tokens."""
         means = {
             layer: {name: total / self._counts[layer] for name, total in sums.items()}

@@ -70,12 +70,12 @@ def parameter_groups(
     *,
     has_matrices: bool = False,
     has_decoupled: bool = False,
-    late: Mapping[str, str] | None = None,
+    trained_later: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """For torch optimizers and DeepSpeed: matrices decay, biases and norms do not, frozen parameters are left out. No
     group is empty. Experts are in groups of their own; with `has_matrices` the linear layers' matrices too (Muon), with
-    `has_decoupled` the word embedding and the output layer (--decoupled-lr). What `late` names is in groups apart, with
-    what it says at the end of the group's name (training/trainable.py)."""
+    `has_decoupled` the word embedding and the output layer (--decoupled-lr). What `trained_later` names is in groups
+    apart, with what it says at the end of the group's name (training/trainable.py)."""
     parameter_layouts(model)  # so that an undeclared parameter is named, not an AttributeError
     order = (MATRICES, DECAY, NO_DECAY, DECOUPLED, DECOUPLED_NO_DECAY, EXPERTS, EXPERTS_NO_DECAY)
     members: dict[str, list[nn.Parameter]] = {name: [] for name in order}
@@ -90,14 +90,10 @@ def parameter_groups(
         elif param.kind == "experts":
             group = EXPERTS if param.is_decayed else EXPERTS_NO_DECAY
         if group != MATRICES:  # Muon's momentum has no step to count from
-            group += (late or {}).get(param_name, "")
+            group += (trained_later or {}).get(param_name, "")
         members.setdefault(group, []).append(param)
     return [
-        {
-            "name": name,
-            "params": params,
-            "weight_decay": weight_decay if is_decayed(name) else 0.0,
-        }
+        {"name": name, "params": params, "weight_decay": weight_decay if is_decayed(name) else 0.0}
         for name, params in members.items()
         if params
     ]

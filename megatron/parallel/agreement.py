@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron.parallel.rank_errors import TOLD_ELSEWHERE
+from megatron.parallel.rank_errors import REPORTED_ELSEWHERE
 
 
 class OtherRankError(RuntimeError):
@@ -65,5 +65,5 @@ def stops_all_ranks(what: str) -> Iterator[None]:
         return
     teller, rank = min(failed), dist.get_rank()
     error = failures.own or OtherRankError(f"{what} failed on {failures.how_many}\nrank {teller}: {failed[teller]}")
-    setattr(error, TOLD_ELSEWHERE, rank != teller and failed.get(rank, failed[teller]) == failed[teller])
+    setattr(error, REPORTED_ELSEWHERE, rank != teller and failed.get(rank, failed[teller]) == failed[teller])
     raise error

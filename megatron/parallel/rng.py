@@ -79,9 +79,12 @@ class RandomStreams:
         before = self._states()
         # torch's own handling covers only the default stream, so it is off and both are replayed here.
         return checkpoint(
-            function, *args, use_reentrant=False, preserve_rng_state=False,
+            function,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
             context_fn=lambda: (nullcontext(), self._replay(before)),
-        )  # fmt: skip
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         default, tensor_parallel = self._states()

@@ -55,8 +55,9 @@ class Batches:
             log.warning(
                 "warning: --eod-mask-loss masks nothing in %s: the tokenizer's end-of-document id %d was not found "
                 "there. Was the data made with another tokenizer, or without --append-eod?",
-                ", ".join(prefixes), eod,
-            )  # fmt: skip
+                ", ".join(prefixes),
+                eod,
+            )
 
     def train_order(self) -> dict[str, Any]:
         """What a resumed run must have in common with its Source, for every sample to be seen once, in order."""

@@ -39,13 +39,13 @@ from megatron.model.flops import flops_per_token, num_parameters
 from megatron.parallel.agreement import stops_all_ranks
 from megatron.parallel.context import ParallelContext, build_context
 from megatron.parallel.mpu import Mpu
-from megatron.parallel.rank_errors import told_by_rank_0
+from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.parallel.rng import RandomStreams
 from megatron.training.batches import Batches
 from megatron.training.launch import LaunchInfo
 from megatron.training.loop import Run
 from megatron.training.tensorboard import RunLog
-from megatron.training.trainable import freeze, late_parameters, refuse_buffers
+from megatron.training.trainable import freeze, parameters_trained_later, refuse_buffers
 from megatron.ucp.commit import RUN_MARK
 from megatron.ucp.owner import claimed
 
@@ -93,31 +93,37 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
         batches = Batches(config, context, eod=tokenizer.eod, start=start)
     mpu = Mpu(context)
     construction = partitioned_construction(ds_config, mpu)
-    model = build_model(
-        config.model, config.parallel, context, streams, config.run.seed, construction, kernels, ledger
-    )  # fmt: skip
+    model = build_model(config.model, config.parallel, context, streams, config.run.seed, construction, kernels, ledger)
     with stops_all_ranks("building the model"):
         layouts = parameter_layouts(model)
         refuse_buffers(model)
     freeze(model, config.optimizer.freeze_parameters, context)
     with stops_all_ranks("reading the checkpoint's parameter groups"):
-        late = _late(config, plan)
+        trained_later = _trained_later(config, plan)
     engine = build_engine(
-        config.optimizer, model, context, mpu, ds_config, late, fused_kernels=config.run.fused_kernels
+        config.optimizer, model, context, mpu, ds_config, trained_later, fused_kernels=config.run.fused_kernels
     )
     schedule = LearningRateSchedule(config.optimizer, config.length.planned_samples, config.run.global_batch_size)
     schedule.attach(engine.optimizer)
     live = LiveRun.of(
-        engine, context, layouts, streams, schedule,
+        engine,
+        context,
+        layouts,
+        streams,
+        schedule,
         model=_identity(config.model),
         train_order=batches.train_order(),
         batch_sizes=config.batch_sizes,
         padded_vocab_size=config.model.padded_vocab_size(topology.tp_size),
-    )  # fmt: skip
+    )
     log.info(
         "%s, ZeRO-%d, %s, %s parameters, %d ranks",
-        topology, zero_stage, config.optimizer.precision, f"{num_parameters(config.model):,}", launch.world_size,
-    )  # fmt: skip
+        topology,
+        zero_stage,
+        config.optimizer.precision,
+        f"{num_parameters(config.model):,}",
+        launch.world_size,
+    )
     with stops_all_ranks("checking the optimizer"):
         live.state.check_optimizer(is_saved=config.checkpoint.save is not None)
     progress = Progress()
@@ -132,16 +138,7 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
             {layer: config.model.num_experts_of(layer) for layer in config.model.moe_layers},
             config.run.tensorboard_queue_size,
         )
-    return Run(
-        config,
-        live,
-        batches,
-        progress,
-        run_log,
-        flops_per_token(config.model),
-        ledger,
-        ownership,
-    )
+    return Run(config, live, batches, progress, run_log, flops_per_token(config.model), ledger, ownership)
 
 
 def _tokenizer(config: Config) -> Tokenizer:
@@ -199,7 +196,7 @@ def _plan(config: Config, topology: Any, zero_stage: int) -> ResumePlan:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        with told_by_rank_0(dist.get_rank()):
+        with reported_by_rank_0(dist.get_rank()):
             raise outcome[1]
     return dataclasses.replace(outcome[0], opened=opened)
 
@@ -211,11 +208,11 @@ def _start(config: Config, plan: ResumePlan) -> Progress:
     return progress_of(plan.opened.source.manifest.common, config.batch_sizes)
 
 
-def _late(config: Config, plan: ResumePlan) -> dict[str, str]:
+def _trained_later(config: Config, plan: ResumePlan) -> dict[str, str]:
     """Parameters whose optimizer states began after the others', if any are loaded."""
     if plan.opened is None or not _load_options(config).with_optimizer:
         return {}
-    return late_parameters(plan.opened.source.manifest)
+    return parameters_trained_later(plan.opened.source.manifest)
 
 
 def _load_options(config: Config) -> LoadOptions:
@@ -232,11 +229,26 @@ def _identity(model: ModelConfig) -> dict[str, Any]:
     """What a Source must agree on: the values that decide the atomic parameters and the function they compute. Of
     parts that the model does not have, none."""
     names = [
-        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "kv_channels",
-        "vocab_size", "normalization", "layernorm_epsilon", "swiglu", "positions",
-        "untie_embeddings_and_output_weights", "add_bias_linear", "qk_layernorm", "embed_layernorm",
-        "use_parallel_residual", "has_qkv_bias", "has_attention_output_bias", "add_output_layer_bias",
-    ]  # fmt: skip
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "kv_channels",
+        "vocab_size",
+        "normalization",
+        "layernorm_epsilon",
+        "swiglu",
+        "positions",
+        "untie_embeddings_and_output_weights",
+        "add_bias_linear",
+        "qk_layernorm",
+        "embed_layernorm",
+        "use_parallel_residual",
+        "has_qkv_bias",
+        "has_attention_output_bias",
+        "add_output_layer_bias",
+    ]
     if model.positions == "learned_absolute":
         names.append("max_position_embeddings")
     if model.positions == "rope":
@@ -248,9 +260,12 @@ def _identity(model: ModelConfig) -> dict[str, Any]:
     if model.has_experts:
         identity["num_experts"] = [model.num_experts_of(layer) for layer in range(model.num_layers)]
         of_experts = (
-            "topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_score_function",
+            "topk",
+            "moe_ffn_hidden_size",
+            "moe_shared_expert_intermediate_size",
+            "moe_router_score_function",
             "moe_normalize_topk",
-        )  # fmt: skip
+        )
         identity |= {name: getattr(model, name) for name in of_experts}
     return identity
 
@@ -270,11 +285,7 @@ def _describe(
         "precision": config.optimizer.precision,
         "resumed_from": resumed_from,
         "commit": _commit(),
-        "versions": {
-            "megatron": megatron.__version__,
-            "deepspeed": deepspeed.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": {"megatron": megatron.__version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__},
         "config": dataclasses.asdict(config),
     }
 

@@ -51,7 +51,7 @@ def expert_metrics(
     layers = [layer for layer in model.moe_layers if model.num_experts_of(layer) > 1]
     if not layers:
         return ()
-    seen = ledger.taken()
+    seen = ledger.take_means()
     width = 1 + len(_SCALARS) + max(model.num_experts_of(layer) for layer in layers)
     table = torch.zeros(len(layers), width, dtype=torch.float64, device=device)
     for row, layer in enumerate(layers):

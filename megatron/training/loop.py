@@ -24,7 +24,7 @@ from megatron.checkpoint.saving import save
 from megatron.config.config import Config
 from megatron.engine.steps import backward_scale, evaluate, set_global_batch_size, train_step
 from megatron.layers.router_ledger import RouterLedger
-from megatron.parallel.rank_errors import told_by_rank_0
+from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.training.batches import Batches
 from megatron.training.expert_metrics import expert_metrics
 from megatron.training.metrics import Rate, StepMetrics, Throughput, console_line, duration
@@ -78,8 +78,10 @@ def fit(run: Run, begins: Callable[[int], None] = lambda iteration: None) -> Pro
     if progress.iteration >= last_iteration:
         log.info(
             "nothing to train: iteration %d of %d is reached, %d samples",
-            progress.iteration, last_iteration, progress.consumed_train_samples,
-        )  # fmt: skip
+            progress.iteration,
+            last_iteration,
+            progress.consumed_train_samples,
+        )
         return progress
     started = time.monotonic()
     stop = StopSignal.install(config.run.exit_signal) if config.run.exit_signal_handler else None
@@ -137,7 +139,7 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
         ) from error
     is_skipped = engine.skipped_steps > skipped_before
     if not math.isfinite(loss) and not is_skipped:
-        with told_by_rank_0(dist.get_rank()):
+        with reported_by_rank_0(dist.get_rank()):
             raise NonFiniteLossError(
                 f"loss is {loss} at iteration {progress.iteration + 1} (learning rate {learning_rate:.3e}). The last "
                 "checkpoint is untouched; resume from it with a lower --lr, or look at the data of this iteration."
@@ -171,7 +173,7 @@ def _explained_loss_scale(iteration: int) -> Iterator[None]:
     except Exception as error:
         if "loss scale already at minimum" not in str(error):
             raise
-        with told_by_rank_0(dist.get_rank()):
+        with reported_by_rank_0(dist.get_rank()):
             raise LossScaleError(
                 f"the gradients of iteration {iteration} overflow at the smallest loss scale. The last checkpoint is "
                 "untouched; resume from it with --bf16, a lower --lr or a lower --min-loss-scale."

@@ -137,8 +137,11 @@ class Presence:
                 told.add(sign.rank)
                 log.warning(
                     "warning: %s has not answered for %d s. Collectives wait for it up to %g minutes "
-                    "(--distributed-timeout-minutes)", sign, now - since, self._timeout_minutes,
-                )  # fmt: skip
+                    "(--distributed-timeout-minutes)",
+                    sign,
+                    now - since,
+                    self._timeout_minutes,
+                )
 
     def _say(self) -> None:
         self._count += 1

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 
-from megatron.parallel.rank_errors import TOLD_ELSEWHERE
+from megatron.parallel.rank_errors import REPORTED_ELSEWHERE
 
 FORMAT = "[%(asctime)s] %(message)s"
 DATE_FORMAT = "%H:%M:%S"
@@ -43,7 +43,7 @@ def report_errors() -> Iterator[None]:
     except Exception as error:
         if not _explains_itself(error):
             raise
-        if getattr(error, TOLD_ELSEWHERE, False):
+        if getattr(error, REPORTED_ELSEWHERE, False):
             # A launcher ends all ranks once it sees one end: the one that tells comes first.
             time.sleep(1)
         else:

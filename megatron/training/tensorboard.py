@@ -22,9 +22,12 @@ from megatron.training.metrics import Rate, StepMetrics
 RUN_FILE = "run.json"
 
 _OF_STEPS = (
-    "lm-loss-training/lm loss", "learning-rate/learning-rate", "grad-norm/grad-norm", "batch-size/batch-size",
+    "lm-loss-training/lm loss",
+    "learning-rate/learning-rate",
+    "grad-norm/grad-norm",
+    "batch-size/batch-size",
     "loss-scale/loss-scale",
-)  # fmt: skip
+)
 _OF_RATES = ("iteration-time/iteration-time", "throughput/tokens per second", "throughput/TFLOPs per rank")
 _OF_ROUTERS = ("load balancing loss", "z loss", "router entropy", "dropped")
 _OF_VALIDATION = ("lm loss validation", "lm loss validation ppl")

@@ -1,7 +1,7 @@
 """Which parameters are trained: --freeze-parameters, and those that begin to be trained late.
 
 freeze(model, ("embedding.*",), context)        # collective; requires_grad False, before the engine is built
-late = late_parameters(manifest)                # of the Source: name -> suffix of its parameter group
+suffixes = parameters_trained_later(manifest)                # of the Source: name -> suffix of its parameter group
 
 A parameter that was frozen in the Source has no moments: it starts with zeros, as on a first step. Adam divides a
 young moment by 1 - beta^step, and ZeRO keeps one step for a whole group; with the others' step its first updates would
@@ -22,7 +22,7 @@ from megatron.config.errors import ConfigError, Problem
 from megatron.config.optimizer import SINCE
 from megatron.parallel.agreement import gathered
 from megatron.parallel.context import ParallelContext
-from megatron.parallel.rank_errors import told_by_rank_0
+from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.manifest import Manifest
 
 _FLAG = "--freeze-parameters"
@@ -44,7 +44,7 @@ def freeze(model: nn.Module, patterns: Sequence[str], context: ParallelContext) 
     everywhere = gathered((context.pp_rank, trained))
     problems = _problems(patterns, everywhere)
     if problems:
-        with told_by_rank_0(dist.get_rank()):
+        with reported_by_rank_0(dist.get_rank()):
             raise ConfigError(problems)
 
 
@@ -62,16 +62,19 @@ def _problems(patterns: Sequence[str], everywhere: list[tuple[int, dict[str, boo
     ]
     idle = sorted({stage for stage, trained in everywhere if not any(trained.values())})
     if idle:
+        has_stages = len({stage for stage, _ in everywhere}) > 1
+        where = (
+            f" on pipeline stage {', '.join(map(str, idle))}: DeepSpeed's pipeline needs an optimizer on every stage, "
+            "and gradients through it"
+        )
         problems.append(
             Problem(
-                "nothing is left to train" if len({stage for stage, _ in everywhere}) == 1 else
-                f"nothing is left to train on pipeline stage {', '.join(map(str, idle))}: DeepSpeed's pipeline needs "
-                "an optimizer on every stage, and gradients through it",
+                "nothing is left to train" + where * has_stages,
                 found=" ".join((_FLAG, *patterns)),
                 flags=(_FLAG, "--pipeline-model-parallel-size"),
                 fix="freeze less, or use fewer pipeline stages",
             )
-        )  # fmt: skip
+        )
     return problems
 
 
@@ -79,16 +82,16 @@ def _is_matched(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def late_parameters(source: Manifest) -> dict[str, str]:
+def parameters_trained_later(source: Manifest) -> dict[str, str]:
     """Name -> what its group's name ends with, of the parameters that the Source has frozen and of those that were
     frozen at some time before. Others keep the group that a fresh run gives them."""
-    late = {}
+    suffixes = {}
     for name, info in source.parameters.items():
         if not info.is_trainable:
-            late[name] = f"{SINCE}{source.iteration or 0}"
+            suffixes[name] = f"{SINCE}{source.iteration or 0}"
         elif match := re.search(rf"{SINCE}\d+$", info.group):
-            late[name] = match[0]
-    return late
+            suffixes[name] = match[0]
+    return suffixes
 
 
 def refuse_buffers(model: nn.Module) -> None:

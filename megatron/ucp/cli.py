@@ -114,12 +114,7 @@ def _verify(arguments: argparse.Namespace) -> tuple[int, Any, str]:
     report = verify(
         arguments.folder, num_workers=arguments.num_workers, column_parallel=tuple(arguments.column_parallel)
     )
-    data = {
-        **asdict(report),
-        "folder": str(report.folder),
-        "is_sound": report.is_sound,
-        "is_proven": report.is_proven,
-    }
+    data = {**asdict(report), "folder": str(report.folder), "is_sound": report.is_sound, "is_proven": report.is_proven}
     lines = [f"  {finding}" for finding in report.findings]
     verdict = "sound" if report.is_sound else f"NOT sound, {len(lines)} finding(s)"
     # Of a folder that is not sound the tensors may not have been read at all.

@@ -45,9 +45,7 @@ def stage(final: str | Path, replace: bool = False) -> Path:
     staging = final.with_name(final.name + STAGING_SUFFIX)
     if os.path.lexists(final) and not replace:
         raise OutputExistsError(
-            "the output is already there",
-            where=final,
-            do="choose another folder, or remove this one yourself",
+            "the output is already there", where=final, do="choose another folder, or remove this one yourself"
         )
     final.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(staging):

@@ -26,15 +26,8 @@ from typing import Any
 from megatron.ucp.commit import commit, point_to, stage
 from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors, require_space
-from megatron.ucp.errors import (
-    CorruptFileError,
-    DigestMismatchError,
-    OutputExistsError,
-    SourceError,
-    UcpError,
-    listed,
-)
-from megatron.ucp.experts import holding
+from megatron.ucp.errors import CorruptFileError, DigestMismatchError, OutputExistsError, SourceError, UcpError, listed
+from megatron.ucp.expert_labels import experts_clause
 from megatron.ucp.file_table import changed_files, require_unchanged
 from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import Manifest, write_manifest
@@ -211,7 +204,7 @@ def _naming_files(error: UcpError, source: Source) -> UcpError:
         return error
     return type(error)(
         f"{error.what}; {len(changed)} file(s) changed since they were written: {listed(changed)}"
-        + holding(source.manifest, changed),
+        + experts_clause(source.manifest, changed),
         found=error.found,
         expected=error.expected,
         where=error.where,

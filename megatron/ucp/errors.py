@@ -36,13 +36,7 @@ class UcpError(Exception):
     """Base of every error of megatron.ucp."""
 
     def __init__(
-        self,
-        what: str,
-        *,
-        found: object = None,
-        expected: object = None,
-        where: object = None,
-        do: str | None = None,
+        self, what: str, *, found: object = None, expected: object = None, where: object = None, do: str | None = None
     ):
         self.what, self.found, self.expected, self.where, self.do = what, found, expected, where, do
         parts = [_clipped(what, _MAX_TEXT)]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron.ucp.commit import checksum_of
 from megatron.ucp.errors import CorruptFileError, ManifestError, MissingFileError, UnsafePathError, listed
-from megatron.ucp.experts import holding
+from megatron.ucp.expert_labels import experts_clause
 from megatron.ucp.manifest import Manifest
 from megatron.ucp.safe_paths import existing_file, open_file
 
@@ -30,7 +30,7 @@ def require_sizes(folder: str | Path, manifest: Manifest) -> None:
     kind, what = (MissingFileError, "missing") if missing else (CorruptFileError, "not as long as they were written")
     raise kind(
         f"{len(missing) or len(faults)} file(s) of the checkpoint are {what}",
-        found=listed([*(f"{path}: missing" for path in missing), *faults.values()]) + holding(manifest, names),
+        found=listed([*(f"{path}: missing" for path in missing), *faults.values()]) + experts_clause(manifest, names),
         where=folder,
         do="bring the files of every node, of this save, into this folder",
     )
@@ -57,7 +57,7 @@ def require_unchanged(
     if faults:
         raise CorruptFileError(
             f"{len(faults)} file(s) of the checkpoint are not the ones that were written",
-            found=listed(faults.values()) + holding(manifest, faults),
+            found=listed(faults.values()) + experts_clause(manifest, faults),
             where=folder,
             do="copy these files again from where they were saved",
         )

@@ -244,9 +244,7 @@ def read_manifest_bytes(folder: str | Path) -> bytes:
     path = Path(folder) / MANIFEST_NAME
     if not os.path.lexists(path):
         raise NotACheckpointError(
-            f"no {MANIFEST_NAME} in the folder",
-            where=folder,
-            do="give a folder that a save or a conversion completed",
+            f"no {MANIFEST_NAME} in the folder", where=folder, do="give a folder that a save or a conversion completed"
         )
     with open_file(folder, MANIFEST_NAME) as file:
         raw = file.read(MAX_BYTES + 1)

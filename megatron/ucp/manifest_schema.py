@@ -71,9 +71,17 @@ FIELDS = (
 )
 """Of version 2, all of them required."""
 REQUIRED_IN_VERSION_1 = (
-    "format_version", "kind", "topology", "parameters", "zero_stage", "is_pipelined", "optimizer", "common", "digests",
+    "format_version",
+    "kind",
+    "topology",
+    "parameters",
+    "zero_stage",
+    "is_pipelined",
+    "optimizer",
+    "common",
+    "digests",
     "files",
-)  # fmt: skip
+)
 
 
 def manifest_faults(data: Mapping[str, Any]) -> list[str]:

@@ -55,9 +55,7 @@ class Topology:
             raise UcpError("a parallel degree must be a whole number of at least 1", found=bad)
         if self.zero_size % self.ep_size:
             raise UcpError(
-                "ep_size must divide dp_size x sp_size",
-                found=f"ep_size {self.ep_size}",
-                expected=self.zero_size,
+                "ep_size must divide dp_size x sp_size", found=f"ep_size {self.ep_size}", expected=self.zero_size
             )
 
     @property

@@ -20,7 +20,7 @@ from megatron.ucp.digest import Digest, digest_runs, total
 from megatron.ucp.errors import NotACheckpointError, UcpError
 from megatron.ucp.execute import check_replicas, gather
 from megatron.ucp.expert_digests import changed_experts
-from megatron.ucp.experts import holding, numbered
+from megatron.ucp.expert_labels import experts_clause, label_of
 from megatron.ucp.file_table import file_faults
 from megatron.ucp.fragment import tiling_faults, whole_runs
 from megatron.ucp.identity import Identity
@@ -102,7 +102,7 @@ def _check_files(folder: Path, manifest: Manifest, num_workers: int) -> list[str
         return []
     extra = [f"{path}: not in the table of files" for path in sorted(set(data_files(folder)) - set(manifest.files))]
     faults = file_faults(folder, manifest, num_workers)
-    return [*(f"{line}{holding(manifest, [path])}" for path, line in faults.items()), *extra]
+    return [*(f"{line}{experts_clause(manifest, [path])}" for path, line in faults.items()), *extra]
 
 
 def _check_side_files(source: Source) -> list[str]:
@@ -137,6 +137,6 @@ def _check_state(source: Source, name: str, state: str) -> tuple[Digest | None, 
         return None, str(error)  # names the parameter, or the file: then it is one finding for all its parameters
     saved = source.manifest.digests.get(name, {}).get(state)
     if saved is not None and saved != digest.hex():
-        experts = numbered(changed_experts(source, name, state))
+        experts = label_of(changed_experts(source, name, state))
         return digest, f"{name} ({state}){experts}: state digest {digest.hex()}, {saved} was saved"
     return digest, None

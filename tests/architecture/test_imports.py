@@ -115,10 +115,7 @@ def test_planted_faults_are_found():
 @pytest.mark.parametrize(
     "module, forbidden",
     [
-        (
-            "megatron.ucp",
-            ("deepspeed", *TRAINER, "megatron.model", "megatron.layers", "megatron.config"),
-        ),
+        ("megatron.ucp", ("deepspeed", *TRAINER, "megatron.model", "megatron.layers", "megatron.config")),
         ("megatron.ucp.cli", ("deepspeed", "transformers", *TRAINER, "megatron.config")),
         ("megatron.data", ("deepspeed", "megatron.ucp", *TRAINER)),
         ("megatron.config.arguments", ("deepspeed", "torch", *TRAINER)),

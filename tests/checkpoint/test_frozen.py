@@ -104,9 +104,11 @@ def _first_masters(rank: int, world_size: int, argv: list[str]) -> dict[str, str
 
 
 def _is_frozen(name: str) -> bool:
-    return name.startswith(("embedding.", "layers.0.")) or name == "final_norm.weight" or (
-        name.startswith("layers.2.mlp.") and name.endswith(".bias")
-    )  # fmt: skip
+    return (
+        name.startswith(("embedding.", "layers.0."))
+        or name == "final_norm.weight"
+        or (name.startswith("layers.2.mlp.") and name.endswith(".bias"))
+    )
 
 
 # -- training and saving --------------------------------------------------------------------------------------------

@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 from ucp.synthetic import make_state, model, write_native
 
-from megatron.checkpoint.resume import (
-    Found,
-    FoundCheckpoints,
-    ResumeError,
-    Wanted,
-    choose_resume,
-    find_checkpoints,
-)
+from megatron.checkpoint.resume import Found, FoundCheckpoints, ResumeError, Wanted, choose_resume, find_checkpoints
 from megatron.ucp.errors import NotACheckpointError
 from megatron.ucp.manifest import Manifest, read_manifest, write_manifest
 from megatron.ucp.topology import Topology

@@ -80,8 +80,11 @@ def test_upstream_defaults() -> None:
     assert (config.optimizer.adam_beta1, config.optimizer.adam_beta2, config.optimizer.adam_eps) == (0.9, 0.999, 1e-8)
     assert (config.optimizer.clip_grad, config.optimizer.initial_loss_scale) == (1.0, 2**32)
     assert (config.run.seed, config.run.log_interval, config.run.eval_iters, config.run.eval_interval) == (
-        1234, 100, 100, 1000,
-    )  # fmt: skip
+        1234,
+        100,
+        100,
+        1000,
+    )
     assert config.data.split_weights == (969.0, 30.0, 1.0)
     assert config.run.distributed_backend == "nccl"
 
@@ -89,10 +92,15 @@ def test_upstream_defaults() -> None:
 def test_every_mistake_is_named_at_once() -> None:
     text = problems_of("--num-layer", "2", "--hidden-size", "big", "--batch-size", "4", "--bf16", "--fp16")
     for part in (
-        "unknown flag --num-layer", "did you mean --num-layers", "--hidden-size has a value", "big",
-        "--batch-size is refused", "--bf16 and --fp16", "--micro-batch-size is missing",
+        "unknown flag --num-layer",
+        "did you mean --num-layers",
+        "--hidden-size has a value",
+        "big",
+        "--batch-size is refused",
+        "--bf16 and --fp16",
+        "--micro-batch-size is missing",
         "--num-attention-heads is missing",
-    ):  # fmt: skip
+    ):
         assert part in text
     assert "9 problems" not in text and text.startswith("the configuration has 8 problems")
 

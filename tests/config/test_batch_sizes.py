@@ -13,7 +13,7 @@ RAMPS = [
     (12, (2, 5, 7), [(0, 2), (2, 2), (4, 7), (11, 12)]),
     (40, (4, 4, 9), [(0, 4), (4, 20), (24, 40)]),  # whole sizes are passed over
     (8, (8, 4, 100), [(0, 8), (8, 8)]),  # no increment at all
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("final, rampup, steps", RAMPS)

@@ -15,9 +15,18 @@ from megatron.config.model_checks import model_problems
 from megatron.config.presets import PRESETS
 
 NAMED = (
-    "gpt-125m", "gpt-350m", "gpt-7b", "gpt-176b", "llama-3.1-8b", "bloom-176b", "phi-3.5-moe-42b", "yulan-mini-2.4b",
-    "mixtral-8x7b", "qwen3-0.6b", "smollm2-135m",
-)  # fmt: skip
+    "gpt-125m",
+    "gpt-350m",
+    "gpt-7b",
+    "gpt-176b",
+    "llama-3.1-8b",
+    "bloom-176b",
+    "phi-3.5-moe-42b",
+    "yulan-mini-2.4b",
+    "mixtral-8x7b",
+    "qwen3-0.6b",
+    "smollm2-135m",
+)
 
 
 def parsed(name: str, *argv: str):

@@ -6,12 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from megatron.data.errors import (
-    CorruptDatasetError,
-    DatasetExistsError,
-    MissingDatasetError,
-    TokenRangeError,
-)
+from megatron.data.errors import CorruptDatasetError, DatasetExistsError, MissingDatasetError, TokenRangeError
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, best_dtype
 
 # Two documents, [1, 2, 65535] and [7], as Megatron writes them with uint16: byte for byte from the format.

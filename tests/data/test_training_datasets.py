@@ -20,12 +20,7 @@ def test_sha256(name):
 
 
 def test_all_are_listed_and_small_enough_for_git():
-    assert sorted(SUMS) == [
-        "gpt2-merges.txt",
-        "gpt2-vocab.json",
-        "gpt2_text_document.bin",
-        "gpt2_text_document.idx",
-    ]
+    assert sorted(SUMS) == ["gpt2-merges.txt", "gpt2-vocab.json", "gpt2_text_document.bin", "gpt2_text_document.idx"]
     assert sum(p.stat().st_size for p in DATA.iterdir() if p.is_file()) < 12_000_000
 
 

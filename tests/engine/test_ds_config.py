@@ -30,11 +30,15 @@ ARTIFACT: dict[str, Any] = {
     "zero_optimization": {"stage": 1},
     "bf16": {"enabled": False},
     "fp16": {
-        "enabled": True, "loss_scale": 0, "loss_scale_window": 50, "hysteresis": 2, "min_loss_scale": 1,
+        "enabled": True,
+        "loss_scale": 0,
+        "loss_scale_window": 50,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
         "initial_scale_power": 12,
     },
     "wall_clock_breakdown": False,
-}  # fmt: skip
+}
 
 
 def config(stage: int = 1, **optimizer: Any) -> Config:
@@ -175,8 +179,12 @@ def test_optimizer_block_is_kept_and_filled() -> None:
     user = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": 1e-6, "torch_adam": True}}}
     values, notes = deepspeed_config(config(weight_decay=0.2), Topology(), user)
     assert values["optimizer"]["params"] == {
-        "lr": 1e-3, "eps": 1e-6, "torch_adam": True, "weight_decay": 0.2, "betas": [0.9, 0.999],
-    }  # fmt: skip
+        "lr": 1e-3,
+        "eps": 1e-6,
+        "torch_adam": True,
+        "weight_decay": 0.2,
+        "betas": [0.9, 0.999],
+    }
     assert any("AdamW of the DeepSpeed JSON" in note for note in notes)
 
 

@@ -36,10 +36,7 @@ CASES = {
         Cell(tp=2, dp=2, zero=3), PARAMETERS | {"stage3_param_persistence_threshold": 0}, is_bf16=True
     ),
 }
-WITHOUT = {
-    False: (Cell(), Cell(dp=2, zero=1), Cell(dp=2, zero=3)),
-    True: (Cell(zero=1), Cell(dp=2, zero=3)),
-}
+WITHOUT = {False: (Cell(), Cell(dp=2, zero=1), Cell(dp=2, zero=3)), True: (Cell(zero=1), Cell(dp=2, zero=3))}
 """Cells without offload, by precision; the first is the reference."""
 
 

@@ -144,10 +144,13 @@ def test_decoupled_minimum_is_the_others_by_default() -> None:
 def test_rising_weight_decay_spares_what_is_not_decayed() -> None:
     rising = config(weight_decay_incr_style="linear", start_weight_decay=0.0, end_weight_decay=0.4)
     optimizer = fake_optimizer(
-        {"name": "decay", "weight_decay": 0.0}, {"name": "no_decay", "weight_decay": 0.0}, {"weight_decay": 0.0},
-        {"name": "other", "wd_mult": 0.5}, {"name": "experts", "weight_decay": 0.0},
+        {"name": "decay", "weight_decay": 0.0},
+        {"name": "no_decay", "weight_decay": 0.0},
+        {"weight_decay": 0.0},
+        {"name": "other", "wd_mult": 0.5},
+        {"name": "experts", "weight_decay": 0.0},
         {"name": "experts_no_decay_since_20", "weight_decay": 0.0},
-    )  # fmt: skip
+    )
     LearningRateSchedule(rising, 320, 8).attach(optimizer).step(160)
     assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.0, 0.0, 0.1, 0.2, 0.0])
 

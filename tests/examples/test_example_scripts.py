@@ -31,9 +31,18 @@ STEPS = ("init_train_source.sh", "convert.sh", "resume_train_target.sh", "run.sh
 # The paper's Figure 7a, as printed there: (tp, pp, dp, sp, ZeRO)
 FIGURE_7_SOURCE = (2, 2, 2, 1, 1)
 FIGURE_7_TARGETS = {
-    (1, 1, 1, 1, 1), (1, 1, 2, 1, 3), (1, 1, 2, 2, 1), (1, 1, 4, 1, 2), (1, 1, 4, 1, 3), (1, 2, 2, 1, 1),
-    (2, 1, 1, 1, 1), (2, 1, 2, 1, 1), (2, 1, 2, 1, 2), (2, 2, 1, 1, 1), (2, 2, 2, 1, 1),
-}  # fmt: skip
+    (1, 1, 1, 1, 1),
+    (1, 1, 2, 1, 3),
+    (1, 1, 2, 2, 1),
+    (1, 1, 4, 1, 2),
+    (1, 1, 4, 1, 3),
+    (1, 2, 2, 1, 1),
+    (2, 1, 1, 1, 1),
+    (2, 1, 2, 1, 1),
+    (2, 1, 2, 1, 2),
+    (2, 2, 1, 1, 1),
+    (2, 2, 2, 1, 1),
+}
 
 # The paper's Figure 9, its BLOOM scaled down. Of each model: (tp, pp, dp, ep) of the Source and of its Targets.
 FIGURE_9 = {

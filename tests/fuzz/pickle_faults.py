@@ -113,9 +113,15 @@ def _out_of_range(value: Any) -> dict[str, Any]:
         return {}
     if isinstance(value, (int, float)):
         return {
-            "below zero": -1, "far below zero": -(2**62), "far too large": 2**62, "ten million": 10**7,
-            "beyond any number": 10**400, "no number": math.nan, "endless": math.inf, "zero": 0,
-        }  # fmt: skip
+            "below zero": -1,
+            "far below zero": -(2**62),
+            "far too large": 2**62,
+            "ten million": 10**7,
+            "beyond any number": 10**400,
+            "no number": math.nan,
+            "endless": math.inf,
+            "zero": 0,
+        }
     if isinstance(value, str):
         return {"empty": "", "far too long": "x" * 70_000, "half a character": "\ud83d", "outside": "../../home/x"}
     if isinstance(value, torch.Size):

@@ -11,9 +11,13 @@ from matrix.recording import command_line
 
 TAG = "global_step2"
 _TINY = {
-    "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 8, "max_position_embeddings": 8,
+    "num_layers": 1,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "seq_length": 8,
+    "max_position_embeddings": 8,
     "iters": 2,
-}  # fmt: skip
+}
 _EXPERTS = {"num_experts": 2, "expert_interval": 1, "moe_expert_parallel_size": 2}
 
 KINDS: dict[str, tuple[int, dict]] = {

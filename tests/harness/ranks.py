@@ -55,16 +55,7 @@ def run_ranks(world_size: int, body: Callable, *args: Any, timeout: float = 120.
             reader, writer = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(
-                    rank,
-                    world_size,
-                    str(scratch),
-                    writer,
-                    sys.path[:],
-                    body.__module__,
-                    body.__qualname__,
-                    args,
-                ),
+                args=(rank, world_size, str(scratch), writer, sys.path[:], body.__module__, body.__qualname__, args),
                 daemon=True,
             )
             process.start()
@@ -129,9 +120,13 @@ def _initialise(rank: int, world_size: int, scratch: str) -> None:
 
     torch.set_num_threads(1)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        GLOO_SOCKET_IFNAME="lo",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+    )
     import deepspeed
 
     deepspeed.init_distributed(

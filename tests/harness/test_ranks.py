@@ -35,8 +35,7 @@ def _fail(rank, world_size, how):
 
 
 @pytest.mark.parametrize(
-    "how, told",
-    [("raise", "rank 1 raised: ValueError: planted"), ("kill", "rank 1 died"), ("hang", "rank 1 hung")],
+    "how, told", [("raise", "rank 1 raised: ValueError: planted"), ("kill", "rank 1 died"), ("hang", "rank 1 hung")]
 )
 def test_failure_names_the_rank(how, told):
     with pytest.raises(RankFailure, match=told) as caught:

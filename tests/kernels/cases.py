@@ -100,8 +100,9 @@ def arguments(case: Case, dtype: torch.dtype, device: str) -> tuple[list, Tensor
 def outcome(function: Callable, case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
     """The result and the gradient of everything that learns, on the CPU."""
     args, upstream = arguments(case, dtype, device)
-    return _outcome(lambda *args: function(*args, case) if case.operation == "cross_entropy" else function(*args),
-                    args, upstream)  # fmt: skip
+    return _outcome(
+        lambda *args: function(*args, case) if case.operation == "cross_entropy" else function(*args), args, upstream
+    )
 
 
 def truth_of(case: Case, dtype: torch.dtype) -> list[Tensor]:

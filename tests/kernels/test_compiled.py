@@ -20,9 +20,19 @@ MODULES = ("triton_norms", "triton_activations", "triton_rope", "triton_softmax"
 ARCHITECTURES = (80, 90, 100)
 
 FLOAT32 = {
-    "mean_ptr", "rstd_ptr", "grad_weight_ptr", "grad_bias_ptr", "cos_ptr", "sin_ptr", "slopes_ptr", "max_ptr",
-    "sum_ptr", "target_ptr", "factor_ptr", "hot_ptr",
-}  # fmt: skip
+    "mean_ptr",
+    "rstd_ptr",
+    "grad_weight_ptr",
+    "grad_bias_ptr",
+    "cos_ptr",
+    "sin_ptr",
+    "slopes_ptr",
+    "max_ptr",
+    "sum_ptr",
+    "target_ptr",
+    "factor_ptr",
+    "hot_ptr",
+}
 """Whatever the precision of the run; other pointers are in that."""
 TYPES = {"column_ptr": "*i64", "epsilon": "fp32", "scale": "fp32"}
 # As for a hidden size of 4096, a context of 8192, heads of 128 rotated in part, a vocabulary of 50304.
@@ -74,10 +84,11 @@ def test_every_kernel_is_in_the_table():
 def _compiled(kernel, constants: dict, element: str, architecture: int, num_warps: int = 8):
     names = kernel.arg_names
     signature = {
-        name: "constexpr" if name in constants
+        name: "constexpr"
+        if name in constants
         else TYPES.get(name) or ("*fp32" if name in FLOAT32 else f"*{element}" if name.endswith("_ptr") else "i32")
         for name in names
-    }  # fmt: skip
+    }
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": num_warps})
 
@@ -108,9 +119,10 @@ def test_compiles_where_every_size_is_one(name):
     """Triton makes constants of such arguments."""
     kernel = _kernels()[name]
     integers = {
-        arg for arg in kernel.arg_names if arg not in SWITCHES + tuple(TYPES) + tuple(CONSTANTS[name])
-        and not arg.endswith("_ptr")
-    }  # fmt: skip
+        arg
+        for arg in kernel.arg_names
+        if arg not in SWITCHES + tuple(TYPES) + tuple(CONSTANTS[name]) and not arg.endswith("_ptr")
+    }
     assert integers
     for constants in _variants(name):
         _compiled(kernel, {**constants, **dict.fromkeys(integers, 1)}, "bf16", 90)

@@ -152,11 +152,15 @@ def test_the_layers_take_these_kernels(run):
 
 FAMILIES = {
     "llama": {
-        "normalization": "rmsnorm", "swiglu": True, "use_rotary_position_embeddings": True,
-        "add_position_embedding": False, "add_bias_linear": False, "num_key_value_heads": 2,
+        "normalization": "rmsnorm",
+        "swiglu": True,
+        "use_rotary_position_embeddings": True,
+        "add_position_embedding": False,
+        "add_bias_linear": False,
+        "num_key_value_heads": 2,
     },
     "bloom": {"position_embedding_type": "alibi", "add_position_embedding": False},
-}  # fmt: skip
+}
 
 
 def _losses_and_gradients(family: str) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:

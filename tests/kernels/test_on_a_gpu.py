@@ -11,10 +11,7 @@ from kernels.cases import CASES, DTYPES, Case, distance, outcome, sharded_cross_
 from kernels.test_interpreted import MODULE
 from megatron.kernels.kernels import choose
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 LARGE = (
     Case("layer_norm", (700, 4096)),

@@ -83,11 +83,15 @@ def moe(model, a, x: Tensor) -> tuple[Tensor, Tensor]:
     num_experts = a["router.weight"].shape[0]
     by_expert = [
         _mlp(
-            model, x, a["experts.dense_h_to_4h"][e], a["experts.bias_h_to_4h"][e] if model.add_bias_linear else None,
-            a["experts.dense_4h_to_h"][e], a["experts.bias_4h_to_h"][e] if model.add_bias_linear else None,
+            model,
+            x,
+            a["experts.dense_h_to_4h"][e],
+            a["experts.bias_h_to_4h"][e] if model.add_bias_linear else None,
+            a["experts.dense_4h_to_h"][e],
+            a["experts.bias_4h_to_h"][e] if model.add_bias_linear else None,
         )
         for e in range(num_experts)
-    ]  # fmt: skip
+    ]
     y = torch.zeros_like(x)
     chosen = torch.tensor(routing.experts)
     for expert, of_expert in enumerate(by_expert):

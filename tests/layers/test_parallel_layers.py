@@ -26,9 +26,14 @@ MODEL = ModelConfig(
     num_layers=2, hidden_size=HIDDEN, num_attention_heads=6, seq_length=5, hidden_dropout=0.0, attention_dropout=0.0
 )
 GROUPED = ModelConfig(
-    num_layers=2, hidden_size=HIDDEN, num_attention_heads=6, num_key_value_heads=3, seq_length=5,
-    hidden_dropout=0.0, attention_dropout=0.0,
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=HIDDEN,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    seq_length=5,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+)
 
 
 class _Column(ColumnLinear):

@@ -24,9 +24,14 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 def _model(**changes):
     given = {"moe_aux_loss_coeff": 0.7, "moe_z_loss_coeff": 0.2, "topk": 2, **changes}
     return ModelConfig(
-        num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, seq_length=LENGTH, num_experts=(NUM_EXPERTS,),
-        expert_interval=1, **given,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=2,
+        seq_length=LENGTH,
+        num_experts=(NUM_EXPERTS,),
+        expert_interval=1,
+        **given,
+    )
 
 
 def _given(num_samples=4):
@@ -54,9 +59,12 @@ def _grads(loss, gates, router, x):
 @pytest.mark.parametrize("factor", [None, 0.5])
 def test_routing_is_the_plain_formulas(score, normalize, topk, factor):
     model = _model(
-        moe_router_score_function=score, moe_normalize_topk=normalize, topk=topk, moe_train_capacity_factor=factor,
+        moe_router_score_function=score,
+        moe_normalize_topk=normalize,
+        topk=topk,
+        moe_train_capacity_factor=factor,
         moe_min_capacity=1,
-    )  # fmt: skip
+    )
     weight, x = _given()
     weight.requires_grad_(), x.requires_grad_()
     router = _router(model)
@@ -208,18 +216,18 @@ def test_statistics_are_means_over_micro_batches_since_the_last_call():
     routings = [router.route(x[i : i + 1]) for i in range(4)]
     for i in range(4):
         _attached(router, ledger, x[i : i + 1], layer=i % 2).sum().backward()
-    seen = ledger.taken()
+    seen = ledger.take_means()
     assert sorted(seen) == [0, 1]
     for name in ("load balancing loss", "z loss", "entropy", "dropped"):
         for layer in (0, 1):
             expected = sum(routings[i].statistics[name] for i in (layer, layer + 2)) / 2
             assert seen[layer][name].item() == pytest.approx(expected.item(), rel=1e-6)
     assert seen[0]["tokens"].sum() == LENGTH * 2
-    assert ledger.taken() == {}
+    assert ledger.take_means() == {}
 
 
 def test_evaluation_is_not_written_down():
     router, ledger, (_, x) = _router(_model()).eval(), RouterLedger(), _given()
     with torch.no_grad():
         _attached(router, ledger, x)
-    assert ledger.taken() == {}
+    assert ledger.take_means() == {}

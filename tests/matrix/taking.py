@@ -28,12 +28,7 @@ class Taken(NamedTuple):
 
 
 def take_all(
-    rank: int,
-    world_size: int,
-    argv: list[str],
-    plans: list[tuple],
-    save_last: str | None = None,
-    goes_on: bool = False,
+    rank: int, world_size: int, argv: list[str], plans: list[tuple], save_last: str | None = None, goes_on: bool = False
 ) -> list[Taken]:
     """The body of a rank: load every planned Source into one live engine, one after the other. A plan is (kind, folder)
     or (kind, folder, where to save what was loaded). The last one is saved, and trained on to --train-iters, where

@@ -37,10 +37,7 @@ def _used(rank: int, world_size: int, argv: list[str]):
 
 def test_a_smaller_global_batch_reaches_the_end(data, saved):
     """32 samples were taken in batches of 8; 40 steps of 4 follow, past what 44 x 4 samples would plan for."""
-    argv = command_line(
-        data, zero=1, iters=44, load=saved, global_batch_size=4,
-        override_opt_param_scheduler=True,
-    )  # fmt: skip
+    argv = command_line(data, zero=1, iters=44, load=saved, global_batch_size=4, override_opt_param_scheduler=True)
     curves = run_ranks(2, train, argv)[0]
     assert sorted(curves.losses) == list(range(5, 45))
 

@@ -22,9 +22,15 @@ SAME_HALF = 8
 """Bitwise, a few steps tell as much as many."""
 
 SAME = (
-    Cell(), Cell(dp=2, zero=1), Cell(dp=2, zero=2), Cell(dp=2, zero=3), Cell(tp=2, zero=1), Cell(pp=2, zero=1),
-    Cell(tp=2, pp=2), Cell(tp=2, sp=2, cut=True, zero=1),
-)  # fmt: skip
+    Cell(),
+    Cell(dp=2, zero=1),
+    Cell(dp=2, zero=2),
+    Cell(dp=2, zero=3),
+    Cell(tp=2, zero=1),
+    Cell(pp=2, zero=1),
+    Cell(tp=2, pp=2),
+    Cell(tp=2, sp=2, cut=True, zero=1),
+)
 
 
 @pytest.fixture(scope="module")

@@ -47,9 +47,14 @@ def _train(cell: Cell, data: Path, **flags) -> Curves:
 )
 def test_same_topology_is_bitwise_with_dropout(target: Cell, precision: dict, data, tmp_path):
     flags = {
-        "hidden_dropout": 0.1, "attention_dropout": 0.1, "moe_router_jitter": 0.05, "iters": 2 * SAME_HALF,
-        "eval_iters": 1, "eval_interval": 2, **precision,
-    }  # fmt: skip
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "moe_router_jitter": 0.05,
+        "iters": 2 * SAME_HALF,
+        "eval_iters": 1,
+        "eval_interval": 2,
+        **precision,
+    }
     first = _train(target, data, exit_interval=SAME_HALF, save=tmp_path, **flags)
     second = _train(target, data, load=tmp_path, **flags)
     whole = _train(target, data, **flags)

@@ -37,11 +37,19 @@ def _huggingface(atoms, untied):
     model = config()
     reference = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=model.num_layers, n_head=4, resid_pdrop=0.0,
-            embd_pdrop=0.0, attn_pdrop=0.0, layer_norm_epsilon=1e-5, tie_word_embeddings=not untied,
+            vocab_size=VOCABULARY,
+            n_positions=16,
+            n_embd=32,
+            n_layer=model.num_layers,
+            n_head=4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            layer_norm_epsilon=1e-5,
+            tie_word_embeddings=not untied,
             attn_implementation="eager",
         )
-    )  # fmt: skip
+    )
     theirs = dict(reference.named_parameters())
     with torch.no_grad():
         for name, param in theirs.items():
@@ -53,11 +61,17 @@ def _huggingface(atoms, untied):
 
 def _canonical(name):
     for theirs, ours in (
-        ("transformer.wte", "embedding.word_embeddings"), ("transformer.wpe", "embedding.position_embeddings"),
-        ("transformer.h.", "layers."), ("ln_1", "input_norm"), ("ln_2", "post_attention_norm"),
-        ("attn.c_attn", "attention.query_key_value"), ("attn.c_proj", "attention.dense"),
-        ("mlp.c_fc", "mlp.dense_h_to_4h"), ("mlp.c_proj", "mlp.dense_4h_to_h"), ("transformer.ln_f", "final_norm"),
-    ):  # fmt: skip
+        ("transformer.wte", "embedding.word_embeddings"),
+        ("transformer.wpe", "embedding.position_embeddings"),
+        ("transformer.h.", "layers."),
+        ("ln_1", "input_norm"),
+        ("ln_2", "post_attention_norm"),
+        ("attn.c_attn", "attention.query_key_value"),
+        ("attn.c_proj", "attention.dense"),
+        ("mlp.c_fc", "mlp.dense_h_to_4h"),
+        ("mlp.c_proj", "mlp.dense_4h_to_h"),
+        ("transformer.ln_f", "final_norm"),
+    ):
         name = name.replace(theirs, ours)
     return name
 

@@ -82,8 +82,11 @@ def test_groups_split_matrices_from_the_rest():
     model, _, _ = build(Topology(), config(), False)
     decay, no_decay = parameter_groups(model, 0.1)
     assert (decay["name"], decay["weight_decay"], no_decay["name"], no_decay["weight_decay"]) == (
-        "decay", 0.1, "no_decay", 0.0,
-    )  # fmt: skip
+        "decay",
+        0.1,
+        "no_decay",
+        0.0,
+    )
     assert {param.dim() for param in decay["params"]} == {2}
     assert {param.dim() for param in no_decay["params"]} == {1}
     assert len(decay["params"]) + len(no_decay["params"]) == len(list(model.parameters()))
@@ -104,16 +107,22 @@ def test_experts_and_the_output_layers_bias_have_groups_of_their_own():
     names = {param: name for name, param in model.named_parameters()}
     groups = {group["name"]: group for group in parameter_groups(model, 0.1, has_decoupled=True)}
     assert {name: group["weight_decay"] for name, group in groups.items()} == {
-        "decay": 0.1, "no_decay": 0.0, "decoupled": 0.1, "decoupled_no_decay": 0.0, "experts": 0.1,
+        "decay": 0.1,
+        "no_decay": 0.0,
+        "decoupled": 0.1,
+        "decoupled_no_decay": 0.0,
+        "experts": 0.1,
         "experts_no_decay": 0.0,
-    }  # fmt: skip
+    }
     assert [names[param] for param in groups["decoupled_no_decay"]["params"]] == ["lm_head.bias"]
     assert {names[param].rpartition(".")[2] for param in groups["experts"]["params"]} == {
-        "dense_h_to_4h", "dense_4h_to_h",
-    }  # fmt: skip
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    }
     assert {names[param].rpartition(".")[2] for param in groups["experts_no_decay"]["params"]} == {
-        "bias_h_to_4h", "bias_4h_to_h",
-    }  # fmt: skip
+        "bias_h_to_4h",
+        "bias_4h_to_h",
+    }
 
 
 def test_experts_without_a_ledger_are_refused():

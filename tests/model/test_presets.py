@@ -162,8 +162,9 @@ def test_a_tiny_one_computes_what_transformers_computes(name):
     torch.testing.assert_close(ours.logits(tokens), expected, rtol=0, atol=TOLERANCE)
     # A fault that the comparison must see: the rows of one head are another's.
     fused = next(
-        param for key, param in reference.named_parameters()
+        param
+        for key, param in reference.named_parameters()
         if canonical(PRESETS[name].family, key).name == "layers.1.attention.query_key_value.weight"
-    )  # fmt: skip
+    )
     fused.copy_(fused.roll(model.head_dim, 1 if name == "tiny-gpt" else 0))
     assert (reference(tokens).logits - expected).abs().max() > 100 * TOLERANCE

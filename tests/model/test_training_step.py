@@ -64,12 +64,17 @@ def _engine(topology, zero_stage, untied, is_pipelined, seed=1234):
     model, context, _ = build(topology, config(untie_embeddings_and_output_weights=untied), is_pipelined, seed)
     micro_batch = 2 // topology.dp_size
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=_optimizer(model), mpu=None if is_pipelined else Mpu(context),
+        model=model,
+        optimizer=_optimizer(model),
+        mpu=None if is_pipelined else Mpu(context),
         config={
-            "train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": NUM_MICRO_BATCHES,
-            "gradient_clipping": CLIP, "zero_optimization": {"stage": zero_stage}, "steps_per_print": 10**9,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": NUM_MICRO_BATCHES,
+            "gradient_clipping": CLIP,
+            "zero_optimization": {"stage": zero_stage},
+            "steps_per_print": 10**9,
         },
-    )  # fmt: skip
+    )
     return engine, context
 
 
@@ -148,11 +153,14 @@ def test_pipelined_zero1(topology, untied):
 @pytest.mark.parametrize(
     "topology, zero_stage, untied",
     [
-        (Topology(tp_size=2), 0, False), (Topology(tp_size=2), 1, False), (Topology(tp_size=2), 2, True),
-        (Topology(tp_size=2, dp_size=2), 1, False), (Topology(dp_size=2), 2, True),
+        (Topology(tp_size=2), 0, False),
+        (Topology(tp_size=2), 1, False),
+        (Topology(tp_size=2), 2, True),
+        (Topology(tp_size=2, dp_size=2), 1, False),
+        (Topology(dp_size=2), 2, True),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_plain_engine(topology, zero_stage, untied):
     _check(topology, zero_stage, untied, is_pipelined=False)
 

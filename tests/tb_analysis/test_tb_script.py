@@ -82,18 +82,12 @@ RESUMED = resumed_losses()
 FAULTS = {
     "offset-1e-3": ({s: v + 1e-3 for s, v in RESUMED.items()}, {"first-step", "too-far"}),
     "one-late": ({s + 1: v for s, v in RESUMED.items()}, {"first-step", "too-far", "shifted"}),
-    "one-early": (
-        {s - 1: v for s, v in RESUMED.items()},
-        {"first-step", "too-far", "shifted", "missing-steps"},
-    ),
+    "one-early": ({s - 1: v for s, v in RESUMED.items()}, {"first-step", "too-far", "shifted", "missing-steps"}),
     "nan": (replaced(RESUMED, 150, float("nan")), {"not-finite", "too-far"}),
     "infinite": (replaced(RESUMED, 150, float("inf")), {"not-finite", "too-far"}),
     "hole": (without(RESUMED, 140, 141), {"missing-steps"}),
     "ended-early": (without(RESUMED, *range(190, 201)), {"missing-steps"}),
-    "from-scratch": (
-        {s: v + 0.5 for s, v in source_losses().items()},
-        {"started-again", "first-step", "too-far"},
-    ),
+    "from-scratch": ({s: v + 0.5 for s, v in source_losses().items()}, {"started-again", "first-step", "too-far"}),
     "from-scratch-same-losses": (source_losses(), {"started-again"}),
     "no-overlap": ({s + 100: v for s, v in RESUMED.items()}, {"no-overlap"}),
     "drifts-away": (resumed_losses(noise=8e-6), {"too-far"}),

@@ -29,10 +29,7 @@ def test_jsonl_end_to_end(tmp_path, capsys):
     source = jsonl(tmp_path / "a.jsonl", ["Hello world", "", "Hello, my dog is cute\n"])
     prefix = tmp_path / "out" / "corpus"
     assert main(["--input", source, "--output-prefix", str(prefix), "--append-eod", *GPT2]) == 0
-    assert documents(f"{prefix}_text_document") == [
-        [15496, 995, 50256],
-        [15496, 11, 616, 3290, 318, 13779, 198, 50256],
-    ]
+    assert documents(f"{prefix}_text_document") == [[15496, 995, 50256], [15496, 11, 616, 3290, 318, 13779, 198, 50256]]
     assert IndexedDataset(f"{prefix}_text_document").dtype == np.uint16
     out, err = capsys.readouterr()
     assert "2 documents, 11 tokens" in out and "1 empty documents left out" in out and "docs/s" not in err

@@ -41,8 +41,13 @@ def _train(launcher: str, data: Path, folder: Path) -> dict[int, float]:
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [*command, str(ROOT / "pretrain_gpt.py"), *flags],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "iteration 3/3 | samples 24 | loss" in done.stdout
     assert (folder / "save" / "latest").read_text() == "global_step3"

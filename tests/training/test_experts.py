@@ -133,13 +133,12 @@ def test_offloaded_optimizer(target: Cell, run_of, tmp_path):
 # -- low precision ----------------------------------------------------------------------------------------------------
 
 LOW = {
-    "bf16": (
-        "moe-tp1pp1dp2ep2-z1 moe-tp2pp1dp2ep2-cut-z2 moe-tp2pp1dp2ep2-z3 gptmoe-tp1pp2dp2ep2-z1", BF16
-    ),
+    "bf16": ("moe-tp1pp1dp2ep2-z1 moe-tp2pp1dp2ep2-cut-z2 moe-tp2pp1dp2ep2-z3 gptmoe-tp1pp2dp2ep2-z1", BF16),
     "summed-in-fp32": (
-        "moe-tp1pp1dp2ep2-z1 moe-tp2pp1dp2ep2-z1 moe-tp1pp2dp2ep2-z1 gptmoe-tp1pp2dp2ep2-z1", SUMMED_IN_FP32
+        "moe-tp1pp1dp2ep2-z1 moe-tp2pp1dp2ep2-z1 moe-tp1pp2dp2ep2-z1 gptmoe-tp1pp2dp2ep2-z1",
+        SUMMED_IN_FP32,
     ),
-}  # fmt: skip
+}
 LOW_TABLE = [(name, cell(it)) for name, (cells, _) in LOW.items() for it in cells.split()]
 
 
@@ -252,9 +251,15 @@ FROZEN = {
     "experts-of-the-first-stage": ("layers.1.mlp.experts.*",),
     "one-of-their-matrices": ("layers.*.mlp.experts.dense_h_to_4h",),
     "all-but-experts": (
-        "embedding.*", "*norm*", "*attention*", "*lm_head*", "*router*", "*shared*", "layers.[02].mlp*",
+        "embedding.*",
+        "*norm*",
+        "*attention*",
+        "*lm_head*",
+        "*router*",
+        "*shared*",
+        "layers.[02].mlp*",
     ),
-}  # fmt: skip
+}
 CLIPPED = {"clip_grad": 0.005}
 """Below the norm of the experts' gradients alone, which is a hundredth of all. Where they alone are trained, it is the
 norm, and nothing can hide in it."""

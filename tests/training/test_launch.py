@@ -19,11 +19,21 @@ from megatron.training.launch import (
 )
 
 TORCHRUN = {
-    "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1",
-}  # fmt: skip
+    "RANK": "5",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "8",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "1",
+}
 DEEPSPEED = {
-    "RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "LOCAL_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1",
-}  # fmt: skip
+    "RANK": "3",
+    "LOCAL_RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_SIZE": "4",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "1",
+}
 
 
 def test_torchrun() -> None:
@@ -82,8 +92,12 @@ def test_environment_is_completed_not_overwritten() -> None:
     environ = {"OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "xpu", "RANK": "7"}
     prepare_environment(LaunchInfo(), environ)
     assert environ == {
-        "OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "xpu", "RANK": "7", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-    }  # fmt: skip
+        "OMP_NUM_THREADS": "3",
+        "DS_ACCELERATOR": "xpu",
+        "RANK": "7",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+    }
 
 
 def test_cores_are_shared() -> None:

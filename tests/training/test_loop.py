@@ -80,9 +80,16 @@ def test_a_length_in_samples_ends_there_under_another_batch_size(unit, batch, it
     def argv(batch_size: int, **flags) -> list[str]:
         length = {"train_samples": 80} if unit == "samples" else {"train_tokens": 80 * 16}
         return command_line(
-            data, iters=None, lr_decay_iters=None, lr_warmup_iters=None, global_batch_size=batch_size, eval_iters=0,
-            save=tmp_path, **length, **flags,
-        )  # fmt: skip
+            data,
+            iters=None,
+            lr_decay_iters=None,
+            lr_warmup_iters=None,
+            global_batch_size=batch_size,
+            eval_iters=0,
+            save=tmp_path,
+            **length,
+            **flags,
+        )
 
     begun = run_ranks(1, _curves, argv(4, exit_interval=10))[0]
     assert [step.consumed_samples for step in begun] == list(range(4, 44, 4))

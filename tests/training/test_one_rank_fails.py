@@ -60,7 +60,7 @@ def _outcome(rank: int, world_size: int, argv: list[str], hidden: str | None):
     """(error, whether another rank tells it, elements of the weights that changed)."""
     import torch
 
-    from megatron.parallel.rank_errors import TOLD_ELSEWHERE
+    from megatron.parallel.rank_errors import REPORTED_ELSEWHERE
     from megatron.training import build as building
 
     if rank == VICTIM and hidden is not None:
@@ -82,7 +82,7 @@ def _outcome(rank: int, world_size: int, argv: list[str], hidden: str | None):
     except Exception as error:
         # Every rank is here, or this would be a hang.
         torch.distributed.barrier()
-        return f"{type(error).__name__}: {error}", getattr(error, TOLD_ELSEWHERE, None), weights
+        return f"{type(error).__name__}: {error}", getattr(error, REPORTED_ELSEWHERE, None), weights
     return "built", None, weights
 
 
@@ -92,21 +92,17 @@ def test_without_a_fault_it_loads(data, saved):
     assert any(changed[0] > 0 for _, _, changed in outcomes), "the load must have changed weights"
 
 
-HIDDEN = {
-    "shard": "zero_pp_rank_1_mp_rank_00_optim_states.pt",
-    "manifest": "ucp.json",
-    "random-streams": "rng_state",
-}
+HIDDEN = {"shard": "zero_pp_rank_1_mp_rank_00_optim_states.pt", "manifest": "ucp.json", "random-streams": "rng_state"}
 
 
 @pytest.mark.parametrize("case", HIDDEN)
 def test_checkpoint_file_missing_on_one_rank(case: str, data, saved, tmp_path):
     argv = command_line(data, zero=1, iters=4, load=saved, save=tmp_path / "save", tensorboard_dir=tmp_path / "events")
     outcomes = run_ranks(2, _outcome, argv, HIDDEN[case])
-    for rank, (told, is_told_elsewhere, changed) in enumerate(outcomes):
+    for rank, (told, is_reported_elsewhere, changed) in enumerate(outcomes):
         assert told.startswith("CheckpointError:") and HIDDEN[case] in told
         assert ("ranks [1]: none" if case == "manifest" else "failed on 1 of 2 ranks\nranks [1]: ") in told
-        assert is_told_elsewhere == (rank != 0), "one rank tells"
+        assert is_reported_elsewhere == (rank != 0), "one rank tells"
         if case != "random-streams":
             assert changed == [0], "nothing was loaded"
     assert not any(tmp_path.iterdir())
@@ -150,10 +146,10 @@ def test_tensorboard_folder_that_cannot_be_made(data, tmp_path):
 
 def test_another_model_leaves_the_engine_as_it_was(data, saved):
     argv = command_line(data, zero=1, iters=4, load=saved, num_layers=6)
-    for rank, (told, is_told_elsewhere, changed) in enumerate(run_ranks(2, _outcome, argv, None)):
+    for rank, (told, is_reported_elsewhere, changed) in enumerate(run_ranks(2, _outcome, argv, None)):
         assert told.startswith("SourceMismatchError:") and "parameters the Source lacks: layers.4." in told
         assert changed == [0]
-        assert is_told_elsewhere == (rank != 0)
+        assert is_reported_elsewhere == (rank != 0)
 
 
 def test_a_checkpoint_folder_given_directly(data, saved, tmp_path):

@@ -156,9 +156,15 @@ def test_a_killed_rank_is_a_named_error(killed, data, tmp_path):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     environment = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ} | {
-        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
-    }  # fmt: skip
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+    }
     outputs = [tmp_path / f"output{rank}" for rank in (0, 1)]
     processes = []
     try:
@@ -167,8 +173,10 @@ def test_a_killed_rank_is_a_named_error(killed, data, tmp_path):
                 process = subprocess.Popen(
                     [sys.executable, str(ROOT / "pretrain_gpt.py"), *flags],
                     env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT,
-                )  # fmt: skip
+                    cwd=tmp_path,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
             processes.append(process)
         deadline = time.monotonic() + 120
         while " 3/100000" not in outputs[0].read_text():

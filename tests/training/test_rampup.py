@@ -26,9 +26,16 @@ def data(tmp_path_factory) -> Path:
 
 def _argv(data: Path, cell: Cell, **flags) -> list[str]:
     values = {
-        "iters": None, "lr_decay_iters": None, "lr_warmup_iters": None, "train_samples": sum(SIZES), "num_layers": 2,
-        "global_batch_size": 16, "lr": LR, "lr_decay_style": "constant", **flags,
-    }  # fmt: skip
+        "iters": None,
+        "lr_decay_iters": None,
+        "lr_warmup_iters": None,
+        "train_samples": sum(SIZES),
+        "num_layers": 2,
+        "global_batch_size": 16,
+        "lr": LR,
+        "lr_decay_style": "constant",
+        **flags,
+    }
     return [*command_line(data, **cell.flags, **values), "--rampup-batch-size", "4", "4", "60"]
 
 
@@ -82,9 +89,14 @@ def _compare(steps, truth, start: int = 0) -> None:
 
 
 CELLS = (
-    Cell(how="plain"), Cell(dp=2, zero=1), Cell(dp=2, zero=2), Cell(dp=4, zero=3), Cell(pp=2, dp=2, zero=1),
-    Cell(tp=2), Cell(dp=2, sp=2, zero=1),
-)  # fmt: skip
+    Cell(how="plain"),
+    Cell(dp=2, zero=1),
+    Cell(dp=2, zero=2),
+    Cell(dp=4, zero=3),
+    Cell(pp=2, dp=2, zero=1),
+    Cell(tp=2),
+    Cell(dp=2, sp=2, zero=1),
+)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)

@@ -201,8 +201,12 @@ def test_the_command_ends_with_the_message_alone(case: str, data, tmp_path):
     environment = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
     done = subprocess.run(
         [sys.executable, str(ROOT / "pretrain_gpt.py"), *argv, *flags],
-        env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 2
     assert told in done.stderr and "ConfigError" in done.stderr
     assert "Traceback" not in done.stderr

@@ -126,9 +126,14 @@ def test_the_analysis_reads_it(made):
 
 
 EXPERTS = {
-    "num_experts": 4, "topk": 2, "expert_interval": 2, "moe_train_capacity_factor": 1.0, "moe_min_capacity": 1,
-    "iters": 2, "log_interval": 1,
-}  # fmt: skip
+    "num_experts": 4,
+    "topk": 2,
+    "expert_interval": 2,
+    "moe_train_capacity_factor": 1.0,
+    "moe_min_capacity": 1,
+    "iters": 2,
+    "log_interval": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +213,12 @@ def _by_data_server(folder: Path) -> dict[str, list[int]]:
     except NoDataServerError:
         pytest.skip("there is no data server for this platform")
     server = SubprocessServerDataIngester(
-        server_binary=binary, logdir=str(folder), reload_interval=1, channel_creds_type=ChannelCredsType.LOCAL,
+        server_binary=binary,
+        logdir=str(folder),
+        reload_interval=1,
+        channel_creds_type=ChannelCredsType.LOCAL,
         samples_per_plugin={"scalars": 0},
-    )  # fmt: skip
+    )
     server.start()
     try:
         seen = []

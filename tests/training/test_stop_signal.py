@@ -54,17 +54,28 @@ CASES = {
 def test_the_run_saves_and_ends(case, data, tmp_path):
     start, name, send, times = CASES[case]
     flags = command_line(
-        data, iters=100_000, save=tmp_path / "save", save_interval=100_000, num_workers=2, log_interval=1,
-        exit_signal_handler=True, exit_signal=name, lr_decay_iters=100_000,
-    )  # fmt: skip
+        data,
+        iters=100_000,
+        save=tmp_path / "save",
+        save_interval=100_000,
+        num_workers=2,
+        log_interval=1,
+        exit_signal_handler=True,
+        exit_signal=name,
+        lr_decay_iters=100_000,
+    )
     environment = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     output = tmp_path / "output"
     with open(output, "wb") as file:
         process = subprocess.Popen(
             [*start, str(ROOT / "pretrain_gpt.py"), *flags],
-            env=environment, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            env=environment,
+            cwd=tmp_path,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         _wait_for(output, " 3/100000", process)
         for _ in range(times):

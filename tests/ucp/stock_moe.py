@@ -191,13 +191,25 @@ def train_and_save(rank: int, world_size: int, folder: str, case: Moe, num_steps
         )
     else:
         net = nn.Sequential(*layers)
-    net.universal_checkpoint_info = {
-        "tp_replicated_parameter_patterns": [".*norm", r"3\.", ".*gate", ".*coefficient", r".*down\.bias", ".*scale"],
-        "parameter_with_row_parallelism_patterns": [r".*down\.weight"],
-        "parameter_with_column_parallelism_patterns": [r"0\.column", r".*up\."],
-    } if case.is_expert_cut else {
-        "tp_replicated_parameter_patterns": [r"[123]\."], "parameter_with_column_parallelism_patterns": [r"0\.column"],
-    }  # fmt: skip
+    net.universal_checkpoint_info = (
+        {
+            "tp_replicated_parameter_patterns": [
+                ".*norm",
+                r"3\.",
+                ".*gate",
+                ".*coefficient",
+                r".*down\.bias",
+                ".*scale",
+            ],
+            "parameter_with_row_parallelism_patterns": [r".*down\.weight"],
+            "parameter_with_column_parallelism_patterns": [r"0\.column", r".*up\."],
+        }
+        if case.is_expert_cut
+        else {
+            "tp_replicated_parameter_patterns": [r"[123]\."],
+            "parameter_with_column_parallelism_patterns": [r"0\.column"],
+        }
+    )
     config = {
         "train_micro_batch_size_per_gpu": 16,
         "gradient_clipping": 0.0,

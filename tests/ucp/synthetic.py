@@ -388,10 +388,7 @@ def _write_layers(folder, mine, shards, pp, tp) -> None:
 class _deepspeed_classes:
     """Stand-ins under DeepSpeed's module names while files are pickled, unless DeepSpeed itself is loaded."""
 
-    NAMES = {
-        "deepspeed.utils.tensor_fragment": "fragment_address",
-        "deepspeed.runtime.fp16.loss_scaler": "LossScaler",
-    }
+    NAMES = {"deepspeed.utils.tensor_fragment": "fragment_address", "deepspeed.runtime.fp16.loss_scaler": "LossScaler"}
 
     def __enter__(self):
         self._added = []

@@ -23,7 +23,7 @@ from megatron.ucp.file_table import changed_files
 from megatron.ucp.manifest import read_manifest, write_manifest
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import find_checkpoint, open_source
-from megatron.ucp.sources.agreement import disagreements
+from megatron.ucp.sources.one_save import disagreements
 from megatron.ucp.topology import Topology
 from megatron.ucp.torch_file import save
 from megatron.ucp.verify import verify

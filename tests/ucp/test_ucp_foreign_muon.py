@@ -120,11 +120,7 @@ def _train_sgd(rank: int, world_size: int, folder: str, zero: dict):
 
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-    }
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):

@@ -9,13 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.ucp.errors import LayoutError, ReplicaMismatchError, UcpError
-from megatron.ucp.fragment import (
-    clip_atomic,
-    intersect,
-    shard_runs,
-    tiling_faults,
-    whole_runs,
-)
+from megatron.ucp.fragment import clip_atomic, intersect, shard_runs, tiling_faults, whole_runs
 from megatron.ucp.layout import Cut, Layout, Part, ShardRank
 from megatron.ucp.topology import RankCoords, Topology
 
@@ -57,7 +51,7 @@ def ranks_of(layout: Layout, tp_size: int) -> list[ShardRank]:
     return [ShardRank(t, tp_size, e, ep_size) for e in range(ep_size) for t in range(tp_size)]
 
 
-def numbered(shape) -> torch.Tensor:
+def label_of(shape) -> torch.Tensor:
     """Every element its own index plus one, so that zero is padding."""
     return torch.arange(1, math.prod(shape) + 1).reshape(shape)
 
@@ -66,7 +60,7 @@ def numbered(shape) -> torch.Tensor:
 @given(cut_layouts())
 def test_split_then_merge_gives_the_atomic_parameter(case):
     layout, tp_size = case
-    atomic = numbered(layout.shape)
+    atomic = label_of(layout.shape)
     shards = {rank: layout.split(atomic, rank) for rank in ranks_of(layout, tp_size)}
     assert all(tuple(shard.shape) == layout.shard_shape(rank) for rank, shard in shards.items())
     assert torch.equal(layout.merge(shards), atomic)
@@ -77,7 +71,7 @@ def test_split_then_merge_gives_the_atomic_parameter(case):
 def test_runs_say_where_every_element_of_a_flat_interval_lies(case, data):
     layout, tp_size = case
     rank = data.draw(st.sampled_from(ranks_of(layout, tp_size)))
-    shard = layout.split(numbered(layout.shape), rank).flatten()
+    shard = layout.split(label_of(layout.shape), rank).flatten()
     start = data.draw(st.integers(0, len(shard)))
     stop = data.draw(st.integers(start, len(shard)))
     runs = shard_runs(layout, rank, start, stop)

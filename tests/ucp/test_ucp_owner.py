@@ -115,9 +115,7 @@ def test_of_many_that_claim_at_once_one_gets_it(tmp_path):
     )
     write(tmp_path / "mark", host=HOST, pid=2**22 + 1)  # a dead one's, which all want to replace
     command = [sys.executable, "-c", script, str(tmp_path / "mark")]
-    started = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(6)
-    ]  # fmt: skip
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(6)]
     try:
         for process in started:
             process.stdin.write("go\n")

@@ -137,7 +137,7 @@ def _open_listed(folder: Path, manifest: Manifest) -> Source:
     if manifest.files:
         require_listed(folder, manifest, source.files.names())
     else:
-        source.require_agreement()
+        source.require_one_save()
     return source
 
 

@@ -27,15 +27,15 @@ from typing import Any
 import torch
 
 from megatron.ucp.errors import CorruptFileError, ManifestError, SourceError, listed
-from megatron.ucp.experts import experts_of_shard
+from megatron.ucp.expert_labels import experts_of_shard
 from megatron.ucp.fragment import Runs, clip_local, shard_runs
 from megatron.ucp.json_checks import shown
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest
 from megatron.ucp.manifest_schema import MAX_ELEMENTS
-from megatron.ucp.sources.agreement import require_agreement
 from megatron.ucp.sources.deepspeed_files import find_files
 from megatron.ucp.sources.flat_states import FlatStates, Fragment, Fragments
+from megatron.ucp.sources.one_save import require_one_save
 from megatron.ucp.sources.source import FileCache, Piece
 from megatron.ucp.topology import Topology
 
@@ -69,9 +69,9 @@ class DeepSpeedSource:
             raise ManifestError("ZeRO-3 without zero3_order", where=folder, do="use another checkpoint")
         self.files = find_files(self.folder, manifest)
 
-    def require_agreement(self) -> None:
+    def require_one_save(self) -> None:
         """For want of a table of files: are they of one save, by what they say? Opens every file."""
-        require_agreement(self.folder, self._cache, self.files, self.manifest.topology.tp_size)
+        require_one_save(self.folder, self._cache, self.files, self.manifest.topology.tp_size)
 
     def fragments(self) -> Fragments:
         """Of every trainable parameter. Raises SourceError where they and the manifest disagree."""
@@ -349,8 +349,7 @@ def _find(manifest: Manifest, name: str, state: str):
     info = manifest.parameters.get(name)
     if info is None or state not in info.states:
         raise SourceError(
-            f"the checkpoint holds no {state} of {name}",
-            expected=manifest.parameters if info is None else info.states,
+            f"the checkpoint holds no {state} of {name}", expected=manifest.parameters if info is None else info.states
         )
     return info
 

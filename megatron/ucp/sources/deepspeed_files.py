@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.ucp.errors import MissingFileError, SourceError, listed
-from megatron.ucp.experts import holding
+from megatron.ucp.expert_labels import experts_clause
 from megatron.ucp.file_names import DEALT_FILE, LAYER_FILE, MODEL_FILE, STAGE3_MODEL_FILE, ZERO_FILE, dealt_file
 from megatron.ucp.manifest import Manifest
 
@@ -74,7 +74,7 @@ def find_files(folder: Path, manifest: Manifest) -> Files:
     if missing:
         raise MissingFileError(
             f"{len(missing)} file(s) of the checkpoint are missing",
-            found=f"missing: {listed(missing)}{holding(manifest, missing)}",
+            found=f"missing: {listed(missing)}{experts_clause(manifest, missing)}",
             expected=f"one file per rank of {topology}, ZeRO-{manifest.zero_stage}",
             where=folder,
             do="bring the files of every node into this folder",
@@ -103,8 +103,10 @@ def _missing_expert_files(manifest: Manifest, stages: set[int], found: Files) ->
     topology = manifest.topology
     needed = {
         (ep, topology.mp_rank(pp=pp, tp=tp))
-        for ep in range(topology.ep_size) for pp in stages for tp in range(topology.tp_size)
-    }  # fmt: skip
+        for ep in range(topology.ep_size)
+        for pp in stages
+        for tp in range(topology.tp_size)
+    }
     return [dealt_file(ep, mp) for ep, mp in sorted(needed - set(found.experts))]
 
 

@@ -28,7 +28,6 @@ import torch
 from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError, UnsupportedCheckpointError, listed
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
-from megatron.ucp.sources.agreement import disagreements
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import list_files
 from megatron.ucp.sources.expert_files import (
@@ -41,6 +40,7 @@ from megatron.ucp.sources.expert_files import (
 )
 from megatron.ucp.sources.expert_source import STEP, ExpertPart, MoeSource, Place
 from megatron.ucp.sources.layer_files import is_weight
+from megatron.ucp.sources.one_save import disagreements
 from megatron.ucp.sources.param_groups import group_names, group_values
 from megatron.ucp.sources.source import FileCache
 from megatron.ucp.sources.universal import NO_MANIFEST, common_from_model_states

@@ -25,13 +25,13 @@ from megatron.ucp.deepspeed_compat import layout_from_patterns
 from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError, UnsupportedCheckpointError, listed
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
-from megatron.ucp.sources.agreement import require_agreement
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import Files, find_files, list_files
 from megatron.ucp.sources.flat_order import flat_fragments, sub_groups
 from megatron.ucp.sources.flat_states import Fragment, Fragments
 from megatron.ucp.sources.foreign_zero0 import open_zero0
 from megatron.ucp.sources.layer_files import Shapes, frozen_in_layers, is_weight
+from megatron.ucp.sources.one_save import require_one_save
 from megatron.ucp.sources.param_groups import group_values, names_or_numbers
 from megatron.ucp.sources.source import FileCache, Source
 from megatron.ucp.sources.universal import NO_MANIFEST, common_from_model_states
@@ -60,7 +60,7 @@ class ForeignReader:
         first = self.cache.load(found.zeros[min(found.zeros)])["optimizer_state_dict"]
         self.stage = int(first.get("zero_stage", 1))
         self.topology = self._topology(found, first)
-        require_agreement(folder, self.cache, found, self.topology.tp_size)
+        require_one_save(folder, self.cache, found, self.topology.tp_size)
         self.files = self._complete(found)
         self.models = {mp: self.cache.load(self.files.model(mp)) for mp in range(self.num_mp)}
         self.is_pipelined = bool(self.files.layers)

@@ -29,7 +29,7 @@ from megatron.ucp.disk import disk_errors
 from megatron.ucp.errors import DigestMismatchError, UcpError
 from megatron.ucp.execute import check_replicas, gather
 from megatron.ucp.expert_digests import changed_experts
-from megatron.ucp.experts import numbered
+from megatron.ucp.expert_labels import label_of
 from megatron.ucp.fragment import whole_runs
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import FORMAT_VERSION, FileInfo, Manifest
@@ -62,11 +62,7 @@ def tensor_bytes(manifest: Manifest) -> int:
 
 
 def write_universal(
-    source: Source,
-    folder: Path,
-    *,
-    num_workers: int = 2,
-    progress: Callable[[int], None] = lambda num_bytes: None,
+    source: Source, folder: Path, *, num_workers: int = 2, progress: Callable[[int], None] = lambda num_bytes: None
 ) -> Manifest:
     """Fills `folder` with everything but ucp.json, and returns that. `progress` is told bytes as they are written,
     from several threads. The first failure stops the others and is raised, naming its parameter and state."""
@@ -163,7 +159,7 @@ def _compare(source: Source, name: str, state: str, digest: Digest) -> None:
     saved = source.manifest.digests.get(name, {}).get(state)
     if saved is not None and saved != digest.hex():
         raise DigestMismatchError(
-            f"{name} ({state}){numbered(changed_experts(source, name, state))} is not what was saved",
+            f"{name} ({state}){label_of(changed_experts(source, name, state))} is not what was saved",
             found=digest.hex(),
             expected=saved,
             where=source.folder,

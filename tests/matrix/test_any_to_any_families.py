@@ -57,9 +57,7 @@ def test_sources_trained_the_same_trajectory(model: str, sources):
 def test_plan_deals_experts_to_the_ranks_of_the_target(sources):
     """ZeRO-1: everything is read once. ZeRO-0: all of what is not experts, and half of these, by each rank."""
     source = open_source(sources["moe"][cell("moe-tp1pp1dp4ep4-z1")].native)
-    sizes = {
-        name: 4 * info.layout.numel * len(info.states) for name, info in source.manifest.parameters.items()
-    }  # fmt: skip
+    sizes = {name: 4 * info.layout.numel * len(info.states) for name, info in source.manifest.parameters.items()}
     of_experts = sum(size for name, size in sizes.items() if ".experts." in name)
     assert 0 < of_experts < sum(sizes.values())
     target = Topology(dp_size=4, ep_size=2)

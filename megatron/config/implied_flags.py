@@ -1,6 +1,6 @@
 """What one flag decides for another, and flags that only matter beside another: each said in a note.
 
-notes = settle({"model": {...}, "parallel": {...}, ...}, names={"--topk", ...})   # fills in and explains
+notes = fill_in_implied({"model": {...}, "parallel": {...}, ...}, names={"--topk", ...})   # fills in and explains
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 Values = dict[str, Any]
 
 
-def settle(sections: Mapping[str, Values], names: Collection[str]) -> list[str]:
+def fill_in_implied(sections: Mapping[str, Values], names: Collection[str]) -> list[str]:
     """Add derived values to the given ones, in place; returns the notes."""
-    notes = [*_settle_zero_stage(sections["parallel"], sections["run"])]
-    notes += _settle_pipeline(sections["parallel"], sections["run"])
+    notes = [*_implied_zero_stage(sections["parallel"], sections["run"])]
+    notes += _implied_pipeline(sections["parallel"], sections["run"])
     model = sections["model"]
     if sections["data"].get("tokenizer_type") == "NullTokenizer" and "--vocab-size" in names and model["vocab_size"]:
         model["vocab_size"] += 1  # As upstream: so many words, and after them the end-of-document id.
@@ -27,7 +27,7 @@ def settle(sections: Mapping[str, Values], names: Collection[str]) -> list[str]:
     return notes + [*_without_effect(sections, names)]
 
 
-def _settle_zero_stage(parallel: Values, run: Values) -> Iterator[str]:
+def _implied_zero_stage(parallel: Values, run: Values) -> Iterator[str]:
     path = run.get("deepspeed_config")
     stage = _stage_of(path) if path is not None and "zero_stage" not in parallel else None
     if stage is not None:
@@ -35,7 +35,7 @@ def _settle_zero_stage(parallel: Values, run: Values) -> Iterator[str]:
         yield f"ZeRO stage {stage} is taken from {path}: --zero-stage is not given"
 
 
-def _settle_pipeline(parallel: Values, run: Values) -> Iterator[str]:
+def _implied_pipeline(parallel: Values, run: Values) -> Iterator[str]:
     """Which model one pipeline stage is: upstream's plain one without --deepspeed, its PipelineModule with it."""
     is_plain = parallel.get("no_pipeline_parallel", False)
     stage, pp_size = parallel.get("zero_stage", 0), parallel.get("pipeline_model_parallel_size", 1)

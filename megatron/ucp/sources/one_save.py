@@ -3,7 +3,7 @@
 Files of one save give equal answers to questions such as "how many ranks?" and "which step?". Where they
 do not, most of them are taken to be right and the others are named; with no majority all are, by answer.
 
-    require_agreement(folder, cache, list_files(folder), tp_size=2)
+    require_one_save(folder, cache, list_files(folder), tp_size=2)
     # SourceError: c.pt: global_steps is 7, in 2 other files 5
 
 What it cannot see: a file of another run that had the same shapes, configuration and step.
@@ -32,7 +32,7 @@ _CONFIGURED = (
 """Of DeepSpeed's configuration. Not all of it: paths may well differ between machines."""
 
 
-def require_agreement(folder: Path, cache: FileCache, files: Files, tp_size: int) -> None:
+def require_one_save(folder: Path, cache: FileCache, files: Files, tp_size: int) -> None:
     """Raises SourceError with every file that tells another story, CorruptFileError for one that tells none."""
     answers: dict[str, dict[str, Any]] = {}
     models = set(files.models.values())

@@ -3,9 +3,9 @@
 A parameter cut over the axis "ep" has its experts along that dimension, so a range of it is a range of
 experts.
 
-    experts_of_shard(layout, rank)                   # " (experts 2 to 3)", or nothing
+    experts_of_shard(layout, rank)         # " (experts 2 to 3)", or nothing
     experts_in_files(manifest, ["zero_pp_rank_1_mp_rank_00_optim_states.pt"])
-    holding(manifest, files)                         # "; with them layers.1.mlp.experts.dense_4h_to_h (experts 2 to 3)"
+    experts_clause(manifest, files)        # "; with them layers.1.mlp.experts.dense_4h_to_h (experts 2 to 3)"
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def experts_of_shard(layout: Layout, rank: ShardRank) -> str:
     if dim is None or rank.ep_size == 1:
         return ""
     ranges = [box.atomic[dim] for box in layout.boxes(rank)]
-    return numbered(range(min(start for start, _ in ranges), max(stop for _, stop in ranges)))
+    return label_of(range(min(start for start, _ in ranges), max(stop for _, stop in ranges)))
 
 
-def numbered(experts: Iterable[int]) -> str:
+def label_of(experts: Iterable[int]) -> str:
     """ " (experts 2 to 3)", " (experts 0, 3)", " (expert 1)", or nothing."""
     numbers = sorted(experts)
     if len(numbers) < 2:
@@ -60,7 +60,7 @@ def experts_in_files(manifest: Manifest, files: Iterable[str]) -> list[str]:
     return sorted(held)
 
 
-def holding(manifest: Manifest, files: Iterable[str]) -> str:
+def experts_clause(manifest: Manifest, files: Iterable[str]) -> str:
     """The same as a clause, or nothing."""
     experts = experts_in_files(manifest, files)
     return f"; with them {listed(experts)}" if experts else ""

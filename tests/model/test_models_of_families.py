@@ -86,7 +86,7 @@ def _pipelined(rank, world_size, names, router_loss=1.0):
         )  # fmt: skip
         items = [(tokens, (labels, mask)) for tokens, labels, mask in _micro_batches()]
         losses = [float(engine.train_batch(iter(items))) for _ in range(2)]
-        found[name] = losses, before, parameters(engine.module), sorted(ledger.taken())
+        found[name] = losses, before, parameters(engine.module), sorted(ledger.take_means())
     return found
 
 
@@ -256,7 +256,7 @@ def _with_dropout(rank, world_size, topology, is_cut):
             loss = model(*batch(2, seed=3 + context.dp_rank))
             loss.backward()
             grads = [param.grad for param in model.parameters()]
-            found[name, granularity] = loss.item(), grads, ledger.taken()
+            found[name, granularity] = loss.item(), grads, ledger.take_means()
     return found
 
 
