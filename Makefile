@@ -32,7 +32,7 @@ fig7 fig9: $(STAMP)
 	GALLERY_DIR=gallery bash examples/$@/run.sh
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=25
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not processes and not gpu"

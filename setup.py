@@ -49,6 +49,7 @@ setup(
         "pybind11==3.1.0",
         "ninja==1.13.2",
         "matplotlib==3.11.2",
+        "tqdm==4.70.1",
     ],
     extras_require={
         # Triton comes with torch's CUDA build (2.13.0 asks for 3.7.1); with the CPU build the tests need it too.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.ucp.convert import main
+from megatron.ucp.convert_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

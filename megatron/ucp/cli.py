@@ -20,12 +20,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron.ucp.convert import ProgressLine, convert
+from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
 from megatron.ucp.digest import total
 from megatron.ucp.errors import NotACheckpointError, UcpError
 from megatron.ucp.manifest import Manifest
 from megatron.ucp.plan import plan
+from megatron.ucp.progress_line import ProgressLine
 from megatron.ucp.sources import open_source
 from megatron.ucp.targets.universal import tensor_bytes
 from megatron.ucp.topology import Topology

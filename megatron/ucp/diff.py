@@ -14,12 +14,9 @@ from pathlib import Path
 
 import torch
 
-from megatron.ucp.execute import gather
-from megatron.ucp.fragment import whole_runs
+from megatron.ucp.execute import chunks
 from megatron.ucp.identity import Identity
 from megatron.ucp.sources import Source, find_checkpoint, open_source
-
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -110,14 +107,8 @@ def _compare_tables(a: Source, b: Source) -> tuple[list[str], list[tuple[str, st
 
 
 def _compare_state(a: Source, b: Source, name: str, state: str) -> StateDelta:
-    numel = a.manifest.parameters[name].layout_of(state).numel
-    pieces_a, pieces_b = a.pieces(name, state), b.pieces(name, state)
     num_different, max_delta = 0, 0.0
-    for start in range(0, numel, _CHUNK):
-        runs = whole_runs(min(_CHUNK, numel - start), start)
-        x, y = torch.empty(int(runs[0, 2])), torch.empty(int(runs[0, 2]))
-        gather(a, name, state, pieces_a, runs, x)
-        gather(b, name, state, pieces_b, runs, y)
+    for (_, x), (_, y) in zip(chunks(a, name, state), chunks(b, name, state), strict=True):
         is_different = x.view(torch.int32) != y.view(torch.int32)
         if bool(is_different.any()):
             num_different += int(is_different.sum())

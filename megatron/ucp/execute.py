@@ -9,14 +9,19 @@ an error that names the parameter and the interval. The digest of what was place
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
 from megatron.ucp import native
 from megatron.ucp.digest import Digest, digest_runs
 from megatron.ucp.errors import CorruptFileError, ReplicaMismatchError, SourceError
-from megatron.ucp.fragment import Runs, clip_atomic, intersect, numel, tiling_faults
+from megatron.ucp.fragment import Runs, clip_atomic, intersect, numel, tiling_faults, whole_runs
 from megatron.ucp.sources.source import Piece, Source
+
+CHUNK = 1 << 20
+"""Elements that are read at once: 4 MiB, so that the passes over them after the first find them in the cache."""
 
 
 def read_into(source: Source, name: str, state: str, runs: Runs, out: torch.Tensor) -> Digest:
@@ -34,6 +39,24 @@ def gather(source: Source, name: str, state: str, pieces: list[Piece], runs: Run
         _gather_mean(source, name, state, pieces, runs, out)
     else:
         _gather_copy(source, name, state, [p for p in pieces if p.copy == 0], runs, out)
+
+
+def chunks(
+    source: Source, name: str, state: str, start: int = 0, stop: int | None = None, *, compares_replicas: bool = False
+) -> Iterator[tuple[Runs, torch.Tensor]]:
+    """(runs, values) of atomic elements [start, stop), in order, in stretches of at most CHUNK: what is read whole is
+    never held whole. `values` is fp32, on the CPU, and overwritten by the next step. Raises what `gather` and, where
+    asked for, `check_replicas` raise."""
+    stop = source.manifest.parameters[name].layout_of(state).numel if stop is None else stop
+    pieces = source.pieces(name, state)
+    buffer = torch.empty(min(CHUNK, max(1, stop - start)), dtype=torch.float32)
+    for first in range(start, stop, CHUNK):
+        values = buffer[: min(CHUNK, stop - first)]
+        runs = whole_runs(len(values), first)
+        gather(source, name, state, pieces, runs, values)
+        if compares_replicas:
+            check_replicas(source, name, state, pieces, first, values)
+        yield runs, values
 
 
 def check_replicas(

@@ -8,11 +8,8 @@ can keep one digest for each expert, whose sum is the parameter's, and a wrong s
 
 from __future__ import annotations
 
-import torch
-
-from megatron.ucp.digest import digest_runs
-from megatron.ucp.execute import gather
-from megatron.ucp.fragment import whole_runs
+from megatron.ucp.digest import Digest, digest_runs
+from megatron.ucp.execute import chunks
 from megatron.ucp.layout import Layout
 from megatron.ucp.sources.source import Source
 
@@ -33,12 +30,12 @@ def changed_experts(source: Source, name: str, state: str) -> list[int]:
     saved = source.manifest.expert_digests.get(name, {}).get(state, [])
     if not saved:
         return []
-    layout, pieces = source.manifest.parameters[name].layout_of(state), source.pieces(name, state)
+    layout = source.manifest.parameters[name].layout_of(state)
     changed = []
     for expert, digest in enumerate(saved):
-        start, stop = expert_elements(layout, expert)
-        values, runs = torch.empty(stop - start), whole_runs(stop - start, start)
-        gather(source, name, state, pieces, runs, values)
-        if digest_runs(values, runs, name=name, state=state, shape=layout.shape).hex() != digest:
+        found = Digest()
+        for runs, values in chunks(source, name, state, *expert_elements(layout, expert)):
+            found += digest_runs(values, runs, name=name, state=state, shape=layout.shape)
+        if found.hex() != digest:
             changed.append(expert)
     return changed

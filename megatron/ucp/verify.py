@@ -13,12 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from megatron.ucp.commit import data_files
 from megatron.ucp.digest import Digest, digest_runs, total
 from megatron.ucp.errors import NotACheckpointError, UcpError
-from megatron.ucp.execute import check_replicas, gather
+from megatron.ucp.execute import chunks
 from megatron.ucp.expert_digests import changed_experts
 from megatron.ucp.expert_labels import experts_clause, label_of
 from megatron.ucp.file_table import file_faults
@@ -26,8 +24,6 @@ from megatron.ucp.fragment import tiling_faults, whole_runs
 from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import Manifest, read_manifest
 from megatron.ucp.sources import Source, find_checkpoint, open_source
-
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -126,12 +122,7 @@ def _check_state(source: Source, name: str, state: str) -> tuple[Digest | None, 
             if missing or doubled:
                 return None, f"{name} ({state}): missing elements {missing[:3]}, doubled {doubled[:3]}"
         digest = Digest()
-        buffer = torch.empty(min(_CHUNK, max(1, layout.numel)), dtype=torch.float32)
-        for start in range(0, layout.numel, _CHUNK):
-            values = buffer[: min(_CHUNK, layout.numel - start)]
-            runs = whole_runs(len(values), start)
-            gather(source, name, state, pieces, runs, values)
-            check_replicas(source, name, state, pieces, start, values)
+        for runs, values in chunks(source, name, state, compares_replicas=True):
             digest += digest_runs(values, runs, name=name, state=state, shape=layout.shape)
     except UcpError as error:
         return None, str(error)  # names the parameter, or the file: then it is one finding for all its parameters

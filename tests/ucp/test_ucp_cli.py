@@ -12,8 +12,9 @@ import torch
 from ucp.synthetic import make_state, model, write_native
 
 from megatron.ucp import cli
-from megatron.ucp.convert import ProgressLine, convert_as_told, main
+from megatron.ucp.convert_command import convert_as_told, main
 from megatron.ucp.errors import OutputExistsError
+from megatron.ucp.progress_line import ProgressLine
 from megatron.ucp.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,8 +162,10 @@ def test_progress_on_a_terminal_and_in_a_log():
         line._shown -= 60
         line(1 << 20, 4 << 20)
         line(4 << 20, 4 << 20)
-    assert terminal.text.startswith("\r1 / 4 MiB") and terminal.text.endswith("\n") and "s left" in terminal.text
+    assert "\r" in terminal.text and "100%" in terminal.text and "4.00M/4.00M" in terminal.text
+    assert terminal.text.endswith("\n")
     assert log.text.count("\n") == 1 and "\r" not in log.text
+    assert log.text.startswith("1 / 4 MiB") and "s left" in log.text
 
 
 def test_state_is_made_of_different_tensors():

@@ -17,7 +17,8 @@ from ucp.synthetic import make_state, model, write_native
 
 from megatron.ucp import commit as commit_module
 from megatron.ucp.commit import checksum_file, commit, point_to, remove_left_overs, stage
-from megatron.ucp.convert import convert, main
+from megatron.ucp.convert import convert
+from megatron.ucp.convert_command import main
 from megatron.ucp.diff import diff
 from megatron.ucp.disk import disk_errors, require_space
 from megatron.ucp.errors import (

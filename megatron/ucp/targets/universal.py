@@ -21,16 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.ucp.commit import checksum_file
 from megatron.ucp.digest import Digest, digest_runs
 from megatron.ucp.disk import disk_errors
 from megatron.ucp.errors import DigestMismatchError, UcpError
-from megatron.ucp.execute import check_replicas, gather
+from megatron.ucp.execute import chunks
 from megatron.ucp.expert_digests import changed_experts
 from megatron.ucp.expert_labels import label_of
-from megatron.ucp.fragment import whole_runs
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import FORMAT_VERSION, FileInfo, Manifest
 from megatron.ucp.safe_load import SubparamShape
@@ -38,9 +35,6 @@ from megatron.ucp.sources.source import Source
 from megatron.ucp.targets.loader_files import loader_files
 from megatron.ucp.topology import Topology
 from megatron.ucp.torch_file import TensorFile, save
-
-CHUNK = 1 << 20
-"""Elements of the buffer: 4 MiB, so that the passes over it after the first find it in the cache."""
 
 
 @dataclass(frozen=True)
@@ -128,18 +122,12 @@ def _write_tensor(
     layout = source.manifest.parameters[name].layout_of(state)
     relative = f"zero/{name}/{state}.pt"
     try:
-        pieces = source.pieces(name, state)
         digest = Digest()
-        buffer = torch.empty(min(CHUNK, max(1, layout.numel)), dtype=torch.float32)
         path = folder / relative
         with disk_errors(path), TensorFile(path, file_keys(layout, name), layout.shape) as file:
-            for start in range(0, layout.numel, CHUNK):
+            for runs, values in chunks(source, name, state, compares_replicas=True):
                 if stop.is_set():
                     raise _Stopped
-                values = buffer[: min(CHUNK, layout.numel - start)]
-                runs = whole_runs(len(values), start)
-                gather(source, name, state, pieces, runs, values)
-                check_replicas(source, name, state, pieces, start, values)
                 digest += digest_runs(values, runs, name=name, state=state, shape=layout.shape)
                 file.write(values)
                 progress(4 * len(values))
