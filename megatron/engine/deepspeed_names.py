@@ -62,7 +62,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {
         "universal_checkpoint_info", "UNIVERSAL_CHECKPOINT_INFO", "ds_zero_partition_group_name", "group_name",
     ),
     "deepspeed.runtime.pipe.engine": ("_INSTRUCTION_MAP", "using_bf16_optimizer", "_hp_grad"),
-    "deepspeed.runtime.pipe.module": ("_layer_specs", "ds_pipe_replicated"),
+    "deepspeed.runtime.pipe.module": ("ds_pipe_replicated",),
     "deepspeed.utils.groups": (
         "_EXPERT_PARALLEL_GROUP", "_EXPERT_PARALLEL_GROUP_RANKS", "_EXPERT_DATA_PARALLEL_GROUP",
         "_EXPERT_DATA_PARALLEL_GROUP_RANKS",

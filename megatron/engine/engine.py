@@ -98,6 +98,21 @@ def partitioned_construction(ds_config: dict[str, Any], mpu: Mpu) -> AbstractCon
     return deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=ds_config, mpu=mpu)
 
 
+@torch.no_grad()
+def write_shard(param: torch.nn.Parameter, shard: torch.Tensor) -> None:
+    """Into a parameter that was made under `partitioned_construction`. Local. One that deepspeed.zero.Init has taken
+    apart is empty itself, this rank's piece of the flattened shard is `ds_tensor`. Written there, nothing is gathered;
+    what pads the last ranks' pieces becomes zero."""
+    if not hasattr(param, "ds_tensor"):
+        param.copy_(shard)
+        return
+    piece = param.ds_tensor
+    start = param.ds_zero_partition_rank * piece.numel()
+    own = shard.reshape(-1)[start : start + piece.numel()]
+    piece.zero_()
+    piece[: own.numel()].copy_(own)
+
+
 def build_engine(
     optimizer: OptimizerConfig,
     model: torch.nn.Module,

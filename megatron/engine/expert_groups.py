@@ -5,7 +5,7 @@ filled from our context, so that ranks are dealt as everywhere here (deepspeed/u
 ranks, whatever tp is), and any layer can have experts (its engine would only know its own MoE class). Expert gradients
 are then summed over edp and divided by dp, and ZeRO partitions experts over edp, in every stage.
 
-    register_expert_groups(context, zero_stage)        # before the model is built
+    context = register_expert_groups(context, zero_stage)        # before the model is built from it
     mark_expert_groups(groups)                         # the optimizer's
 
 Sources: deepspeed/runtime/engine.py (_reduce_expert_gradients), runtime/zero/stage_1_and_2.py
@@ -14,6 +14,7 @@ Sources: deepspeed/runtime/engine.py (_reduce_expert_gradients), runtime/zero/st
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,14 +22,15 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
-from megatron.layers.experts import expert_group_name
 from megatron.parallel.context import ParallelContext
 
 
-def register_expert_groups(context: ParallelContext, zero_stage: int) -> None:
-    """Local. Without expert parallelism there is nothing to say: experts lie as everything else."""
+def register_expert_groups(context: ParallelContext, zero_stage: int) -> ParallelContext:
+    """Local. Without expert parallelism there is nothing to say: experts lie as everything else. Returns the context
+    with the marks by which DeepSpeed knows experts: it sums their gradients over edp and divides by dp, and ZeRO
+    partitions them over edp. (ZeRO-1/2: moe/utils.py, is_moe_param; ZeRO-3: stage3.py, ds_zero_placement_family.)"""
     if context.ep_size == 1:
-        return
+        return context
     topology, rank = context.topology, context.rank
     # ZeRO-3 uses it only to sum norms, and takes it to span the tp ranks.
     axis, group = ("ep_tp", context.ep_tp_group) if zero_stage == 3 else ("ep", context.ep_group)
@@ -39,6 +41,19 @@ def register_expert_groups(context: ParallelContext, zero_stage: int) -> None:
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = _own(topology.groups("edp"), rank)
     # Read by BF16_Optimizer's norm.
     deepspeed_groups.expert_tensor_parallel_world_size = context.tp_size
+    marks = {
+        "allreduce": False,
+        "group_name": name,
+        "ds_zero_partition_group_name": name,
+        "ds_zero_placement_family": "autoep_expert",
+        "ds_zero_partition_process_group": context.edp_group,
+    }
+    return dataclasses.replace(context, marks_of_experts=marks)
+
+
+def expert_group_name(context: ParallelContext) -> str:
+    """DeepSpeed's name of the process groups; it reads the number out of it."""
+    return f"ep_size_{context.ep_size}"
 
 
 def mark_expert_groups(param_groups: Iterable[dict[str, Any]]) -> None:

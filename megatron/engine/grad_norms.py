@@ -18,7 +18,7 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups
 
-from megatron.layers.experts import expert_group_name
+from megatron.engine.expert_groups import expert_group_name
 from megatron.parallel.agreement import gathered
 from megatron.parallel.context import ParallelContext
 

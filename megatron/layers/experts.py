@@ -38,7 +38,10 @@ class Experts(nn.Module):
         def matrix(shape: tuple[int, ...], dim: int, parts: tuple[Part, ...], initial: Initial) -> nn.Parameter:
             cuts = (Cut(0, (Part(num_experts),), "ep"), Cut(dim, parts, "tp"))
             param = declare(Layout.shard_hy(shape, cuts), context, initial, is_decayed=len(shape) == 3, kind="experts")
-            return expert_parallel(param, context)
+            # Under deepspeed.zero.Init a parameter is partitioned as soon as its layer is made: it is marked before.
+            for mark, value in context.marks_of_experts.items():
+                setattr(param, mark, value)
+            return param
 
         self.dense_h_to_4h = matrix((num_experts, width, hidden), 1, up, normal(model.init_method_std))
         self.dense_4h_to_h = matrix((num_experts, hidden, ffn), 2, (Part(ffn),), normal(output_std(model)))
@@ -60,19 +63,3 @@ class Experts(nn.Module):
             return None
         sizes = even_sizes(self.num_hidden, self.context.tp_size)
         return gather_rows(self.bias_4h_to_h.T, self.context, sizes).T / self.context.tp_size
-
-
-def expert_parallel(param: nn.Parameter, context: ParallelContext) -> nn.Parameter:
-    """Tell DeepSpeed that ep ranks hold different values of it: its gradient is summed over edp and divided by dp, and
-    ZeRO partitions it over edp. (ZeRO-1/2: moe/utils.py, is_moe_param; ZeRO-3: stage3.py, ds_zero_placement_family.)"""
-    if context.ep_size > 1:
-        param.allreduce = False
-        param.group_name = param.ds_zero_partition_group_name = expert_group_name(context)
-        param.ds_zero_placement_family = "autoep_expert"
-        param.ds_zero_partition_process_group = context.edp_group
-    return param
-
-
-def expert_group_name(context: ParallelContext) -> str:
-    """DeepSpeed's name of the process groups; it reads the number out of it."""
-    return f"ep_size_{context.ep_size}"

@@ -15,7 +15,7 @@ Initialisation does not depend on the topology: the full atomic tensor is drawn 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,8 +72,14 @@ def layouts_of(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str
 
 
 @torch.no_grad()
-def initialize(named_parameters: Iterable[tuple[str, nn.Parameter]], seed: int) -> None:
-    """Give every parameter its first value. Local; equal on all ranks that hold the same part."""
+def initialize(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    seed: int,
+    write: Callable[[nn.Parameter, torch.Tensor], None] | None = None,
+) -> None:
+    """Give every parameter its first value. Local; equal on all ranks that hold the same part. `write` puts a shard
+    into a parameter, of which this rank may hold a piece only; without it, into a whole one."""
+    write = write or write_whole
     for name, param in _declared(named_parameters):
         initial: Initial = param.initial
         if initial.std == 0:
@@ -82,20 +88,12 @@ def initialize(named_parameters: Iterable[tuple[str, nn.Parameter]], seed: int) 
             generator = torch.Generator("cpu").manual_seed(derived_seed(seed, "initial", name))
             atomic = torch.empty(param.atomic_layout.shape).normal_(initial.mean, initial.std, generator=generator)
         shard = param.atomic_layout.split(atomic, param.shard_rank)
-        if hasattr(param, "ds_tensor"):
-            _fill_partition(param, shard)
-        else:
-            param.copy_(shard)
+        write(param, shard)
 
 
-def _fill_partition(param: nn.Parameter, shard: torch.Tensor) -> None:
-    """Of a parameter that deepspeed.zero.Init has taken apart: it is empty itself, this rank's piece of the flattened
-    shard is `ds_tensor`. Written there, nothing is gathered; what pads the last ranks' pieces becomes zero."""
-    piece = param.ds_tensor
-    start = param.ds_zero_partition_rank * piece.numel()
-    own = shard.reshape(-1)[start : start + piece.numel()]
-    piece.zero_()
-    piece[: own.numel()].copy_(own)
+def write_whole(param: nn.Parameter, shard: torch.Tensor) -> None:
+    """This rank's shard into a parameter that holds all of it."""
+    param.copy_(shard)
 
 
 def _declared(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:

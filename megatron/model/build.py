@@ -7,11 +7,11 @@ groups = parameter_groups(model, weight_decay=0.1)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import (
@@ -43,10 +43,12 @@ def build_model(
     construction: AbstractContextManager | None = None,
     kernels: Kernels = TORCH,
     ledger: RouterLedger | None = None,
+    write: Callable[[nn.Parameter, Tensor], None] | None = None,
 ) -> nn.Module:
     """The model with its first values: the same atomic parameters under every topology. With pipelining,
     collective over the world. `model.vocab_size` must be known. A plain model is constructed, not initialised, under
-    `construction` (deepspeed.zero.Init, which is collective)."""
+    `construction` (deepspeed.zero.Init, which is collective); then `write` is what puts a first value into a parameter
+    of which this rank holds a piece (layers/parameter.py)."""
     if parallel.is_pipelined:
         # Late: deepspeed.pipe is not needed for a plain model.
         from megatron.model.gpt_pipe import GPTPipe
@@ -55,7 +57,7 @@ def build_model(
     else:
         with construction or nullcontext():
             built = GPT(model, context, streams, kernels, ledger)
-    initialize(built.named_parameters(), seed)
+    initialize(built.named_parameters(), seed, write)
     return built
 
 

@@ -71,10 +71,11 @@ class GPTPipe(PipelineModule):
         topology, vocabulary = context.topology, vocabulary_of(model, context)
         said = io.StringIO()
         self.entry_paths = entry_paths(model)  # first: PipelineModule's constructor asks for parameters
+        entries = _entries(model, context, streams, vocabulary, kernels, ledger)
         # DeepSpeed prints how it partitions; that belongs in a log.
         with contextlib.redirect_stdout(said):
             super().__init__(
-                _entries(model, context, streams, vocabulary, kernels, ledger),
+                entries,
                 topology=PipeModelDataParallelTopology(
                     num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.zero_size
                 ),
@@ -84,7 +85,7 @@ class GPTPipe(PipelineModule):
         log.debug("%s", said.getvalue())
         stages = [(int(start), int(stop)) for start, stop in zip(self.parts, self.parts[1:])]
         if any(start == stop for start, stop in stages):
-            names = ", ".join(dict.fromkeys(spec.typename.__name__ for spec in self._layer_specs))
+            names = ", ".join(dict.fromkeys(spec.typename.__name__ for spec in entries))
             raise PipelinePartitionError(
                 f"--pp-partition-method {partition_method} leaves a pipeline stage empty. Found: entries {stages} of "
                 f"{len(self.entry_paths)} on the {topology.pp_size} stages. Expected: at least one on each; the "

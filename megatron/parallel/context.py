@@ -10,8 +10,10 @@ is visible where it is built, and a single process is just `ParallelContext.sing
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -44,6 +46,8 @@ class ParallelContext:
     """The tp groups of all ranks of `ep_group`."""
     sequence_parallel: bool = False
     """Megatron's: between the matrices of a block, activations are cut over tp along the sequence."""
+    marks_of_experts: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes that the engine wants on parameters of which ep ranks hold different values; set as they are made."""
 
     @classmethod
     def single(cls) -> ParallelContext:
@@ -142,5 +146,5 @@ def build_context(topology: Topology, sequence_parallel: bool = False) -> Parall
             group = dist.new_group(ranks)
             if rank in ranks:
                 groups[axis] = group
-    by_name = {f"{axis}_group": group for axis, group in groups.items()}
+    by_name: dict[str, Any] = {f"{axis}_group": group for axis, group in groups.items()}
     return ParallelContext(topology, rank, **by_name, sequence_parallel=sequence_parallel)

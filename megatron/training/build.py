@@ -29,7 +29,7 @@ from megatron.config.config import Config
 from megatron.config.model import ModelConfig
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.engine.ds_config import deepspeed_config
-from megatron.engine.engine import build_engine, partitioned_construction
+from megatron.engine.engine import build_engine, partitioned_construction, write_shard
 from megatron.engine.expert_groups import register_expert_groups
 from megatron.engine.schedule import LearningRateSchedule
 from megatron.kernels.kernels import choose
@@ -85,7 +85,7 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
         config.require_batch_sizes(launch.world_size, start.consumed_train_samples)
     context = build_context(topology, config.parallel.sequence_parallel)
     streams = RandomStreams(config.run.seed, context)
-    register_expert_groups(context, zero_stage)
+    context = register_expert_groups(context, zero_stage)
     kernels = choose(config.run.fused_kernels, get_accelerator().device_name())
     log.info("kernels: %s", kernels.described())
     ledger = RouterLedger()
@@ -93,7 +93,9 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
         batches = Batches(config, context, eod=tokenizer.eod, start=start)
     mpu = Mpu(context)
     construction = partitioned_construction(ds_config, mpu)
-    model = build_model(config.model, config.parallel, context, streams, config.run.seed, construction, kernels, ledger)
+    model = build_model(
+        config.model, config.parallel, context, streams, config.run.seed, construction, kernels, ledger, write_shard
+    )
     with stops_all_ranks("building the model"):
         layouts = parameter_layouts(model)
         refuse_buffers(model)
