@@ -40,9 +40,13 @@ class Net(nn.Module):
 def _train(rank: int, world_size: int, folder: str, zero: dict):
     torch._dynamo.config.disable = True  # importing DeepSpeed's Muon compiles its kernels, for minutes on a CPU
     import deepspeed
+    from deepspeed.runtime.zero.muon import original_muon
 
     # Its own fallback where FusedAdam cannot be had, which would be compiled here first, for minutes.
     vars(deepspeed.ops.adam).pop("FusedAdam", None)
+    # On CPUs that have bf16 it orthogonalizes in bf16: then gradients that were summed over two ranks, and so rounded
+    # otherwise than one rank's, move weights by 1e-3.
+    original_muon.ns_compute_dtype = lambda *args: torch.float32
     net = Net()
     for p in net.parameters():
         p.use_muon = p.dim() > 1
