@@ -13,7 +13,6 @@ import time
 
 import torch.distributed as dist
 
-from megatron.checkpoint.counters import restore_counters
 from megatron.checkpoint.errors import CheckpointError, SourceMismatchError, all_ranks_or_none
 from megatron.checkpoint.frozen_weights import place_frozen
 from megatron.checkpoint.judging import misfits
@@ -21,6 +20,7 @@ from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.placing import place
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.proof import prove
+from megatron.checkpoint.restoring import restore_counters
 from megatron.checkpoint.resume import LoadOptions, ResumePlan
 from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.errors import listed

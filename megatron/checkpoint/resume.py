@@ -19,36 +19,16 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
-from megatron.checkpoint.errors import CheckpointError, all_ranks_or_none
-from megatron.parallel.agreement import gathered
-from megatron.parallel.rank_errors import reported_by_rank_0
+from megatron.checkpoint.opening import OpenCheckpoint, open_everywhere
 from megatron.ucp.commit import REPLACED_SUFFIX, STAGING_SUFFIX
 from megatron.ucp.errors import NotACheckpointError, UcpError
-from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
 from megatron.ucp.pointers import LATEST, LATEST_UNIVERSAL, read_pointer
-from megatron.ucp.sources import Source, open_source
 from megatron.ucp.topology import Topology
 
 
 class ResumeError(RuntimeError):
     """The checkpoint asked for is not there or is not of the kind asked for."""
-
-
-@dataclass(frozen=True, eq=False)
-class OpenCheckpoint:
-    """A Source, and what its folder was when it was opened."""
-
-    source: Source
-    identity: Identity
-
-    @classmethod
-    def of(cls, folder: Path) -> OpenCheckpoint:
-        """Raises what opening raises. Local."""
-        identity = Identity.of(folder)
-        return cls(open_source(folder), identity)
 
 
 @dataclass(frozen=True)
@@ -218,28 +198,8 @@ def _describe(folder: Path) -> Found:
 
 
 def open_planned(plan: ResumePlan) -> ResumePlan:
-    """With the checkpoint opened, on each rank. Collective over the world. Raises CheckpointError, on every rank,
-    where one cannot open it or ranks do not see the same."""
-    if plan.folder is None:
-        return plan
-    with all_ranks_or_none("opening", plan.folder):
-        identity = plan.opened.identity if plan.opened else Identity.of(plan.folder)
-    _require_same_everywhere(identity)
-    with all_ranks_or_none("opening", plan.folder):
-        opened = plan.opened or OpenCheckpoint(open_source(plan.folder), identity)
-    return dataclasses.replace(plan, opened=opened)
-
-
-def _require_same_everywhere(identity: Identity) -> None:
-    """One ucp.json for all: a node with other files, or with none, would place another state than the rest."""
-    seen = gathered(f"SHA-256 {identity.manifest[:16]}" if identity.manifest else "none")
-    if len(set(seen)) > 1:
-        ranks = "; ".join(f"ranks {[r for r, s in enumerate(seen) if s == what][:8]}: {what}" for what in set(seen))
-        with reported_by_rank_0(dist.get_rank()):
-            raise CheckpointError(
-                f"ranks do not see the same checkpoint in {identity.folder}: {MANIFEST_NAME} is, on {ranks}. "
-                "Put the whole folder where every node reads it."
-            )
+    """With the checkpoint opened, on each rank. Collective over the world. Raises what `open_everywhere` raises."""
+    return plan if plan.folder is None else dataclasses.replace(plan, opened=open_everywhere(plan.folder, plan.opened))
 
 
 def choose_resume(found: FoundCheckpoints | None, wanted: Wanted) -> ResumePlan:

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import megatron
-from megatron.checkpoint.counters import progress_of
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.loading import load
 from megatron.checkpoint.progress import Progress
+from megatron.checkpoint.restoring import progress_of
 from megatron.checkpoint.resume import LoadOptions, ResumePlan, Wanted, choose_resume, find_checkpoints, open_planned
 from megatron.config.config import Config
 from megatron.config.model import ModelConfig

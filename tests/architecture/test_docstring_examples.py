@@ -156,6 +156,6 @@ def test_planted_faults():
     assert _one("sove(live, folder)") == ["sove is not in the module"]
     assert "missing a required argument: 'folder'" in _one("save(live)", save=_save)[0]
     assert "unexpected keyword argument 'name'" in _one("save(live, folder, name=1)", save=_save)[0]
-    assert "too many positional" in _one("progress_of(common, sizes, 3)")[0]  # of megatron/checkpoint/counters.py
+    assert "too many positional" in _one("progress_of(common, sizes, 3)")[0]  # of megatron/checkpoint/restoring.py
     assert _one("Path.none(folder)", Path=Path) == ["Path has no none"]
     assert _one("from pathlib import Pith\n    Pith(1)") == ["pathlib has no Pith"]

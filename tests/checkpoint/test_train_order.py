@@ -6,7 +6,7 @@ import pytest
 
 from harness.ranks import run_ranks
 from matrix.recording import build, command_line, write_dataset
-from megatron.checkpoint.counters import changed_order
+from megatron.checkpoint.restoring import changed_order
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,9 @@ _MAX_MISSING = 4096
 """More are not listed one by one: the topology, a few bytes in a file, must not decide how much memory is taken."""
 
 
+_Table = dict[tuple[int, int], Path]
+
+
 @dataclass(frozen=True)
 class Files:
     zeros: dict[tuple[int, int], Path]
@@ -112,8 +115,11 @@ def _missing_expert_files(manifest: Manifest, stages: set[int], found: Files) ->
 
 def list_files(folder: Path) -> Files:
     """DeepSpeed's files in the folder. Raises SourceError where two are of the same rank."""
-    zeros: dict[tuple[int, int], Path] = {}
-    models, stage3, layers, experts = zeros.copy(), zeros.copy(), zeros.copy(), zeros.copy()
+    zeros: _Table = {}
+    models: _Table = {}
+    stage3: _Table = {}
+    layers: _Table = {}
+    experts: _Table = {}
     doubled: list[str] = []
     for path in folder.iterdir():
         for pattern, table in (

@@ -31,7 +31,7 @@ class Piece:
     offset: int = 0
     """A run's local_start counts from this element of the flattened tensor."""
     copy: int = 0
-    """0: the pieces with 0 tile the parameter exactly once. Others are replicas of parts of it, label_of by who
+    """0: the pieces with 0 tile the parameter exactly once. Others are replicas of parts of it, numbered by who
     holds them; for an averaged parameter (Partial) each number is one whole, different, copy."""
 
 

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 
 def restore_counters(live: LiveRun, source: Source, options: LoadOptions, *, is_same_topology: bool) -> Progress:
+    """Set what `options` asks for; returns how far the Source had come, or the beginning without `with_progress`.
+    Collective over the world. Raises CheckpointError, on every rank, where the random streams cannot be restored."""
     common = source.manifest.common
     progress = progress_of(common, live.batch_sizes)
     if options.with_schedule and (saved_schedule := common.get("schedule")):
