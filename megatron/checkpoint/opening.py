@@ -40,8 +40,7 @@ def open_everywhere(folder: Path, opened: OpenCheckpoint | None = None) -> OpenC
         identity = opened.identity if opened else Identity.of(folder)
     _require_same_everywhere(identity)
     with all_ranks_or_none("opening", folder):
-        opened = opened or OpenCheckpoint(open_source(folder), identity)
-    return opened
+        return opened or OpenCheckpoint(open_source(folder), identity)
 
 
 def _require_same_everywhere(identity: Identity) -> None:
