@@ -16,9 +16,10 @@ from harness.ranks import run_ranks
 from megatron.ucp.convert import convert
 from megatron.ucp.errors import SourceError, UnsupportedCheckpointError
 from megatron.ucp.safe_load import load
-from megatron.ucp.sources import foreign, open_source
-from megatron.ucp.sources.flat_order import flat_fragments, sub_groups
-from megatron.ucp.sources.layer_files import frozen_in_layers
+from megatron.ucp.sources import open_source
+from megatron.ucp.sources.foreign import dense
+from megatron.ucp.sources.foreign.flat_order import flat_fragments, sub_groups
+from megatron.ucp.sources.foreign.layer_files import frozen_in_layers
 from megatron.ucp.topology import Topology
 from megatron.ucp.torch_file import save
 
@@ -205,7 +206,7 @@ def test_a_reader_with_a_wrong_order_is_found_out(saved, tmp_path, monkeypatch):
         swap = {"norm.weight": "norm.bias", "norm.bias": "norm.weight"}
         return [[swap.get(name, name) for name in names] for names in sub_groups(lengths, sizes)]
 
-    monkeypatch.setattr(foreign, "sub_groups", wrong)
+    monkeypatch.setattr(dense, "sub_groups", wrong)
     assert largest_difference(converted(folder, tmp_path / "u"), live) > 0.1
 
 

@@ -19,8 +19,8 @@ from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError,
 from megatron.ucp.layout import ShardRank
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import open_source
-from megatron.ucp.sources.expert_files import split_name
-from megatron.ucp.sources.expert_places import ExpertPlaces
+from megatron.ucp.sources.foreign.expert_files import split_name
+from megatron.ucp.sources.foreign.expert_places import ExpertPlaces
 from megatron.ucp.torch_file import save
 from megatron.ucp.verify import verify
 

@@ -13,7 +13,7 @@ from megatron.ucp.convert import convert
 from megatron.ucp.errors import CorruptFileError, SourceError, UnsupportedCheckpointError
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import open_source
-from megatron.ucp.sources.foreign_zero0 import NAMES_KEY, _ways
+from megatron.ucp.sources.foreign.zero0 import NAMES_KEY, _ways
 from megatron.ucp.verify import verify
 
 WIDTH = 6

@@ -21,8 +21,9 @@ from megatron.ucp.fragment import whole_runs
 from megatron.ucp.manifest import read_manifest, write_manifest
 from megatron.ucp.plan import plan
 from megatron.ucp.safe_load import load
-from megatron.ucp.sources import deepspeed, foreign, open_source
+from megatron.ucp.sources import deepspeed, open_source
 from megatron.ucp.sources import source as source_module
+from megatron.ucp.sources.foreign import save
 from megatron.ucp.topology import Topology
 from megatron.ucp.verify import verify
 
@@ -162,7 +163,7 @@ def test_a_reader_that_sorts_numbers_as_text_is_found_out(tmp_path, monkeypatch,
         return replace(files, zeros={key: files.zeros[z[key[0]], mp[key[1]]] for key in files.zeros})
 
     monkeypatch.setattr(deepspeed, "find_files", wrong)
-    monkeypatch.setattr(foreign, "find_files", wrong)
+    monkeypatch.setattr(save, "find_files", wrong)
     try:
         convert(tmp_path / "n", tmp_path / "u")
     except UcpError:

@@ -19,7 +19,7 @@ from matrix.stock import stock_convert
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
 from megatron.ucp.errors import UcpError
-from megatron.ucp.sources.foreign_universal import STAGE3_MODEL
+from megatron.ucp.sources.foreign.universal import STAGE3_MODEL
 from megatron.ucp.sources.universal import OPTIMIZER_FILE
 from megatron.ucp.verify import verify
 

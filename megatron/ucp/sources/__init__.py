@@ -12,16 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron.ucp.commit import STAGING_SUFFIX
-from megatron.ucp.errors import CorruptFileError, NotACheckpointError, UcpError, listed
+from megatron.ucp.errors import NotACheckpointError, listed
 from megatron.ucp.file_names import MODEL_FILE, ZERO_FILE
 from megatron.ucp.file_table import require_listed, require_sizes
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.ucp.pointers import POINTERS, read_pointer
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
-from megatron.ucp.sources.deepspeed_moe import open_moe
-from megatron.ucp.sources.expert_files import has_experts
 from megatron.ucp.sources.foreign import open_foreign
-from megatron.ucp.sources.foreign_universal import open_foreign_universal
 from megatron.ucp.sources.source import Piece, Source
 from megatron.ucp.sources.universal import UniversalSource
 
@@ -39,7 +36,7 @@ def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
         raise NotACheckpointError("no such folder", where=folder)
     if tag is not None:
         return find_checkpoint(folder / tag)
-    if _kind(folder):
+    if _is_checkpoint(folder):
         if folder.name.endswith(STAGING_SUFFIX):
             raise NotACheckpointError(
                 "this is the left-over of a save or conversion that did not finish",
@@ -47,10 +44,10 @@ def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
                 do="use an earlier checkpoint; the next save or conversion removes this folder",
             )
         return folder
-    inside = [p.name for p in folder.iterdir() if p.is_dir() and _kind(p)]
+    inside = [p.name for p in folder.iterdir() if p.is_dir() and _is_checkpoint(p)]
     for pointer in POINTERS:
         named = read_pointer(folder, pointer)
-        if named.folder is not None and _kind(named.folder):
+        if named.folder is not None and _is_checkpoint(named.folder):
             return named.folder
         if named.folder is not None or named.fault:
             raise NotACheckpointError(
@@ -79,7 +76,7 @@ def _runs_inside(folder: Path) -> dict[str, Path]:
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
         for pointer in POINTERS:
             named = read_pointer(path, pointer).folder
-            if named is not None and _kind(named):
+            if named is not None and _is_checkpoint(named):
                 runs.setdefault(path.name, named)
     return runs
 
@@ -94,39 +91,12 @@ def _newest(runs: Iterable[str]) -> str | None:
 
 def open_source(folder: str | Path, tag: str | None = None, column_parallel: tuple[str, ...] = ()) -> Source:
     """The Source for a checkpoint folder, or for a run folder with `latest`. `column_parallel`: regular expressions
-    that foreign checkpoints need, see sources/foreign.py. Raises NotACheckpointError and what the Source raises."""
+    that folders without a ucp.json may need, see sources/foreign. Raises NotACheckpointError and what the Source
+    raises."""
     folder = find_checkpoint(folder, tag)
-    kind = _kind(folder)
-    if kind == "manifest":
+    if (folder / MANIFEST_NAME).is_file():
         return _open_listed(folder, read_manifest(folder))
-    try:
-        if kind == "universal":
-            source: Source = open_foreign_universal(folder)
-        else:
-            source = (open_moe if has_experts(folder) else open_foreign)(folder, column_parallel)
-        source.manifest.require_sound(folder)
-        _require_readable(source)
-    except UcpError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # Without a ucp.json every value is looked up where DeepSpeed would have put it.
-        raise CorruptFileError(
-            f"the files are not as DeepSpeed writes them ({type(error).__name__}: {error})"[:400],
-            where=folder,
-            do="use another checkpoint",
-        ) from error
-    return source
-
-
-def _require_readable(source: Source) -> None:
-    """Every value that is going to be read is looked up once, and no element of a tensor read: without checksums a file
-    may hold anything where DeepSpeed would have put it."""
-    for name, info in source.manifest.parameters.items():
-        for state in info.states:
-            for piece in source.pieces(name, state):
-                source.tensor(piece)
-        source.step_object(name)
-    source.side_files()
+    return open_foreign(folder, column_parallel)
 
 
 def _open_listed(folder: Path, manifest: Manifest) -> Source:
@@ -141,11 +111,9 @@ def _open_listed(folder: Path, manifest: Manifest) -> Source:
     return source
 
 
-def _kind(folder: Path) -> str | None:
-    if (folder / MANIFEST_NAME).is_file():
-        return "manifest"
-    if (folder / "zero").is_dir():
-        return "universal"
-    if any(MODEL_FILE.match(p.name) or ZERO_FILE.match(p.name) for p in folder.iterdir()):
-        return "native"
-    return None
+def _is_checkpoint(folder: Path) -> bool:
+    return (
+        (folder / MANIFEST_NAME).is_file()
+        or (folder / "zero").is_dir()
+        or any(MODEL_FILE.match(path.name) or ZERO_FILE.match(path.name) for path in folder.iterdir())
+    )

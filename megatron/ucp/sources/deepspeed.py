@@ -29,13 +29,12 @@ import torch
 from megatron.ucp.errors import CorruptFileError, ManifestError, SourceError, listed
 from megatron.ucp.expert_labels import experts_of_shard
 from megatron.ucp.fragment import Runs, clip_local, shard_runs
-from megatron.ucp.json_checks import shown
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest
-from megatron.ucp.manifest_schema import MAX_ELEMENTS
 from megatron.ucp.sources.deepspeed_files import find_files
-from megatron.ucp.sources.flat_states import FlatStates, Fragment, Fragments
+from megatron.ucp.sources.flat_states import FlatStates, Fragment, Fragments, append_fragment
 from megatron.ucp.sources.one_save import require_one_save
+from megatron.ucp.sources.optimizer_file import OptimizerFile
 from megatron.ucp.sources.source import FileCache, Piece
 from megatron.ucp.topology import Topology
 
@@ -90,12 +89,15 @@ class DeepSpeedSource:
         """How the optimizer's own tensors lie beside the flat ones."""
 
         def num_held(part: Fragment, state: str) -> int:
-            return self._cache.tensor(part.file, self._key(part.group, state)).numel()
+            return self._cache.tensor(part.file, self._first.key(part.group, state)).numel()
 
         def flat_sizes(part: Fragment) -> tuple[int, ...]:
             return self._flat_sizes(part.file, part.group)
 
-        return FlatStates(self.fragments(), num_held, flat_sizes, self._is_muon)
+        def is_muon(part: Fragment) -> bool:
+            return self._optimizer(part.file).is_muon(part.group)
+
+        return FlatStates(self.fragments(), num_held, flat_sizes, is_muon)
 
     def step(self, name: str) -> float | None:
         return _find(self.manifest, name, "fp32").step
@@ -148,11 +150,7 @@ class DeepSpeedSource:
         fragments = self.fragments().get((name, mp_rank))
         if not fragments:
             return None
-        optimizer = self._cache.load(fragments[0].file)["optimizer_state_dict"]
-        base = optimizer["optimizer_state_dict" if self.manifest.zero_stage == 3 else "base_optimizer_state"]
-        group = fragments[0].group
-        # An optimizer without states (plain SGD) has no entry.
-        return (base[group] if isinstance(base, list) else base["state"].get(group, {})).get("step")
+        return self._optimizer(fragments[0].file).state(fragments[0].group).get("step")
 
     def side_files(self) -> dict[str, Any]:
         files = {}
@@ -167,15 +165,10 @@ class DeepSpeedSource:
                 content[FROZEN] = None
             files[f"mp_rank_{mp_rank:02d}_model_states.pt"] = content
         if self.manifest.is_partitioned:
-            content = self._cache.load(self.files.zeros[0, 0])
-            optimizer = {"ds_version": content.get("ds_version")} | content["optimizer_state_dict"]
-            base = optimizer.pop("optimizer_state_dict" if self.manifest.zero_stage == 3 else "base_optimizer_state")
-            for key in ("param_slice_mappings", "single_partition_of_fp32_groups", "fp32_flat_groups"):
-                optimizer.pop(key, None)
-            # `elastic_checkpoint` saves a list of states and no group's values: named, so that the states are loaded.
-            groups = (
-                base.get("param_groups", []) if isinstance(base, dict) else [{"params": [i]} for i in range(len(base))]
-            )
+            version = self._cache.load(self._first.path).get("ds_version")
+            optimizer = {"ds_version": version} | self._first.of_no_parameter()
+            # `elastic_checkpoint` saves no group's values: the groups are named, so that the states are loaded.
+            groups = self._first.param_groups() or [{"params": [i]} for i in range(len(self._first.states()))]
         else:
             content = self._cache.load(self.files.model(0))
             groups = content["optimizer"]["param_groups"]
@@ -213,39 +206,20 @@ class DeepSpeedSource:
             offset = f.offset
             if state != "fp32" and self._has_own_tables:
                 offset = self.flat_states.offset(f, state, (name, shard))
-            yield f.file, self._key(f.group, state), offset, f.start, f.stop
+            yield f.file, self._first.key(f.group, state), offset, f.start, f.stop
 
     def _flat_sizes(self, file: Path, group: int) -> tuple[int, ...]:
         """Of the flat tensor of masters, as it is there and with its padding, which DeepSpeed may leave out."""
-        size = self._cache.tensor(file, self._key(group, "fp32")).numel()
-        try:
-            paddings = self._cache.load(file)["optimizer_state_dict"].get("group_paddings") or []
-            padding = _count(paddings[group]) if group < len(paddings) else 0
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise CorruptFileError("group_paddings is no list of sizes", found=repr(error)[:200], where=file) from error
-        return size, size + padding
+        size = self._cache.tensor(file, self._first.key(group, "fp32")).numel()
+        return size, size + self._optimizer(file).padding(group)
 
-    def _is_muon(self, part: Fragment) -> bool:
-        optimizer = self._cache.load(part.file)["optimizer_state_dict"]
-        base = optimizer.get("base_optimizer_state")
-        groups = base.get("param_groups", []) if isinstance(base, dict) else []
-        return part.group < len(groups) and bool(groups[part.group].get("use_muon"))
-
-    def _key(self, group: int, state: str) -> tuple[str | int, ...]:
-        if self.manifest.zero_stage == 3:
-            flats = "fp32_flat_groups"
-            base: tuple[str, ...] = ("optimizer_state_dict", "state")
-        else:
-            # elastic_checkpoint: a list of per-group dicts; otherwise torch's own {"state": {index: ...}}.
-            flats = "single_partition_of_fp32_groups"
-            base = ("base_optimizer_state",) if self._is_elastic else ("base_optimizer_state", "state")
-        path: tuple[str | int, ...] = (flats, group) if state == "fp32" else (*base, group, state)
-        return ("optimizer_state_dict", *path)
+    def _optimizer(self, file: Path) -> OptimizerFile:
+        return OptimizerFile.open(self._cache, file, self.manifest.zero_stage)
 
     @cached_property
-    def _is_elastic(self) -> bool:
-        optimizer = self._cache.load(self.files.zeros[0, 0]).get("optimizer_state_dict", {})
-        return isinstance(optimizer.get("base_optimizer_state"), list)
+    def _first(self) -> OptimizerFile:
+        """The others are laid out like it, so that they need not be opened to say where their tensors are."""
+        return self._optimizer(self.files.zeros[0, 0])
 
     def _whole(self, name: str, state: str, mp_rank: int, rank: ShardRank) -> tuple[Path, tuple[str | int, ...]]:
         if rank.ep_size > 1:
@@ -271,10 +245,8 @@ class DeepSpeedSource:
         try:
             for name, parts in self.manifest.fragments.items():
                 for mp_rank, zero_rank, group, offset, numel in parts:
-                    before = fragments.setdefault((name, self._shard(name, mp_rank, zero_rank)), [])
-                    start = before[-1].stop if before else 0
-                    file = self.files.zeros[zero_rank, mp_rank]
-                    before.append(Fragment(file, group, offset, start, start + numel))
+                    held = fragments.setdefault((name, self._shard(name, mp_rank, zero_rank)), [])
+                    append_fragment(held, self.files.zeros[zero_rank, mp_rank], group, offset, numel)
         except (KeyError, TypeError, ValueError) as error:
             raise ManifestError("malformed table of fragments", found=repr(error), where=self.folder) from error
         return fragments
@@ -283,16 +255,10 @@ class DeepSpeedSource:
         """From every file's own table."""
         fragments: Fragments = {}
         for (zero_rank, mp_rank), file in sorted(self.files.zeros.items()):
-            try:
-                groups = self._cache.load(file)["optimizer_state_dict"]["param_slice_mappings"]
-                for group, mapping in enumerate(groups):
-                    for name, address in mapping.items():
-                        before = fragments.setdefault((name, self._shard(name, mp_rank, zero_rank)), [])
-                        start = before[-1].stop if before else 0
-                        stop = start + _count(address.numel)
-                        before.append(Fragment(file, group, _count(address.start), start, stop))
-            except (AttributeError, LookupError, TypeError, ValueError) as error:
-                raise CorruptFileError("no parameter table (param_slice_mappings)", where=file) from error
+            for group, table in enumerate(self._optimizer(file).tables):
+                for name, (offset, numel) in table.items():
+                    held = fragments.setdefault((name, self._shard(name, mp_rank, zero_rank)), [])
+                    append_fragment(held, file, group, offset, numel)
         return fragments
 
     def _stage3_fragments(self) -> Fragments:
@@ -336,13 +302,6 @@ def stage3_interval(numel: int, zero_rank: int, zero_size: int) -> tuple[int, in
     """ZeRO-3 cuts every parameter by itself into equal pieces; the last ones are padded, and may be nothing else."""
     length = -(-numel // zero_size)
     return min(zero_rank * length, numel), min((zero_rank + 1) * length, numel)
-
-
-def _count(value: Any) -> int:
-    """Of elements. Raises ValueError for what a file may hold instead."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_ELEMENTS:
-        raise ValueError(f"{shown(value)} is no number of elements")
-    return value
 
 
 def _find(manifest: Manifest, name: str, state: str):

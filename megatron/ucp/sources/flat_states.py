@@ -37,6 +37,12 @@ Fragments = dict[Shard, list[Fragment]]
 """Who holds which part, in rank order."""
 
 
+def append_fragment(held: list[Fragment], file: Path, group: int, offset: int, numel: int) -> None:
+    """What the next rank holds of a shard: its part begins where that of the rank before ends."""
+    start = held[-1].stop if held else 0
+    held.append(Fragment(file, group, offset, start, start + numel))
+
+
 @dataclass(frozen=True)
 class FlatStates:
     fragments: Mapping[Shard, list[Fragment]]

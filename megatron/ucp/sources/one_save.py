@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron.ucp.errors import CorruptFileError, SourceError, listed
 from megatron.ucp.sources.deepspeed_files import Files
+from megatron.ucp.sources.optimizer_file import OptimizerFile
 from megatron.ucp.sources.source import FileCache
 
 _CONFIGURED = (
@@ -39,8 +40,10 @@ def require_one_save(folder: Path, cache: FileCache, files: Files, tp_size: int)
     for (_, mp_rank), path in (*files.models.items(), *files.zeros.items()):
         content, is_model = cache.load(path), path in models
         try:
-            said = model_answers(content, mp_rank, tp_size) if is_model else optimizer_answers(content, mp_rank)
-            answers[path.name] = said
+            if is_model:
+                answers[path.name] = model_answers(content, mp_rank, tp_size)
+            else:
+                answers[path.name] = optimizer_answers(content, OptimizerFile.open(cache, path), mp_rank)
         except (KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError("not a file of DeepSpeed's", found=repr(error), where=path) from error
     if odd := disagreements(answers):
@@ -90,26 +93,19 @@ def model_answers(content: Mapping[str, Any], mp_rank: int, tp_size: int) -> dic
     }
 
 
-def optimizer_answers(content: Mapping[str, Any], mp_rank: int) -> dict[str, Any]:
-    """What a file of optimizer states says of its save."""
-    optimizer = content["optimizer_state_dict"]
-    base = optimizer["base_optimizer_state"] if "base_optimizer_state" in optimizer else optimizer[_BASE_STAGE3]
-    states = base if isinstance(base, list) else list(base["state"].values())
-    groups = [] if isinstance(base, list) else base["param_groups"]
-    steps = [float(state["step"]) for state in states if state.get("step") is not None]
-    values = [{key: str(value) for key, value in group.items() if key != "params"} for group in groups]
-    counts = optimizer.get("partition_count")
+def optimizer_answers(content: Mapping[str, Any], file: OptimizerFile, mp_rank: int) -> dict[str, Any]:
+    """What a file of optimizer states says of its save. `content`: all of it, `file`: what is inside."""
+    steps = [float(state["step"]) for state in file.states() if state.get("step") is not None]
+    values = [{key: str(value) for key, value in group.items() if key != "params"} for group in file.param_groups()]
+    counts = file.partition_counts()
     return {
-        **_common_answers({**optimizer, **content}),
-        "zero_stage": int(optimizer.get("zero_stage", 1)),
+        **_common_answers({**file.content, **content}),
+        "zero_stage": file.zero_stage,
         "partition_count": sorted(set(counts)) if isinstance(counts, (list, tuple)) else [counts],
         "the optimizer's step": max(steps, default=None),
-        f"the number of flat groups of mp_rank {mp_rank}": len(states),
+        f"the number of flat groups of mp_rank {mp_rank}": len(file.states()),
         f"the hyper-parameters of mp_rank {mp_rank}": _short(values),
     }
-
-
-_BASE_STAGE3 = "optimizer_state_dict"
 
 
 def _common_answers(content: Mapping[str, Any]) -> dict[str, Any]:

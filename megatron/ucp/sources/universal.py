@@ -1,14 +1,13 @@
 """Source: a universal folder, ours or one that DeepSpeed's own converter wrote.
 
 Every (parameter, state) is one file with the whole atomic tensor, so a piece is that tensor. What a
-folder without a ucp.json holds is found out by foreign_universal.py.
+folder without a ucp.json holds is found out by foreign/universal.py.
 
     source = UniversalSource(folder, read_manifest(folder))
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError
 from megatron.ucp.file_table import require_listed
 from megatron.ucp.fragment import whole_runs
 from megatron.ucp.manifest import Manifest, ParameterInfo
-from megatron.ucp.safe_load import load
 from megatron.ucp.sources.source import FileCache, Piece
 
 OPTIMIZER_FILE = "zero/optimizer_state.pt"
-NO_MANIFEST = "it was saved without checksums (there was no ucp.json)"
 
 
 class UniversalSource:
@@ -78,18 +75,3 @@ class UniversalSource:
                 where=self.folder,
             )
         return info
-
-
-def common_from_model_states(files: Sequence[Path]) -> dict:
-    """Counters that DeepSpeed and Megatron-DeepSpeed keep in mp_rank_XX_model_states.pt."""
-    if not files:
-        return {}
-    content = load(files[0])
-    names = ("iteration", "global_steps", "global_samples", "skipped_steps")
-    common = {n: content[n] for n in names if isinstance(content.get(n), int)}
-    common.setdefault("iteration", common.get("global_steps"))
-    arguments = content.get("args")
-    for name in ("consumed_train_samples", "consumed_valid_samples"):
-        if isinstance(getattr(arguments, name, None), int):
-            common[name] = getattr(arguments, name)
-    return common

@@ -3,7 +3,7 @@
 Names, states and shapes are taken from the folder. ZeRO-0 to 2 left tensors with their shapes. ZeRO-3
 left bare, flat ones: their shapes (`param_shapes`) and their step are in files that the converter copies beside them.
 
-    source = open_foreign_universal("run/global_step100_universal")
+    source = open_foreign_universal(Path("run/global_step100_universal"))
 
 Source of these conventions: deepspeed/checkpoint/ds_to_universal.py (merge_tp_slices, merge_zero3_slices,
 _save_optimizer_state_stage3).
@@ -22,20 +22,20 @@ from megatron.ucp.errors import CorruptFileError, MissingFileError, UnsupportedC
 from megatron.ucp.fragment import whole_runs
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
-from megatron.ucp.sources.param_groups import group_values, names_or_numbers
+from megatron.ucp.sources.foreign.param_groups import group_values, names_or_numbers
+from megatron.ucp.sources.foreign.save import NO_MANIFEST, common_from_model_states
+from megatron.ucp.sources.optimizer_file import OptimizerFile
 from megatron.ucp.sources.source import FileCache, Piece
-from megatron.ucp.sources.universal import NO_MANIFEST, OPTIMIZER_FILE, UniversalSource, common_from_model_states
+from megatron.ucp.sources.universal import OPTIMIZER_FILE, UniversalSource
 from megatron.ucp.topology import Topology
 
 STAGE3_MODEL = "zero_pp_rank_0_mp_rank_00_model_states.pt"
-_SHARDED = ("optimizer_state_dict", "fp32_flat_groups")
-"""Of ZeRO-3's optimizer state: what is in zero/ too."""
 
 
-def open_foreign_universal(folder: str | Path) -> UniversalSource:
+def open_foreign_universal(folder: Path) -> UniversalSource:
     """Of any ZeRO stage; each file is opened once. Raises MissingFileError, CorruptFileError or
     UnsupportedCheckpointError."""
-    cache, folder = FileCache(), Path(folder)
+    cache = FileCache()
     tables = {path.name: cache.load(path / "fp32.pt") for path in _parameter_folders(folder)}
     bare = [name for name, content in tables.items() if torch.is_tensor(content)]
     if bare and len(bare) == len(tables):
@@ -77,7 +77,9 @@ class _Stage3Source(UniversalSource):
                 where=folder,
                 do="copy them from where it was converted, or convert the checkpoint that it was made from",
             )
-        self._model, self._optimizer = cache.load(model), cache.load(state)
+        self._model = cache.load(model)
+        # The converter keeps one file's, and puts the values of the groups beside it.
+        self._optimizer = OptimizerFile(state, cache.load(state), is_stage3=True)
         shapes = {name: tuple(shape) for table in self._model["param_shapes"] for name, shape in table.items()}
         folders = _parameter_folders(folder)
         if self._model.get("frozen_param_shapes"):
@@ -91,10 +93,11 @@ class _Stage3Source(UniversalSource):
             raise CorruptFileError(
                 f"the folder and {STAGE3_MODEL} hold different parameters", found=differing, where=folder
             )
-        self._step = _one_step(self._optimizer["optimizer_state_dict"]["state"].values(), folder)
+        self._step = _one_step(self._optimizer.states(), folder)
         step = None if self._step is None else float(self._step)
         parameters = {p.name: ParameterInfo(Layout.unique(shapes[p.name]), "", _states_in(p), step) for p in folders}
-        super().__init__(folder, _without_checksums(parameters, self._optimizer["param_groups"], [model]), cache)
+        groups = self._optimizer.content["param_groups"]
+        super().__init__(folder, _without_checksums(parameters, groups, [model]), cache)
 
     def pieces(self, name: str, state: str) -> list[Piece]:
         numel = math.prod(self._info(name, state).layout.shape)
@@ -105,7 +108,7 @@ class _Stage3Source(UniversalSource):
 
     def side_files(self) -> dict[str, Any]:
         model = {**self._model, "module": {}, "optimizer": None, "frozen_param_fragments": None}
-        optimizer = {key: value for key, value in self._optimizer.items() if key not in _SHARDED}
+        optimizer = self._optimizer.of_no_parameter()
         # ZeRO-3 keeps it in the model states only; ZeRO-1 and 2 will not load an optimizer's without it.
         optimizer.setdefault("ds_version", model.get("ds_version"))
         return {"mp_rank_00_model_states.pt": model, OPTIMIZER_FILE: optimizer}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.ucp.errors import MissingFileError, SourceError, UnsupportedCheckpointError
-from megatron.ucp.sources.layer_files import is_weight
+from megatron.ucp.sources.foreign.layer_files import is_weight
 
 EXPERT_FILE = re.compile(r"^layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt$")
 OPTIMIZER_FILE = re.compile(r"^expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")

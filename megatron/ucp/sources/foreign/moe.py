@@ -1,11 +1,11 @@
 """Source: stock saves with experts of deepspeed.moe.layer.MoE, without a ucp.json.
 
-Dense parameters are read as in every foreign folder. Expert e of a layer is a parameter for itself, under
+Dense parameters are read as in every foreign folder (dense.py). Expert e of a layer is a parameter for itself, under
 its number in the whole layer; the optimizer's files know it by its number within a rank, so which ranks hold it is
 worked out from DeepSpeed's groups (expert_places.py) and then held against the weights in the experts' own files
-(expert_weights.py). ZeRO-1, ZeRO-2 and BF16_Optimizer here, ZeRO-0 in deepspeed_moe_zero0.py.
+(expert_weights.py). ZeRO-1, ZeRO-2 and BF16_Optimizer here, ZeRO-0 in moe_zero0.py.
 
-    source = open_moe("run/global_step100")
+    source = open_moe(Path("run/global_step100"))
     source.pieces("layers.1.moe.deepspeed_moe.experts.deepspeed_experts.3.up.weight", "exp_avg")
 
 What it cannot see: weights and masters that were exchanged alike.
@@ -27,9 +27,9 @@ from megatron.ucp.errors import MissingFileError, SourceError, UnsupportedCheckp
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import ParameterInfo
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
-from megatron.ucp.sources.deepspeed_files import Files, list_files
-from megatron.ucp.sources.deepspeed_moe_zero0 import open_moe_zero0
-from megatron.ucp.sources.expert_files import (
+from megatron.ucp.sources.flat_states import Fragment, append_fragment
+from megatron.ucp.sources.foreign.dense import DenseReader
+from megatron.ucp.sources.foreign.expert_files import (
     MoeLayer,
     content_faults,
     list_expert_files,
@@ -38,22 +38,19 @@ from megatron.ucp.sources.expert_files import (
     split_name,
     without_experts,
 )
-from megatron.ucp.sources.expert_places import ExpertPlaces, stage_places
-from megatron.ucp.sources.expert_source import STEP, ExpertPart, MoeSource
-from megatron.ucp.sources.expert_weights import weight_faults
-from megatron.ucp.sources.flat_states import Fragment
-from megatron.ucp.sources.foreign import ForeignReader
-from megatron.ucp.sources.layer_files import is_weight
-from megatron.ucp.sources.param_groups import Seen, group_names
-from megatron.ucp.topology import Topology
+from megatron.ucp.sources.foreign.expert_places import ExpertPlaces, stage_places
+from megatron.ucp.sources.foreign.expert_source import STEP, ExpertPart, MoeSource
+from megatron.ucp.sources.foreign.expert_weights import weight_faults
+from megatron.ucp.sources.foreign.layer_files import is_weight
+from megatron.ucp.sources.foreign.param_groups import Seen, group_names
+from megatron.ucp.sources.foreign.save import open_all, open_save
+from megatron.ucp.sources.optimizer_file import OptimizerFile
 
 
-def open_moe(folder: str | Path, column_parallel: tuple[str, ...] = ()) -> MoeSource:
+def open_moe(folder: Path, column_parallel: tuple[str, ...] = ()) -> MoeSource:
     """Opens every file. Raises, before any tensor is read, MissingFileError, CorruptFileError, SourceError (the files
     contradict each other) or UnsupportedCheckpointError; where it is about experts, with their layers and numbers."""
-    if not list_files(Path(folder)).zeros:
-        return open_moe_zero0(folder)
-    return _MoeReader(Path(folder), column_parallel).source()
+    return _ExpertReader(folder, column_parallel).source()
 
 
 @dataclass
@@ -71,29 +68,32 @@ class _Expert:
     parts: list[ExpertPart] = field(default_factory=list)
 
 
-class _MoeReader(ForeignReader):
-    """`models` hold the model states without the experts, `saved` as they are in the files."""
+class _ExpertReader:
+    """Reads the experts of a save, and has `dense` read the rest."""
 
     def __init__(self, folder: Path, column_parallel: tuple[str, ...]):
+        self.folder = folder
         self.expert_files = list_expert_files(folder)
-        super().__init__(folder, column_parallel)
-        self._open_all(self.expert_files.weights.values())
-        self.saved = self.models
-        self.models = {mp: without_experts(content) for mp, content in self.saved.items()}
-        self.listed = {mp: _listed_experts(content) for mp, content in self.saved.items()}
+        self.save = open_save(folder, _partition_counts_of_dense)
+        self.cache, self.topology = self.save.cache, self.save.topology
+        self._require_complete()
+        open_all(folder, self.cache, self.expert_files.weights.values())
+        self.models = {mp: self.save.model(mp) for mp in self.save.mp_ranks}
+        self.listed = {mp: _listed_experts(content) for mp, content in self.models.items()}
         seen: Seen = {}
-        self.group_names = {mp: group_names(self._param_groups(mp), seen) for mp in self.saved}
+        self.group_names = {mp: group_names(self.save.optimizer(0, mp).param_groups(), seen) for mp in self.models}
+        without = {mp: without_experts(content) for mp, content in self.models.items()}
+        self.dense = DenseReader(self.save, without, column_parallel, self.group_names)
         self.layers: dict[int, list[MoeLayer]] = {}
         self.places: dict[int, dict[int, ExpertPlaces]] = {}
         for pp in range(self.topology.pp_size):
-            self.layers[pp], self.places[pp] = self._stage(pp, self.files)
+            self.layers[pp], self.places[pp] = self._stage(pp)
 
     def source(self) -> MoeSource:
         self._check_expert_files()
         experts = {**self._trained(), **self._frozen()}
         self._check_expert_weights(experts)
-        dense = self._dense()
-        self._check_weights(dense.fragments())
+        dense = self._dense_source()
         layouts = self._expert_layouts(experts)
         infos = {name: self._info(expert, layouts[name]) for name, expert in experts.items()}
         ep_size = max((p.ep_size for places in self.places.values() for p in places.values()), default=1)
@@ -106,42 +106,18 @@ class _MoeReader(ForeignReader):
 
     # -- what there has to be -----------------------------------------------------------------------------------
 
-    def _stage(self, pp: int, files: Files) -> tuple[list[MoeLayer], dict[int, ExpertPlaces]]:
-        mp = pp * self.topology.tp_size
-        path, content = files.model(mp), self.cache.load(files.model(mp))
+    def _stage(self, pp: int) -> tuple[list[MoeLayer], dict[int, ExpertPlaces]]:
+        tp_size = self.topology.tp_size
+        path, content = self.save.files.model(pp * tp_size), self.save.model(pp * tp_size)
         layers = moe_layers(content, path)
-        optimizer = next(self.cache.load(f) for (_, m), f in files.zeros.items() if m // self.topology.tp_size == pp)
-        return layers, stage_places(content, optimizer["optimizer_state_dict"], layers, self.topology, path)
+        files = (file for tp in range(tp_size) for file in self.save.optimizers(pp * tp_size + tp))
+        return layers, stage_places(content, next(files), layers, self.topology, path)
 
-    def _check_experts_are_there(self) -> None:
-        """Not here: _check_expert_files names those that are not."""
-
-    def _topology(self, found: Files, first: Mapping[str, Any]) -> Topology:
-        """From the groups of dense parameters: those of experts are cut over fewer ranks or, with tensor parallelism,
-        over more."""
-        if "fp32_flat_groups" in first:
-            raise UnsupportedCheckpointError(
-                "ZeRO-3 with files of experts is AutoEP's, and only experts of deepspeed.moe.layer.MoE are read",
-                where=self.folder,
-                do="convert it with DeepSpeed's own ds_to_universal",
-            )
-        content = self.cache.load(found.models[min(found.models)])
-        tables, counts = content.get("param_shapes"), first.get("partition_count")
-        if not tables or not isinstance(counts, (list, tuple)) or len(counts) != len(tables):
-            raise UnsupportedCheckpointError(
-                "files of experts, but no partition_count for each group of param_shapes",
-                found=f"{len(tables or ())} group(s), partition_count {counts}",
-                where=self.folder,
-                do="DeepSpeed under ZeRO-0 with bf16 writes no param_shapes: save again under ZeRO-1",
-            )
-        dense = [n for n, table in zip(counts, tables, strict=True) if any(not split_name(name) for name in table)]
-        return super()._topology(found, {**first, "partition_count": dense or int(content["dp_world_size"])})
-
-    def _complete(self, found: Files) -> Files:
+    def _require_complete(self) -> None:
         try:
-            return super()._complete(found)
+            self.save.require_complete()
         except MissingFileError as error:
-            if lost := self._experts_of_missing(found):
+            if lost := self._experts_of_missing():
                 raise MissingFileError(
                     f"{error.what}, with the optimizer's states of experts",
                     found=f"{error.found}; in them: {'; '.join(lost[:20])}",
@@ -151,12 +127,12 @@ class _MoeReader(ForeignReader):
                 ) from None
             raise
 
-    def _experts_of_missing(self, found: Files) -> list[str]:
-        tp_size = self.topology.tp_size
-        lost: dict[Any, Any] = {}
+    def _experts_of_missing(self) -> list[str]:
+        found, tp_size = self.save.files, self.topology.tp_size
+        lost: dict[str, None] = {}
         stages = {pp for pp in range(self.topology.pp_size) if (0, pp * tp_size) in found.models}
         for pp in sorted(stages & {mp // tp_size for _, mp in found.zeros}):
-            layers, places = self._stage(pp, found)
+            layers, places = self._stage(pp)
             for z in range(self.topology.zero_size):
                 for tp in range(tp_size):
                     for layer in layers if (z, pp * tp_size + tp) not in found.zeros else []:
@@ -210,15 +186,16 @@ class _MoeReader(ForeignReader):
 
     # -- parameters ---------------------------------------------------------------------------------------------
 
-    def _dense(self) -> DeepSpeedSource:
+    def _dense_source(self) -> DeepSpeedSource:
         """With the tables of the dense parameters as the manifest's, for the files' own list experts too."""
         rows: dict[str, list[list[int]]] = {}
-        for (z, mp), file in sorted(self.files.zeros.items(), key=lambda item: (item[0][1], item[0][0])):
-            for group, table in enumerate(self.cache.load(file)["optimizer_state_dict"]["param_slice_mappings"]):
-                for name, address in table.items():
-                    if not split_name(name):
-                        rows.setdefault(name, []).append([mp, z, group, int(address.start), int(address.numel)])
-        return DeepSpeedSource(self.folder, replace(self.manifest(), fragments=rows), self._corrections(), self.cache)
+        for mp in self.models:
+            for z, file in enumerate(self.save.optimizers(mp)):
+                for group, table in enumerate(file.tables):
+                    for name, (offset, numel) in table.items():
+                        if not split_name(name):
+                            rows.setdefault(name, []).append([mp, z, group, offset, numel])
+        return self.dense.source(replace(self.dense.manifest(), fragments=rows))
 
     def _trained(self) -> dict[str, _Expert]:
         """By global name: what the optimizer's files hold of the experts."""
@@ -230,14 +207,14 @@ class _MoeReader(ForeignReader):
                 for ep_rank in range(place.ep_size):
                     for tp, holders in enumerate(place.holders(ep_rank)):
                         self._collect(experts, faults, by_name, (pp, group), ep_rank, tp, holders)
-        self._refuse_not_held(faults)
+        self.dense.refuse_not_held(faults)
         return experts
 
     def _expert_groups(self, pp: int, layers: Mapping[str, MoeLayer]) -> Iterator[tuple[int, ExpertPlaces]]:
         mp = pp * self.topology.tp_size
-        for group, table in enumerate(self.saved[mp]["param_shapes"]):
+        for group, table in enumerate(self.models[mp]["param_shapes"]):
             places = {self.places[pp][layers[parts[0]].number] for name in table if (parts := split_name(name))}
-            if len(places) > 1 or (places and self.models[mp]["param_shapes"][group]):
+            if len(places) > 1 or (places and not all(map(split_name, table))):
                 raise UnsupportedCheckpointError(
                     "a parameter group holds experts beside dense parameters, or of several expert parallelisms",
                     found=f"group {group} of mp_rank {mp}: {listed(table, 4)}",
@@ -260,52 +237,33 @@ class _MoeReader(ForeignReader):
         """Adds what one group has of tp shard `tp` of the experts of one expert-parallel rank."""
         pp, group = pp_group
         first_mp = pp * self.topology.tp_size
-        shapes = self.saved[first_mp + tp]["param_shapes"][group]
-        files = [self.files.zeros[z, first_mp + t] for z, t in holders]
-        found = self._reordered(first_mp + tp, group, shapes, files, faults) or self._own_places(files, group)
+        shapes = self.models[first_mp + tp]["param_shapes"][group]
+        files = [self.save.optimizer(z, first_mp + t) for z, t in holders]
+        found = self.dense.reordered(first_mp + tp, group, shapes, files, faults) or _own_places(files, group)
         for name, shape in shapes.items():
             layer_name, local, rest = split_name(name)
             layer = layers[layer_name]
             number = ep_rank * (layer.num_experts // self.places[pp][layer.number].ep_size) + local
             expert = experts.setdefault(layer.parameter(number, rest), _Expert(layer, number, rest, pp, group))
             expert.shards.append(tuple(shape))
+            by_path = {file.path: file for file in files}
             fragments = found.get(name, [])
-            expert.parts += [self._part(tp, fragment) for fragment in fragments]
+            expert.parts += [_part(tp, fragment, by_path[fragment.file]) for fragment in fragments]
             num_found = sum(fragment.stop - fragment.start for fragment in fragments)
             if num_found != math.prod(shape):
-                names = listed(file.name for file in files)
+                names = listed(file.path.name for file in files)
                 faults.append(f"{layer.title(number)}: {num_found} of {math.prod(shape)} elements of {rest} in {names}")
-
-    def _own_places(self, files: Sequence[Path], group: int) -> dict[str, list[Fragment]]:
-        """From the tables of the files, the partitions of one group in order."""
-        found: dict[str, list[Fragment]] = {}
-        for file in files:
-            table = self.cache.load(file)["optimizer_state_dict"]["param_slice_mappings"][group]
-            for name, address in table.items():
-                before = found.setdefault(name, [])
-                start = before[-1].stop if before else 0
-                before.append(Fragment(file, group, int(address.start), start, start + int(address.numel)))
-        return found
-
-    def _part(self, tp: int, fragment: Fragment) -> ExpertPart:
-        base = self._base_state(fragment.file)
-        inside = () if isinstance(base, list) else ("state",)
-        state = base[fragment.group] if isinstance(base, list) else base["state"].get(fragment.group, {})
-        path = ("optimizer_state_dict", "base_optimizer_state", *inside, fragment.group)
-        places = {key: (fragment.file, (*path, key)) for key, value in state.items() if _is_cut(value) or key == STEP}
-        places["fp32"] = fragment.file, ("optimizer_state_dict", "single_partition_of_fp32_groups", fragment.group)
-        return ExpertPart(tp, fragment.start, fragment.stop, fragment.offset, places)
 
     def _frozen(self) -> dict[str, _Expert]:
         """What the experts' files hold beside what is trained; buffers are no parameters."""
         experts: dict[str, _Expert] = {}
         for pp, layers in self.layers.items():
             mp = pp * self.topology.tp_size
-            for layer in layers if "buffer_names" in self.saved[mp] else []:
+            for layer in layers if "buffer_names" in self.models[mp] else []:
                 trained = {
                     rest for (name, _), shapes in self.listed[mp].items() if name == layer.name for rest in shapes
                 }
-                names = map(split_name, self.saved[mp]["buffer_names"])
+                names = map(split_name, self.models[mp]["buffer_names"])
                 buffers = {parts[2] for parts in names if parts and parts[0] == layer.name}
                 for number in range(layer.num_experts):
                     for tp, path in enumerate(self._weight_files(pp, layer, number)):
@@ -319,21 +277,18 @@ class _MoeReader(ForeignReader):
                             expert.parts.append(ExpertPart(tp, 0, value.numel(), 0, {"fp32": (path, (key,))}))
         return experts
 
-    def _group_names(self, mp: int) -> list[str]:
-        return self.group_names[mp]
-
     def _expert_layouts(self, experts: Mapping[str, _Expert]) -> dict[str, Layout]:
         """Experts that tensor parallelism does not cut are whole, whatever patterns are meant for dense layers."""
         whole = {name for name, e in experts.items() if len(e.shards) < self.topology.tp_size}
-        cut = self._layouts({name: {e.pp: e.shards} for name, e in experts.items() if name not in whole})
+        cut = self.dense.layouts({name: {e.pp: e.shards} for name, e in experts.items() if name not in whole})
         return {name: cut[name] if name in cut else Layout.unique(e.shards[0]) for name, e in experts.items()}
 
     def _info(self, expert: _Expert, layout: Layout) -> ParameterInfo:
         if expert.group is None:
             return ParameterInfo(layout, pp_stages=(expert.pp,), is_trainable=False)
-        base = self._base_state(expert.parts[0].places["fp32"][0])
-        state = base[expert.group] if isinstance(base, list) else base["state"].get(expert.group, {})
-        names = self._group_names(expert.pp * self.topology.tp_size)
+        file, _ = expert.parts[0].places["fp32"]
+        state = OptimizerFile.open(self.cache, file, self.save.zero_stage).state(expert.group)
+        names = self.group_names[expert.pp * self.topology.tp_size]
         return ParameterInfo(
             layout=layout,
             group=names[expert.group] if names else str(expert.group),
@@ -376,6 +331,43 @@ def _listed_experts(content: Mapping[str, Any]) -> dict[tuple[str, int], dict[st
             if parts := split_name(name):
                 found.setdefault(parts[:2], {})[parts[2]] = tuple(shape)
     return found
+
+
+def _partition_counts_of_dense(content: Mapping[str, Any], optimizer: OptimizerFile) -> list[int] | int:
+    """Groups of experts are cut over fewer ranks than those of dense parameters or, with tensor parallelism, over
+    more. Raises UnsupportedCheckpointError."""
+    if optimizer.is_stage3:
+        raise UnsupportedCheckpointError(
+            "ZeRO-3 with files of experts is AutoEP's, and only experts of deepspeed.moe.layer.MoE are read",
+            where=optimizer.path.parent,
+            do="convert it with DeepSpeed's own ds_to_universal",
+        )
+    tables, counts = content.get("param_shapes"), optimizer.partition_counts()
+    if not tables or not isinstance(counts, (list, tuple)) or len(counts) != len(tables):
+        raise UnsupportedCheckpointError(
+            "files of experts, but no partition_count for each group of param_shapes",
+            found=f"{len(tables or ())} group(s), partition_count {counts}",
+            where=optimizer.path.parent,
+            do="DeepSpeed under ZeRO-0 with bf16 writes no param_shapes: save again under ZeRO-1",
+        )
+    dense = [n for n, table in zip(counts, tables, strict=True) if any(not split_name(name) for name in table)]
+    return dense or int(content["dp_world_size"])
+
+
+def _own_places(files: Sequence[OptimizerFile], group: int) -> dict[str, list[Fragment]]:
+    """From the tables of the files, the partitions of one group in order."""
+    found: dict[str, list[Fragment]] = {}
+    for file in files:
+        for name, (offset, numel) in file.tables[group].items():
+            append_fragment(found.setdefault(name, []), file.path, group, offset, numel)
+    return found
+
+
+def _part(tp: int, fragment: Fragment, file: OptimizerFile) -> ExpertPart:
+    states = file.state(fragment.group).items()
+    names = ["fp32", *(name for name, value in states if _is_cut(value) or name == STEP)]
+    places = {name: (file.path, file.key(fragment.group, name)) for name in names}
+    return ExpertPart(tp, fragment.start, fragment.stop, fragment.offset, places)
 
 
 def _is_cut(value: Any) -> bool:

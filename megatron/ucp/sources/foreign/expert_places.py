@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.ucp.errors import SourceError, UnsupportedCheckpointError, listed
-from megatron.ucp.sources.expert_files import MoeLayer, split_name
+from megatron.ucp.sources.foreign.expert_files import MoeLayer, split_name
+from megatron.ucp.sources.optimizer_file import OptimizerFile
 from megatron.ucp.topology import Topology
 
 DATA_FIRST = "use_data_before_expert_parallelism"
@@ -71,17 +72,12 @@ def is_data_first(content: Mapping[str, Any], where: Path) -> bool:
 
 
 def stage_places(
-    content: Mapping[str, Any],
-    optimizer: Mapping[str, Any],
-    layers: Sequence[MoeLayer],
-    topology: Topology,
-    where: Path,
+    content: Mapping[str, Any], optimizer: OptimizerFile, layers: Sequence[MoeLayer], topology: Topology, where: Path
 ) -> dict[int, ExpertPlaces]:
     """By number of the layer; a layer of which nothing is trained has none. `content` are the model states of a stage,
     `optimizer` the states of any of its ranks. Raises SourceError or UnsupportedCheckpointError."""
     tables = content["param_shapes"]
-    counts, base = optimizer["partition_count"], optimizer["base_optimizer_state"]
-    groups = base["param_groups"] if isinstance(base, Mapping) else []
+    counts, groups = optimizer.partition_counts(), optimizer.param_groups()
     places: dict[int, ExpertPlaces] = {}
     for layer in layers:
         local: set[int] = set()

@@ -4,7 +4,7 @@ ZeRO-0 keeps the optimizer's state by index. With experts DeepSpeed divides the 
 parameters into the group "dense-params" and groups "ep_size_N", so that the indices follow the model's own order: the
 order of the weights, which are saved by name. It is believed only where every state has the shape of its parameter.
 
-    source = open_moe_zero0("run/global_step100")
+    source = open_moe_zero0(Path("run/global_step100"))
 
 What it cannot see: weights are the masters here, saved once, so a file of weights of another step is not found out, nor
 are the optimizers of two ranks (not the first) that changed places. Read are fp32 saves of one
@@ -30,7 +30,7 @@ from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import list_files
-from megatron.ucp.sources.expert_files import (
+from megatron.ucp.sources.foreign.expert_files import (
     MoeLayer,
     content_faults,
     list_expert_files,
@@ -38,12 +38,12 @@ from megatron.ucp.sources.expert_files import (
     require_expert_files,
     split_name,
 )
-from megatron.ucp.sources.expert_source import STEP, ExpertPart, MoeSource, Place
-from megatron.ucp.sources.layer_files import is_weight
+from megatron.ucp.sources.foreign.expert_source import STEP, ExpertPart, MoeSource, Place
+from megatron.ucp.sources.foreign.layer_files import is_weight
+from megatron.ucp.sources.foreign.param_groups import group_names, group_values
+from megatron.ucp.sources.foreign.save import NO_MANIFEST, common_from_model_states
 from megatron.ucp.sources.one_save import disagreements
-from megatron.ucp.sources.param_groups import group_names, group_values
 from megatron.ucp.sources.source import FileCache
-from megatron.ucp.sources.universal import NO_MANIFEST, common_from_model_states
 from megatron.ucp.topology import Topology
 
 _DENSE = "dense-params"
@@ -51,9 +51,9 @@ _NUM_COMPARED = 16
 _EXPERTS = re.compile(r"^ep_size_(\d+)$")
 
 
-def open_moe_zero0(folder: str | Path) -> MoeSource:
+def open_moe_zero0(folder: Path) -> MoeSource:
     """Opens every file. Raises MissingFileError, CorruptFileError, SourceError or UnsupportedCheckpointError."""
-    return _Reader(Path(folder)).source()
+    return _Reader(folder).source()
 
 
 class _Reader:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from megatron.ucp.sources.expert_files import MoeLayer
-from megatron.ucp.sources.expert_source import ExpertPart
+from megatron.ucp.sources.foreign.expert_files import MoeLayer
+from megatron.ucp.sources.foreign.expert_source import ExpertPart
 from megatron.ucp.sources.source import FileCache
 
 _NUM_COMPARED = 4096

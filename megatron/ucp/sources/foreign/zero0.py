@@ -5,7 +5,7 @@ group takes parameters in that order too, so the shapes of the states say which 
 believed where they leave exactly one way, and the checkpoint stays marked as unverified. Where they leave several, the
 program that saved it can say the order: `client_state={"ucp_parameter_names": [...]}`, by index of the optimizer.
 
-    source = open_zero0("run/global_step100")
+    source = open_zero0(Path("run/global_step100"))
 
 Source of these conventions: torch/optim/optimizer.py (state_dict), deepspeed/runtime/engine.py (_save_checkpoint).
 """
@@ -23,10 +23,10 @@ from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import list_files
-from megatron.ucp.sources.layer_files import is_weight
-from megatron.ucp.sources.param_groups import group_values, names_or_numbers
+from megatron.ucp.sources.foreign.layer_files import is_weight
+from megatron.ucp.sources.foreign.param_groups import group_values, names_or_numbers
+from megatron.ucp.sources.foreign.save import NO_MANIFEST, common_from_model_states
 from megatron.ucp.sources.source import FileCache, Source
-from megatron.ucp.sources.universal import NO_MANIFEST, common_from_model_states
 from megatron.ucp.topology import Topology
 
 NAMES_KEY = "ucp_parameter_names"

@@ -1,0 +1,154 @@
+"""DeepSpeed's files of optimizer states (`*_optim_states.pt`): the one place that knows what is where in them.
+
+ZeRO-1, ZeRO-2 and BF16_Optimizer keep one flat tensor of masters for each parameter group, and a table that says which
+parameters lie where in it. ZeRO-3 keeps several for each group and no table. Beside each lie the base optimizer's
+states, in torch's own form or, under `elastic_checkpoint`, as a list without the groups' values.
+
+    file = OptimizerFile.open(FileCache(), path)
+    file.tables[0]["final_norm.weight"]               # (offset in the flat tensor of group 0, number of elements)
+    file.masters()[0], file.state(0), file.key(0, "exp_avg")
+
+Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dict, _get_base_optimizer_state,
+_create_param_mapping), stage3.py (_rigid_state_dict), runtime/bf16_optimizer.py (state_dict).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.ucp.errors import CorruptFileError
+from megatron.ucp.json_checks import shown
+from megatron.ucp.manifest_schema import MAX_ELEMENTS
+from megatron.ucp.sources.source import FileCache
+
+_INSIDE = "optimizer_state_dict"
+_BASE, _BASE_STAGE3 = "base_optimizer_state", "optimizer_state_dict"
+_MASTERS, _MASTERS_STAGE3 = "single_partition_of_fp32_groups", "fp32_flat_groups"
+_TABLES = "param_slice_mappings"
+
+Table = dict[str, tuple[int, int]]
+"""Parameter -> (offset in the flat tensor, number of elements there)."""
+
+
+@dataclass(frozen=True)
+class OptimizerFile:
+    """`content` is what the file holds under its one key; a tensor is memory-mapped and read when it is touched."""
+
+    path: Path
+    content: Mapping[str, Any]
+    is_stage3: bool
+
+    @classmethod
+    def open(cls, cache: FileCache, path: Path, zero_stage: int | None = None) -> OptimizerFile:
+        """`zero_stage` None: as the file says. Raises CorruptFileError for another kind of file."""
+        outside = cache.load(path)
+        content = outside.get(_INSIDE) if isinstance(outside, Mapping) else None
+        if not isinstance(content, Mapping):
+            raise CorruptFileError(
+                "not a file of optimizer states",
+                found=list(outside) if isinstance(outside, Mapping) else type(outside).__name__,
+                expected=_INSIDE,
+                where=path,
+                do="copy it again from where it was saved",
+            )
+        return cls(path, content, zero_stage == 3 if zero_stage is not None else _BASE not in content)
+
+    @property
+    def zero_stage(self) -> int:
+        """BF16_Optimizer, which partitions as ZeRO-1 does, does not say one."""
+        return int(self.content.get("zero_stage", 1))
+
+    # -- the base optimizer ---------------------------------------------------------------------------------------
+
+    @property
+    def is_elastic(self) -> bool:
+        return isinstance(self._base, list)
+
+    def state(self, flat: int) -> Mapping[str, Any]:
+        """Beside a flat tensor. An optimizer without states (plain SGD) has none."""
+        return self._base[flat] if self.is_elastic else self._base["state"].get(flat, {})
+
+    def states(self) -> list[Mapping[str, Any]]:
+        return list(self._base if self.is_elastic else self._base["state"].values())
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """torch's, where `params` number the flat tensors; none under `elastic_checkpoint`."""
+        return [] if self.is_elastic else self._base["param_groups"]
+
+    def is_muon(self, group: int) -> bool:
+        groups = self.param_groups()
+        return group < len(groups) and bool(groups[group].get("use_muon"))
+
+    # -- masters and where parameters lie in them -----------------------------------------------------------------
+
+    def masters(self) -> Sequence[torch.Tensor]:
+        """The flat tensors; in ZeRO-1 and 2 one for each parameter group."""
+        return self.content[_MASTERS_STAGE3 if self.is_stage3 else _MASTERS]
+
+    @cached_property
+    def tables(self) -> list[Table]:
+        """By parameter group; ZeRO-3 has none. Raises CorruptFileError."""
+        try:
+            return [
+                {name: (count(address.start), count(address.numel)) for name, address in table.items()}
+                for table in self.content[_TABLES]
+            ]
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CorruptFileError(
+                f"no parameter table ({_TABLES})", found=repr(error)[:200], where=self.path
+            ) from error
+
+    def padding(self, group: int) -> int:
+        """Elements at the end of the partition that belong to no parameter. Raises CorruptFileError."""
+        try:
+            paddings = self.content.get("group_paddings") or []
+            return count(paddings[group]) if group < len(paddings) else 0
+        except (LookupError, TypeError, ValueError) as error:
+            raise CorruptFileError(
+                "group_paddings is no list of sizes", found=repr(error)[:200], where=self.path
+            ) from error
+
+    def key(self, flat: int, state: str) -> tuple[str | int, ...]:
+        """The path to a flat tensor inside the file: of masters ("fp32"), or of a state of the optimizer."""
+        if state == "fp32":
+            return _INSIDE, _MASTERS_STAGE3 if self.is_stage3 else _MASTERS, flat
+        base = _BASE_STAGE3 if self.is_stage3 else _BASE
+        return (_INSIDE, base, flat, state) if self.is_elastic else (_INSIDE, base, "state", flat, state)
+
+    # -- the rest -------------------------------------------------------------------------------------------------
+
+    def partition_counts(self) -> Any:
+        """Over how many ranks each parameter group is cut, or all are; as the file has it."""
+        return self.content.get("partition_count")
+
+    def of_no_parameter(self) -> dict[str, Any]:
+        """Loss scale, clipping and what else belongs to no parameter."""
+        of_parameters = {_BASE_STAGE3 if self.is_stage3 else _BASE, _TABLES, _MASTERS, _MASTERS_STAGE3}
+        return {key: value for key, value in self.content.items() if key not in of_parameters}
+
+    @property
+    def _base(self) -> Any:
+        name = _BASE_STAGE3 if self.is_stage3 else _BASE
+        base = self.content.get(name)
+        if not isinstance(base, (list, Mapping)):
+            raise CorruptFileError(
+                "no states of the base optimizer",
+                found=type(base).__name__,
+                expected=f"{_INSIDE} / {name}",
+                where=self.path,
+                do="use another checkpoint",
+            )
+        return base
+
+
+def count(value: Any) -> int:
+    """Of elements. Raises ValueError for what a file may hold instead."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_ELEMENTS:
+        raise ValueError(f"{shown(value)} is no number of elements")
+    return value
