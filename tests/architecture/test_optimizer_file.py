@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOME = "megatron/ucp/sources/optimizer_file.py"
 NAMES = {
     *("base_optimizer_state", "single_partition_of_fp32_groups", "fp32_flat_groups", "param_slice_mappings"),
-    *("group_paddings", "partition_count"),
+    *("group_paddings", "partition_count", "param_alignment_paddings", "ds_zero_partition_groups"),
 }
 
 

@@ -114,6 +114,15 @@ class OptimizerFile:
                 "group_paddings is no list of sizes", found=repr(error)[:200], where=self.path
             ) from error
 
+    def alignment_paddings(self, group: int, num_parameters: int) -> list[int]:
+        """Elements after each parameter of ZeRO-1 and 2 that belong to none; older DeepSpeeds have none."""
+        return self.content.get("param_alignment_paddings", {group: [0] * num_parameters})[group]
+
+    @property
+    def has_partitions_of_its_own(self) -> bool:
+        """ZeRO-3 whose parameters are not all cut over the same ranks (MiCS, AutoEP)."""
+        return bool(self.content.get("ds_zero_partition_groups"))
+
     def key(self, flat: int, state: str) -> tuple[str | int, ...]:
         """The path to a flat tensor inside the file: of masters ("fp32"), or of a state of the optimizer."""
         if state == "fp32":

@@ -228,7 +228,7 @@ class DenseReader:
         for file in self.save.optimizers(mp):
             sizes = [flat.numel() for flat in file.masters()]
             order = sub_groups(lengths, sizes)
-            if order is None or file.content.get("ds_zero_partition_groups"):
+            if order is None or file.has_partitions_of_its_own:
                 faults.append(f"{file.path.name}: flat tensors of {sizes} elements")
                 continue
             odd = _odd_states(file, sizes)
@@ -282,7 +282,7 @@ class DenseReader:
         if faults:
             return {}
         first = files[0]
-        paddings = first.content.get("param_alignment_paddings", {group: [0] * len(lengths)})[group]
+        paddings = first.alignment_paddings(group, len(lengths))
         partition = first.masters()[group].numel() + first.padding(group)
         return flat_fragments(lengths, paddings, partition, [file.path for file in files], group)
 
