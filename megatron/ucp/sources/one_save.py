@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron.ucp.errors import CorruptFileError, SourceError, listed
 from megatron.ucp.sources.deepspeed_files import Files
-from megatron.ucp.sources.optimizer_file import OptimizerFile
+from megatron.ucp.sources.optimizer_file import PARTITION_COUNT, OptimizerFile
 from megatron.ucp.sources.source import FileCache
 
 _CONFIGURED = (
@@ -101,7 +101,7 @@ def optimizer_answers(content: Mapping[str, Any], file: OptimizerFile, mp_rank: 
     return {
         **_common_answers({**file.content, **content}),
         "zero_stage": file.zero_stage,
-        "the partition_count": sorted(set(counts)) if isinstance(counts, (list, tuple)) else [counts],
+        PARTITION_COUNT: sorted(set(counts)) if isinstance(counts, (list, tuple)) else [counts],
         "the optimizer's step": max(steps, default=None),
         f"the number of flat groups of mp_rank {mp_rank}": len(file.states()),
         f"the hyper-parameters of mp_rank {mp_rank}": _short(values),

@@ -31,6 +31,7 @@ _INSIDE = "optimizer_state_dict"
 _BASE, _BASE_STAGE3 = "base_optimizer_state", "optimizer_state_dict"
 _MASTERS, _MASTERS_STAGE3 = "single_partition_of_fp32_groups", "fp32_flat_groups"
 _TABLES = "param_slice_mappings"
+PARTITION_COUNT = "partition_count"
 
 Table = dict[str, tuple[int, int]]
 """Parameter -> (offset in the flat tensor, number of elements there)."""
@@ -134,7 +135,7 @@ class OptimizerFile:
 
     def partition_counts(self) -> Any:
         """Over how many ranks each parameter group is cut, or all are; as the file has it."""
-        return self.content.get("partition_count")
+        return self.content.get(PARTITION_COUNT)
 
     def of_no_parameter(self) -> dict[str, Any]:
         """Loss scale, clipping and what else belongs to no parameter."""
