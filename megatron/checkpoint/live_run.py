@@ -15,6 +15,7 @@ from megatron.checkpoint.errors import CheckpointError
 from megatron.config.batch_sizes import BatchSizes
 from megatron.engine.engine_state import EngineState
 from megatron.engine.optimizers import Muon
+from megatron.engine.protocols import Engine
 from megatron.engine.schedule import LearningRateSchedule
 from megatron.parallel.agreement import gathered
 from megatron.parallel.context import ParallelContext
@@ -51,7 +52,7 @@ class Atlas:
 
 @dataclass(frozen=True)
 class LiveRun:
-    engine: Any
+    engine: Engine
     """DeepSpeed's, freshly built or trained."""
     context: ParallelContext
     streams: RandomStreams
@@ -67,7 +68,7 @@ class LiveRun:
     @classmethod
     def of(
         cls,
-        engine: Any,
+        engine: Engine,
         context: ParallelContext,
         layouts: Mapping[str, Layout],
         streams: RandomStreams,

@@ -16,7 +16,6 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 WRITTEN_FOR = "0.19.8"
 
@@ -112,7 +111,7 @@ def require_names() -> None:
     _raise(faults)
 
 
-def require_built(engine: Any) -> None:
+def require_built(engine: object) -> None:
     """Raises DeepSpeedChangedError with all of BUILT that the engine and its optimizer lack."""
     faults = []
     for path, attributes in BUILT.items():

@@ -16,11 +16,12 @@ from deepspeed.checkpoint.constants import (
     AUTOEP_ZERO3_PARTITIONED_EXPERT_STATE_FORMAT,
 )
 
+from megatron.engine.protocols import Engine
 from megatron.ucp.disk import disk_errors
 
 
 def write_engine_files(
-    engine: Any, folder: Path, tag: str, client_state: Mapping[str, Any], *, deals_experts: bool
+    engine: Engine, folder: Path, tag: str, client_state: Mapping[str, Any], *, deals_experts: bool
 ) -> None:
     """Into `folder`/`tag`. Collective over the world. Raises this rank's first error, when all ranks are through.
     `deals_experts`: the ranks of an expert-parallel group hold different experts."""
@@ -30,7 +31,7 @@ def write_engine_files(
 
 
 @contextlib.contextmanager
-def _deferred_write_errors(engine: Any) -> Iterator[None]:
+def _deferred_write_errors(engine: Engine) -> Iterator[None]:
     """DeepSpeed writes files between barriers: a rank that raised there would leave the others waiting in the next
     one. So a rank goes on after an error of its own, and raises when it is through."""
     write = engine.checkpoint_engine.save

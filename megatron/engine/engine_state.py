@@ -23,15 +23,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron.engine.deepspeed_names import require_built
 from megatron.engine.optimizer_states import OptimizerStates, UnsupportedOptimizerError
+from megatron.engine.protocols import Engine, LossScaler
 from megatron.parallel.context import ParallelContext
-from megatron.ucp.fragment import EMPTY, shard_runs, whole_runs
+from megatron.ucp.fragment import EMPTY, Runs, shard_runs, whole_runs
 from megatron.ucp.layout import Layout
 
 MASTER = "fp32"
@@ -56,9 +56,9 @@ class OwnedInterval:
     flat_start: int
     start: int
     numel: int
-    runs: Any
+    runs: Runs
     """Where the interval lies in the atomic parameter: int64 [n, 3] (atomic_start, local_start, length)."""
-    counted_runs: Any
+    counted_runs: Runs
     """Those runs that this rank counts in digests: another rank may hold the same elements and count them."""
 
     @property
@@ -78,8 +78,8 @@ class FrozenInterval:
     param: torch.nn.Parameter
     start: int
     numel: int
-    runs: Any
-    counted_runs: Any
+    runs: Runs
+    counted_runs: Runs
 
     @property
     def weights(self) -> torch.Tensor:
@@ -96,8 +96,8 @@ class StatePart:
     """1-D, a view."""
     layout: Layout
     """The parameter's, or that of a state of another shape, which is never cut."""
-    runs: Any
-    counted_runs: Any
+    runs: Runs
+    counted_runs: Runs
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class EngineState(OptimizerStates):
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         layouts: Mapping[str, Layout],
         context: ParallelContext,
         pp_stages: Mapping[str, tuple[int, ...]],
@@ -168,7 +168,7 @@ class EngineState(OptimizerStates):
         runs, counted = self._runs(name, fragment.start, fragment.numel, self.is_replicated)
         return OwnedInterval(name, group, runs=runs, counted_runs=counted, **vars(fragment))
 
-    def _runs(self, name: str, start: int, numel: int, is_replicated: bool) -> tuple[Any, Any]:
+    def _runs(self, name: str, start: int, numel: int, is_replicated: bool) -> tuple[Runs, Runs]:
         """(all, those counted here) of an interval of this rank's shard, of which every data-parallel rank (of experts:
         of the same ones) has a copy or not."""
         layout, context, stop = self.layouts[name], self.context, start + numel
@@ -296,7 +296,7 @@ class EngineState(OptimizerStates):
         ]
 
     @property
-    def loss_scaler(self) -> Any | None:
+    def loss_scaler(self) -> LossScaler | None:
         return getattr(self.engine.optimizer, "loss_scaler", None)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron.engine.optimizer_probe import STEP, is_elementwise, kept_states, kind_of_state
+from megatron.engine.protocols import Engine
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.json_checks import shown
 
@@ -35,7 +36,7 @@ class UnsupportedOptimizerError(RuntimeError):
 class OptimizerStates(ABC):
     """The part of EngineState that knows no parameters but by name. Everything is local."""
 
-    engine: Any
+    engine: Engine
     context: ParallelContext
     base: torch.optim.Optimizer
     """The optimizer that steps, under DeepSpeed's wrapper."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.config.optimizer import DECAY_STYLES, WSD_DECAY_STYLES, OptimizerConfig, is_decayed, is_decoupled
+from megatron.engine.protocols import HasParamGroups
 from megatron.ucp.json_checks import number, record, text, whole
 
 
@@ -183,10 +184,10 @@ class LearningRateSchedule:
         self.num_samples = 0
         self._takes_flags = config.override_opt_param_scheduler
         self._takes_checkpoint = config.use_checkpoint_opt_param_scheduler
-        self._optimizer: Any = None
+        self._optimizer: HasParamGroups | None = None
         self._decay_multipliers: list[float] = []
 
-    def attach(self, optimizer: Any) -> LearningRateSchedule:
+    def attach(self, optimizer: HasParamGroups) -> LearningRateSchedule:
         """Drive `optimizer.param_groups` (torch's or DeepSpeed's) from now on; sets them at once."""
         self._optimizer = optimizer
         self._decay_multipliers = [_decay_multiplier(group) for group in optimizer.param_groups]

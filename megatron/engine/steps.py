@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megatron.engine.engine import PipeEngine, PlainEngine
+from megatron.engine.protocols import Engine
 
 
-def backward_scale(engine: PlainEngine | PipeEngine) -> float:
+def backward_scale(engine: Engine) -> float:
     """The gradient that backward gives one micro batch's mean loss (deepspeed/runtime/engine.py, backward)."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     scale = 1.0 if scaler is None else float(scaler.loss_scale)
     return scale / engine.gradient_accumulation_steps()
 
 
-def set_global_batch_size(engine: PlainEngine | PipeEngine, size: int, data_parallel_size: int) -> None:
+def set_global_batch_size(engine: Engine, size: int, data_parallel_size: int) -> None:
     """From the next step on, by more or fewer micro batches. Only between steps: what is accumulated is of one size.
     Local; `size` is a multiple of micro batch x data parallel size and the same on every rank."""
     micro_batch_size = engine.train_micro_batch_size_per_gpu()
@@ -35,7 +35,7 @@ def set_global_batch_size(engine: PlainEngine | PipeEngine, size: int, data_para
     engine.micro_steps = engine.global_steps * num_micro_batches
 
 
-def train_step(engine: PlainEngine | PipeEngine, micro_batches: Iterator[Mapping[str, torch.Tensor]]) -> float:
+def train_step(engine: Engine, micro_batches: Iterator[Mapping[str, torch.Tensor]]) -> float:
     """One optimizer step over one global batch; returns its mean loss. Collective over the world.
 
     `micro_batches` yields this rank's micro batches: {"tokens", "labels", "loss_mask"}, each [b, s].
@@ -55,10 +55,7 @@ def train_step(engine: PlainEngine | PipeEngine, micro_batches: Iterator[Mapping
 
 @torch.no_grad()
 def evaluate(
-    engine: PlainEngine | PipeEngine,
-    micro_batches: Iterator[Mapping[str, torch.Tensor]],
-    num_batches: int,
-    num_micro_batches: int,
+    engine: Engine, micro_batches: Iterator[Mapping[str, torch.Tensor]], num_batches: int, num_micro_batches: int
 ) -> float:
     """Mean loss over `num_batches` global batches of `num_micro_batches` on each data parallel rank, without dropout.
     Collective over the world."""
@@ -77,7 +74,7 @@ def evaluate(
     return total / num_batches
 
 
-def _pipe_items(engine: PipeEngine, micro_batches: Iterator[Mapping[str, torch.Tensor]]) -> Iterator:
+def _pipe_items(engine: Engine, micro_batches: Iterator[Mapping[str, torch.Tensor]]) -> Iterator:
     """What DeepSpeed's pipeline takes: (inputs of the first stage, labels of the last)."""
     for batch in micro_batches:
         batch = _to_device(batch, engine.device)
@@ -88,7 +85,7 @@ def _to_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def _mean_over_data_parallel(engine: PlainEngine, loss: torch.Tensor) -> float:
+def _mean_over_data_parallel(engine: Engine, loss: torch.Tensor) -> float:
     if engine.dp_world_size > 1:
         dist.all_reduce(loss, group=engine.data_parallel_group)
         loss /= engine.dp_world_size

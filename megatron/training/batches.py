@@ -16,7 +16,8 @@ from deepspeed.accelerator import get_accelerator
 
 from megatron.checkpoint.progress import Progress
 from megatron.config.config import Config
-from megatron.data.gpt_dataset import build_datasets, order_crc32, without_token
+from megatron.data.blending import BlendedDataset
+from megatron.data.gpt_dataset import GPTDataset, build_datasets, order_crc32, without_token
 from megatron.data.loader import Collator, build_loader
 from megatron.data.sampler import SampleIndexer
 from megatron.parallel.context import ParallelContext
@@ -77,7 +78,7 @@ class Batches:
         """None where --split leaves no test part."""
         return None if self.test_set is None else self._loader(self.test_set, 0)
 
-    def _loader(self, dataset: Any, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
+    def _loader(self, dataset: GPTDataset | BlendedDataset, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
         indexer = SampleIndexer(
             num_samples=len(dataset),
             consumed_samples=consumed_samples,

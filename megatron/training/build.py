@@ -48,6 +48,7 @@ from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, parameters_trained_later, refuse_buffers
 from megatron.ucp.commit import RUN_MARK
 from megatron.ucp.owner import claimed
+from megatron.ucp.topology import Topology
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _plan(config: Config, topology: Any, zero_stage: int) -> ResumePlan:
+def _plan(config: Config, topology: Topology, zero_stage: int) -> ResumePlan:
     """Decided on rank 0, the same everywhere: folders may look different from another node."""
     outcome: list[Any] = [None, None]
     opened = None
