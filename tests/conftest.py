@@ -1,4 +1,4 @@
-"""Which tests start no other process: those of `make test-fast`."""
+"""What tests of several rooms share, and which of them start no other process: those of `make test-fast`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from types import ModuleType
 
 import pytest
 
+from matrix.recording import write_dataset
+
 TESTS = Path(__file__).parent
 STARTERS = ("run_ranks", "subprocess", "multiprocessing", "mp", "ProcessPoolExecutor")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Prefix of a small data set that runs may read. A test that is about its files, or what is kept beside them, makes
+    one of its own."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "matrix_text_document")
 
 
 def starts_processes(module: ModuleType) -> bool:

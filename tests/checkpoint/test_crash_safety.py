@@ -16,16 +16,11 @@ from pathlib import Path
 import pytest
 
 from harness.ranks import RankFailure, run_ranks
-from matrix.recording import build, command_line, write_dataset
+from matrix.recording import build, command_line
 from megatron.ucp.errors import NotACheckpointError
 from megatron.ucp.verify import verify
 
 FIRST, SECOND = "global_step2", "global_step3"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "crash_text_document")
 
 
 def _die(*args, **kwargs):

@@ -15,7 +15,7 @@ import torch
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell
-from matrix.recording import build, command_line, train, write_dataset
+from matrix.recording import build, command_line, train
 from matrix.stock import stock_convert
 from matrix.taking import take_all
 from megatron.ucp.convert import convert
@@ -33,11 +33,6 @@ CASES = {
     "zero3-tp2-dp2": (Cell(tp=2, dp=2, zero=3), {}),
 }
 """A cell and flags; at one stage weights are in layer files all the same, unless the model is plain."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "frozen_text_document")
 
 
 def line(data: Path, cell: Cell, patterns: Sequence[str] = PATTERNS, **flags) -> list[str]:

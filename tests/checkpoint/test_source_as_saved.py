@@ -13,15 +13,10 @@ from pathlib import Path
 import pytest
 
 from harness.ranks import RankFailure, run_ranks
-from matrix.recording import build, command_line, train, write_dataset
+from matrix.recording import build, command_line, train
 from megatron.ucp.convert import convert
 
 STEPS = 2
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "as_saved_text_document")
 
 
 @pytest.fixture(scope="module")

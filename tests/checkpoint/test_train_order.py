@@ -2,16 +2,9 @@
 
 from pathlib import Path
 
-import pytest
-
 from harness.ranks import run_ranks
-from matrix.recording import build, command_line, write_dataset
+from matrix.recording import build, command_line
 from megatron.checkpoint.restoring import changed_order
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "order_text_document")
 
 
 def _order(rank: int, world_size: int, argv: list[str]) -> dict:

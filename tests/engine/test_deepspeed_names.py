@@ -10,7 +10,7 @@ import deepspeed.runtime.pipe.engine
 import pytest
 
 from harness.ranks import RankFailure, run_ranks
-from matrix.recording import build, command_line, write_dataset
+from matrix.recording import build, command_line
 from megatron.engine import deepspeed_names as names
 from megatron.engine.deepspeed_names import BUILT, METHODS, WORDS, DeepSpeedChangedError
 
@@ -107,11 +107,6 @@ def _untold(rank: int, world_size: int, argv: list[str]) -> tuple[list[str], int
                 if f"{path} has no {attribute}" not in told or EXPECTED not in told:
                     untold.append(f"{path} {attribute}")
     return untold, tried
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "names_text_document")
 
 
 @pytest.mark.parametrize("kind", ENGINES)

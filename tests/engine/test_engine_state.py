@@ -14,7 +14,7 @@ import torch
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell
-from matrix.recording import VOCAB_SIZE, build, command_line, train, write_dataset
+from matrix.recording import VOCAB_SIZE, build, command_line, train
 from megatron.ucp.sources import DeepSpeedSource, open_source
 
 HIDDEN, LAYERS, SEQUENCE = 32, 4, 16
@@ -24,11 +24,6 @@ NUM_PARAMETERS = (
     + 2 * HIDDEN
 )
 """Of the model in matrix/recording.py, by hand: embeddings; per layer two norms, q k v, dense, h to 4h to h; norm."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "state_text_document")
 
 
 # -- intervals ------------------------------------------------------------------------------------------------------

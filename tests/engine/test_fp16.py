@@ -11,14 +11,9 @@ import pytest
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell
-from matrix.recording import allow_fp16, build, command_line, write_dataset
+from matrix.recording import allow_fp16, build, command_line
 
 HALF, WHOLE = 6, 12
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "fp16_text_document")
 
 
 def _scaler(state) -> dict:

@@ -10,7 +10,7 @@ import pytest
 
 from harness.ranks import run_ranks
 from matrix.cells import Cell
-from matrix.recording import build, command_line, train, write_dataset
+from matrix.recording import build, command_line, train
 from matrix.taking import take_all
 from megatron.ucp.convert import convert
 
@@ -38,11 +38,6 @@ CASES = {
 }
 WITHOUT = {False: (Cell(), Cell(dp=2, zero=1), Cell(dp=2, zero=3)), True: (Cell(zero=1), Cell(dp=2, zero=3))}
 """Cells without offload, by precision; the first is the reference."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "offload_text_document")
 
 
 @pytest.fixture(scope="module")

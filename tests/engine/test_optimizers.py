@@ -16,7 +16,7 @@ import torch
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell
-from matrix.recording import build, command_line, train, write_dataset
+from matrix.recording import build, command_line, train
 from matrix.taking import take_all
 from megatron.config.errors import ConfigError
 from megatron.engine import optimizers
@@ -36,11 +36,6 @@ FLAGS = {
     # Relative to the weights' own size.
     "adafactor": {"optimizer": "adafactor", "lr": 0.5},
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "optimizers_text_document")
 
 
 # -- one step, against equations ------------------------------------------------------------------------------------

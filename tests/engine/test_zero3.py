@@ -12,7 +12,7 @@ import torch
 
 from harness.ranks import run_ranks
 from matrix.cells import Cell
-from matrix.recording import build, command_line, train, write_dataset
+from matrix.recording import build, command_line, train
 from matrix.taking import Taken, take_all
 from megatron.ucp.convert import convert
 
@@ -41,11 +41,6 @@ CASES = {
     "smaller-than-dp8": Case(Cell(dp=8, zero=3), {"sub_group_size": 20, "stage3_param_persistence_threshold": 0}, TINY),
 }
 REFERENCES = {"small": SMALL, "tiny": TINY}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "zero3_text_document")
 
 
 @pytest.fixture(scope="module")

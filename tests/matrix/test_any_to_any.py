@@ -16,15 +16,10 @@ import torch
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import FIG_7A, FIG_7B, FIG_8, MODEL, PAIRS, PAPER, SOURCES, SQUARES, TARGETS, Cell, cell, sources_of
-from matrix.recording import command_line, train, write_dataset
+from matrix.recording import command_line, train
 from matrix.sources import NUM_STEPS, TAG, Sources, take_every_source
 from matrix.taking import assert_same_tensors, take_all
 from megatron.ucp.convert import convert
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "matrix_text_document")
 
 
 @pytest.fixture(scope="module")

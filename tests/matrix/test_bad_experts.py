@@ -17,7 +17,7 @@ import torch
 from harness.ranks import run_ranks
 from matrix.cells import Cell, cell
 from matrix.families import MODELS
-from matrix.recording import build, command_line, train, write_dataset
+from matrix.recording import build, command_line, train
 from megatron.ucp.commit import checksum_file
 from megatron.ucp.convert import convert
 from megatron.ucp.digest import Digest, digest_tensor
@@ -35,11 +35,6 @@ SAVED = {
     "moe-tp1pp1dp2ep2-z3": "zero_pp_rank_{}_mp_rank_00_optim_states.pt",
 }
 """Which file of an ep rank has its experts' states."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "experts_text_document")
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,8 @@ import pytest
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell
-from matrix.recording import build, command_line, train, write_dataset
+from matrix.recording import build, command_line, train
 from megatron.ucp.manifest import manifest_bytes
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "matrix_text_document")
 
 
 @pytest.fixture(scope="module")

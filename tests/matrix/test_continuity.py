@@ -6,6 +6,7 @@ Another topology: fp32 losses within twice what reordering float sums does to th
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +14,12 @@ import pytest
 
 from harness.ranks import run_ranks
 from matrix.cells import MODEL, PAPER, Cell, cell
-from matrix.recording import Curves, command_line, train, write_dataset
+from matrix.recording import Curves, command_line, train
 from megatron.ucp.convert import convert
 
 HALF = 40
 TAG = f"global_step{HALF}"
-SAME_HALF = 8
+SAME_HALF = 4
 """Bitwise, a few steps tell as much as many."""
 
 SAME = (
@@ -33,11 +34,6 @@ SAME = (
 )
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "matrix_text_document")
-
-
 def _train(cell: Cell, data: Path, **flags) -> Curves:
     return run_ranks(cell.world_size, train, command_line(data, **cell.flags, **flags))[0]
 
@@ -45,19 +41,33 @@ def _train(cell: Cell, data: Path, **flags) -> Curves:
 @pytest.mark.parametrize("cell", SAME, ids=lambda cell: cell.name)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_same_topology_is_bitwise_with_dropout(cell: Cell, precision: str, data, tmp_path):
-    flags = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "micro_batch": 2, "eval_iters": 1, "eval_interval": 4}
+    flags = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "micro_batch": 4, "eval_iters": 1, "eval_interval": 2}
     if precision == "bf16":
         flags["bf16"] = True
+    # The run that never stopped saves on its way; the resumed one forgets what it had come to after that.
+    whole = _train(cell, data, iters=2 * SAME_HALF, save=tmp_path, save_interval=SAME_HALF, **flags)
+    resumed = _train(cell, data, iters=2 * SAME_HALF, load=tmp_path, load_tag=f"global_step{SAME_HALF}", **flags)
+    second_half = range(SAME_HALF + 1, 2 * SAME_HALF + 1)
+    for curve in ("losses", "grad_norms", "learning_rates"):
+        assert getattr(resumed, curve) == {step: getattr(whole, curve)[step] for step in second_half}
+    assert resumed.validations and resumed.validations == whole.validations[-len(resumed.validations) :]
+    assert resumed.digests == whole.digests
+    saved = json.loads((tmp_path / f"global_step{SAME_HALF}" / "ucp.json").read_text())["digests"]
+    assert saved != whole.digests
+
+
+def test_a_save_does_not_change_the_run(data, tmp_path):
+    """And a run that is stopped where it saves goes on in another as if it had not been: the test above saves only."""
+    flags = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "eval_iters": 1, "eval_interval": 2}
+    cell = Cell(dp=2, zero=1)
     whole = _train(cell, data, iters=2 * SAME_HALF, **flags)
-    # The first half runs under the same --train-iters and is stopped, as a machine's death would.
     first = _train(cell, data, iters=2 * SAME_HALF, exit_interval=SAME_HALF, save=tmp_path, **flags)
     second = _train(cell, data, iters=2 * SAME_HALF, load=tmp_path, **flags)
-    assert sorted(second.losses) == list(range(SAME_HALF + 1, 2 * SAME_HALF + 1))
+    saving = _train(cell, data, iters=2 * SAME_HALF, save=tmp_path / "b", save_interval=2, **flags)
     for curve in ("losses", "grad_norms", "learning_rates"):
-        assert {**getattr(first, curve), **getattr(second, curve)} == getattr(whole, curve)
-    assert first.validations + second.validations == whole.validations
-    assert second.digests == whole.digests
-    assert first.digests != whole.digests
+        assert {**getattr(first, curve), **getattr(second, curve)} == getattr(whole, curve) == getattr(saving, curve)
+    assert first.validations + second.validations == whole.validations == saving.validations
+    assert second.digests == whole.digests == saving.digests
 
 
 def test_dropout_is_really_on(data):

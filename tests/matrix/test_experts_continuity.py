@@ -14,7 +14,7 @@ import pytest
 from harness.ranks import run_ranks
 from matrix.cells import Cell, cell
 from matrix.families import FIG_9, MODELS
-from matrix.recording import Curves, command_line, train, write_dataset
+from matrix.recording import Curves, command_line, train
 
 HALF = 12
 SAME_HALF = 4
@@ -28,11 +28,6 @@ SAME = {
     "gptmoe-tp1pp2dp2ep2-z1": (FP32, BF16),
     "moe-tp1pp1dp2ep2-z0": (FP32,),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "experts_text_document")
 
 
 def _train(cell: Cell, data: Path, **flags) -> Curves:

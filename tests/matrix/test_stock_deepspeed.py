@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell, cell, cells
 from matrix.families import MODELS
-from matrix.recording import build, command_line, train, write_dataset
+from matrix.recording import build, command_line, train
 from matrix.stock import stock_convert
 from megatron.ucp.convert import convert
 
@@ -21,11 +20,6 @@ TARGETS = (Cell(zero=1), Cell(dp=2, zero=2), Cell(tp=2, zero=1), Cell(pp=2, zero
 OTHERS = cells("kv2-tp4pp1dp1-z2 kv3-tp3pp1dp1-z1 bloom-tp3pp1dp1-z1 moe-tp2pp1dp1-z1 gptmoe-tp2pp2dp1-z1")
 """Fewer key/value heads than ranks, which keep parts of them; gates and ups of 40 features on 3 ranks; ALiBi; experts
 cut inside, along dimension 1 and 2, with and without biases."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "matrix_text_document")
 
 
 @pytest.fixture(scope="module")

@@ -19,18 +19,13 @@ from ucp.stock_moe import LOCAL, TAG, Moe, load_universal, train_and_save
 from harness.ranks import run_ranks
 from matrix.cells import Cell
 from matrix.families import MODELS
-from matrix.recording import Curves, build, command_line, curves, train, write_dataset
+from matrix.recording import Curves, build, command_line, curves, train
 from matrix.stock import stock_convert
 from matrix.taking import fill_with_noise
 from megatron.ucp.convert import convert
 from megatron.ucp.errors import ReplicaMismatchError
 
 NUM_STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "matrix_text_document")
 
 
 @pytest.fixture(scope="module")

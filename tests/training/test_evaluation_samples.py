@@ -1,11 +1,9 @@
 """An evaluation's samples after a resume with another batch size: those that come next, none of them seen before."""
 
-from pathlib import Path
-
 import pytest
 
 from harness.ranks import run_ranks
-from matrix.recording import build, command_line, write_dataset
+from matrix.recording import build, command_line
 from megatron.checkpoint.progress import Progress
 from megatron.config.arguments import parse
 from megatron.training.batches import _samples_needed, evaluation_start
@@ -17,11 +15,6 @@ def _evaluated(rank: int, world_size: int, argv: list[str], consumed: int) -> li
     micro_batches = batches.samples_per_evaluation // batches.micro_batch_size
     loader = batches.valid(consumed)
     return [row for _, batch in zip(range(micro_batches), loader, strict=False) for row in batch["tokens"].tolist()]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "evaluation_text_document")
 
 
 def test_after_a_change_of_the_batch_size_no_sample_comes_twice(data):

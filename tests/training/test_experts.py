@@ -15,7 +15,7 @@ import torch
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell, cell
 from matrix.families import MODELS
-from matrix.recording import Curves, allow_fp16, build, command_line, curves, train, write_dataset
+from matrix.recording import Curves, allow_fp16, build, command_line, curves, train
 from matrix.taking import take_all
 from megatron.ucp.convert import convert
 
@@ -23,11 +23,6 @@ NUM_STEPS = 3
 BF16 = {"bf16": True}
 SUMMED_IN_FP32 = {"bf16": True, "accumulate_allreduce_grads_in_fp32": True}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "experts_text_document")
 
 
 def line(data: Path, cell: Cell, frozen: tuple[str, ...] = (), **flags) -> list[str]:

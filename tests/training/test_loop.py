@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
 from harness.ranks import RankFailure, run_ranks
-from matrix.recording import build, command_line, write_dataset
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "loop_text_document")
+from matrix.recording import build, command_line
 
 
 def _fit(rank: int, world_size: int, argv: list[str], signal_at: int | None = None):

@@ -19,16 +19,11 @@ from pathlib import Path
 import pytest
 
 from harness.ranks import run_ranks
-from matrix.recording import build, command_line, write_dataset
+from matrix.recording import build, command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERVAL = 0.2
 VICTIM = 2
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "presence_text_document")
 
 
 def _wait_for_victim(rank: int, world_size: int, fault: str) -> tuple[str, str] | None:

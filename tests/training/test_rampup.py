@@ -11,17 +11,12 @@ import torch
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell
-from matrix.recording import build, command_line, write_dataset
+from matrix.recording import build, command_line
 
 SIZES = (4, 4, 4, 4, 4, 8, 8, 8, 12, 12, 16, 16)
 """Of 100 samples from 4 in steps of 4 to 16 over 60, as Megatron gives them (tests/config/test_batch_sizes.py)."""
 ITERS_UNTIL = 7
 LR = 5e-3
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data") / "rampup_text_document")
 
 
 def _argv(data: Path, cell: Cell, **flags) -> list[str]:

@@ -13,17 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from matrix.recording import command_line, write_dataset
+from matrix.recording import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29571"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "signal_text_document")
 
 
 def to_launcher(process: psutil.Process, number: int) -> None:
