@@ -64,7 +64,7 @@ def _state_problems(live: LiveRun, source: Source) -> list[str]:
         info = source.manifest.parameters.get(interval.name)
         if info is None or not info.is_trainable:
             continue
-        ours: dict[str, Any] = {part.state: part.layout.shape for part in live.state.parts(interval)}
+        ours: dict[str, Any] = {held.state: held.layout.shape for held in live.state.states_of(interval)}
         theirs: dict[str, Any] = {state: info.layout_of(state).shape for state in info.states}
         ours |= dict.fromkeys(live.state.scalars_of(interval.flat), "a number")
         theirs |= dict.fromkeys(info.scalars, "a number")

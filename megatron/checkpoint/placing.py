@@ -18,7 +18,7 @@ from megatron.checkpoint.resume import LoadOptions
 from megatron.engine.engine_state import MASTER
 from megatron.ucp.errors import listed
 from megatron.ucp.execute import gather
-from megatron.ucp.fragment import numel
+from megatron.ucp.runs import numel
 from megatron.ucp.sources import Source
 
 log = logging.getLogger(__name__)
@@ -29,15 +29,15 @@ def place(live: LiveRun, source: Source, options: LoadOptions) -> int:
     num_elements = 0
     for interval in live.state.intervals:
         has_states = options.with_optimizer and is_trained_in(source, interval.name)
-        for part in live.state.parts(interval):
-            if part.state == MASTER or has_states:
-                pieces = source.pieces(interval.name, part.state)
-                if numel(part.runs) < part.values.numel():
-                    part.values.zero_()  # the vocabulary's padding, which no Source has
-                gather(source, interval.name, part.state, pieces, part.runs, part.values)
-                num_elements += part.values.numel()
+        for held in live.state.states_of(interval):
+            if held.state == MASTER or has_states:
+                pieces = source.pieces(interval.name, held.state)
+                if numel(held.runs) < held.values.numel():
+                    held.values.zero_()  # the vocabulary's padding, which no Source has
+                gather(source, interval.name, held.state, pieces, held.runs, held.values)
+                num_elements += held.values.numel()
             elif options.with_optimizer:
-                part.values.zero_()
+                held.values.zero_()
     if options.with_optimizer:
         # All that a flat tensor has of any rank: this one may own only padding.
         for (_, flat), names in zip(live.state.flats, live.state.members, strict=True):

@@ -187,7 +187,7 @@ def _manifest(
 def _numbers(state: EngineState, interval: OwnedInterval) -> dict[str, Any]:
     """What ParameterInfo keeps beside the tensors."""
     shape = state.layouts[interval.name].shape
-    own_shapes = {part.state: part.layout.shape for part in state.parts(interval) if part.layout.shape != shape}
+    own_shapes = {held.state: held.layout.shape for held in state.states_of(interval) if held.layout.shape != shape}
     return {"step": state.step_of(interval.flat), "scalars": state.scalars_of(interval.flat), "shapes": own_shapes}
 
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron.engine.engine_state import MASTER, EngineState, StatePart
+from megatron.engine.engine_state import MASTER, EngineState, IntervalState
 from megatron.parallel.agreement import gathered
 from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.digest import Digest, digest_runs
 from megatron.ucp.expert_digests import expert_elements, num_experts
-from megatron.ucp.fragment import Runs, clip_atomic
 from megatron.ucp.layout import Layout, ShardRank
+from megatron.ucp.runs import Runs, clip_atomic
 
 
 class DivergedCopiesError(RuntimeError):
@@ -33,29 +33,30 @@ def state_digests(state: EngineState) -> dict[str, dict[str, str]]:
     """{canonical name: {state: hex}}; of a frozen parameter only its weight's, widened to fp32. Collective over the
     world. Raises DivergedCopiesError on every rank."""
     names = sorted(state.layouts)
-    kinds = (MASTER, *sorted({kind for kinds in gathered(state.state_names) for kind in kinds}))
+    every_rank = gathered(state.state_names)
+    state_names = (MASTER, *sorted({name for of_rank in every_rank for name in of_rank}))
     row = {name: index for index, name in enumerate(names)}
-    counted = torch.zeros(len(names), len(kinds), 2, dtype=torch.int64)
+    counted = torch.zeros(len(names), len(state_names), 2, dtype=torch.int64)
     # What a data-parallel rank has all of, and what it has a piece of.
     wholes, pieces = torch.zeros_like(counted), torch.zeros_like(counted)
-    num_holders = torch.zeros(len(names), len(kinds), dtype=torch.int64)
+    num_holders = torch.zeros(len(names), len(state_names), dtype=torch.int64)
 
-    def add(name: str, part: StatePart, held: torch.Tensor) -> None:
-        place, identity = (row[name], kinds.index(part.state)), (name, part.state, part.layout.shape)
-        everything = own = _digest(part.values, part.runs, *identity)
-        if not np.array_equal(part.counted_runs, part.runs):
-            own = _digest(part.values, part.counted_runs, *identity)
-        held[place] += torch.tensor(everything.to_int64_pair())
-        counted[place] += torch.tensor(own.to_int64_pair())
-        num_holders[place] += 1
+    def add(name: str, held: IntervalState, sums: torch.Tensor) -> None:
+        cell, identity = (row[name], state_names.index(held.state)), (name, held.state, held.layout.shape)
+        everything = own = _digest(held.values, held.runs, *identity)
+        if not np.array_equal(held.counted_runs, held.runs):
+            own = _digest(held.values, held.counted_runs, *identity)
+        sums[cell] += torch.tensor(everything.to_int64_pair())
+        counted[cell] += torch.tensor(own.to_int64_pair())
+        num_holders[cell] += 1
 
     for interval in state.intervals:
-        for part in state.parts(interval):
-            add(interval.name, part, wholes if state.is_replicated else pieces)
+        for held in state.states_of(interval):
+            add(interval.name, held, wholes if state.is_replicated else pieces)
     for frozen in state.frozen_intervals:
         layout = state.layouts[frozen.name]
-        part = StatePart(MASTER, frozen.weights, layout, frozen.runs, frozen.counted_runs)
-        add(frozen.name, part, wholes if state.has_whole_frozen else pieces)
+        held = IntervalState(MASTER, frozen.weights, layout, frozen.runs, frozen.counted_runs)
+        add(frozen.name, held, wholes if state.has_whole_frozen else pieces)
     device = state.engine.device
     counted = _summed(counted.to(device), None)
     num_holders = _summed(num_holders.to(device), None).cpu()
@@ -63,14 +64,14 @@ def state_digests(state: EngineState) -> dict[str, dict[str, str]]:
     # A rank's shard of experts is the experts of its ep rank only: the others' are added.
     over_ep = _summed(wholes.clone(), context.ep_group, context.ep_size)
     is_dealt = torch.tensor([state.layouts[name].is_cut_over("ep") for name in names], device=device)
-    held = torch.where(is_dealt[:, None, None], over_ep, wholes)
-    held += _summed(pieces.to(device), context.zero_group, context.zero_size)
-    _check_copies(state, names, kinds, held, counted)
+    sums = torch.where(is_dealt[:, None, None], over_ep, wholes)
+    sums += _summed(pieces.to(device), context.zero_group, context.zero_size)
+    _check_copies(state, names, state_names, sums, counted)
     counted = counted.cpu()
     return {
         name: {
-            kind: Digest.from_int64_pair(counted[i, j].tolist()).hex()
-            for j, kind in enumerate(kinds)
+            state_name: Digest.from_int64_pair(counted[i, j].tolist()).hex()
+            for j, state_name in enumerate(state_names)
             if num_holders[i, j]
         }
         for i, name in enumerate(names)
@@ -80,39 +81,39 @@ def state_digests(state: EngineState) -> dict[str, dict[str, str]]:
 def expert_digests(state: EngineState, digests: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, list[str]]]:
     """{canonical name: {state: [hex of each expert]}} of all experts, whose digests are `digests`. Collective over the
     world."""
-    kinds = sorted({kind for of_states in digests.values() for kind in of_states})
+    state_names = sorted({state_name for of_states in digests.values() for state_name in of_states})
     first_row, num_rows = {}, 0
     for name, layout in sorted(state.layouts.items()):
         if count := num_experts(layout):
             first_row[name], num_rows = num_rows, num_rows + count
     if not num_rows:
         return {}
-    table = torch.zeros(num_rows, len(kinds), 2, dtype=torch.int64)
-    for name, part in _counted_parts(state):
-        if name not in first_row or part.layout != state.layouts[name]:
+    table = torch.zeros(num_rows, len(state_names), 2, dtype=torch.int64)
+    for name, held in _counted(state):
+        if name not in first_row or held.layout != state.layouts[name]:
             continue
-        for expert in range(num_experts(part.layout)):
-            runs = clip_atomic(part.counted_runs, *expert_elements(part.layout, expert))
-            own = _digest(part.values, runs, name, part.state, part.layout.shape)
-            table[first_row[name] + expert, kinds.index(part.state)] += torch.tensor(own.to_int64_pair())
+        for expert in range(num_experts(held.layout)):
+            runs = clip_atomic(held.counted_runs, *expert_elements(held.layout, expert))
+            own = _digest(held.values, runs, name, held.state, held.layout.shape)
+            table[first_row[name] + expert, state_names.index(held.state)] += torch.tensor(own.to_int64_pair())
     table = _summed(table.to(state.engine.device), None).cpu()
     found: dict[str, dict[str, list[str]]] = {}
     for name, row in first_row.items():
-        for kind, whole in digests[name].items():
-            column = table[row : row + num_experts(state.layouts[name]), kinds.index(kind)]
+        for state_name, whole in digests[name].items():
+            column = table[row : row + num_experts(state.layouts[name]), state_names.index(state_name)]
             of_experts = [Digest.from_int64_pair(pair) for pair in column.tolist()]
             if sum(of_experts, Digest()).hex() == whole:
-                found.setdefault(name, {})[kind] = [digest.hex() for digest in of_experts]
+                found.setdefault(name, {})[state_name] = [digest.hex() for digest in of_experts]
     return found
 
 
-def _counted_parts(state: EngineState) -> Iterator[tuple[str, StatePart]]:
-    """(name, part) of all that this rank holds."""
+def _counted(state: EngineState) -> Iterator[tuple[str, IntervalState]]:
+    """(name, held) of all that this rank holds."""
     for interval in state.intervals:
-        yield from ((interval.name, part) for part in state.parts(interval))
+        yield from ((interval.name, held) for held in state.states_of(interval))
     for frozen in state.frozen_intervals:
         layout = state.layouts[frozen.name]
-        yield frozen.name, StatePart(MASTER, frozen.weights, layout, frozen.runs, frozen.counted_runs)
+        yield frozen.name, IntervalState(MASTER, frozen.weights, layout, frozen.runs, frozen.counted_runs)
 
 
 def _digest(values: torch.Tensor, runs: Runs, name: str, state: str, shape: tuple[int, ...]) -> Digest:
@@ -137,7 +138,7 @@ def _summed(table: torch.Tensor, group: dist.ProcessGroup | None, size: int | No
 
 
 def _check_copies(
-    state: EngineState, names: list[str], kinds: tuple[str, ...], held: torch.Tensor, counted: torch.Tensor
+    state: EngineState, names: list[str], state_names: tuple[str, ...], held: torch.Tensor, counted: torch.Tensor
 ) -> None:
     """Every copy of a parameter, summed over the ranks that share it, must have the digest that is saved. `held` is
     summed over the data-parallel ranks where they hold pieces, and over those that share experts."""
@@ -152,8 +153,8 @@ def _check_copies(
             continue
         copy = over_tp if layout.is_cut_over("tp") else held
         diverged += [
-            f"{name} ({kinds[j]}) on pp rank {context.pp_rank}, tp rank {context.tp_rank}"
-            for j in range(len(kinds))
+            f"{name} ({state_names[j]}) on pp rank {context.pp_rank}, tp rank {context.tp_rank}"
+            for j in range(len(state_names))
             if not torch.equal(copy[i, j], counted[i, j])
         ]
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]

@@ -24,8 +24,8 @@ class DataError(Exception):
         return _rebuild, (type(self), self.what, {k: v and str(v) for k, v in self._fields.items()})
 
 
-def _rebuild(kind: type[DataError], what: str, fields: dict) -> DataError:
-    return kind(what, **fields)
+def _rebuild(cls: type[DataError], what: str, fields: dict) -> DataError:
+    return cls(what, **fields)
 
 
 class MissingDatasetError(DataError):

@@ -31,8 +31,8 @@ from megatron.engine.deepspeed_names import require_built
 from megatron.engine.optimizer_states import OptimizerStates, UnsupportedOptimizerError
 from megatron.engine.protocols import Engine, LossScaler
 from megatron.parallel.context import ParallelContext
-from megatron.ucp.fragment import EMPTY, Runs, shard_runs, whole_runs
 from megatron.ucp.layout import Layout
+from megatron.ucp.runs import EMPTY, Runs, shard_runs, whole_runs
 
 MASTER = "fp32"
 """Name of the master weight among the states, as on disk."""
@@ -88,7 +88,7 @@ class FrozenInterval:
 
 
 @dataclass(frozen=True)
-class StatePart:
+class IntervalState:
     """What an interval holds of one state of its parameter."""
 
     state: str
@@ -101,7 +101,7 @@ class StatePart:
 
 
 @dataclass(frozen=True)
-class _Fragment:
+class _Interval:
     param: torch.nn.Parameter
     flat: torch.Tensor
     flat_start: int
@@ -140,14 +140,14 @@ class EngineState(OptimizerStates):
 
     @cached_property
     def intervals(self) -> tuple[OwnedInterval, ...]:
-        return tuple(self._interval(fragment, self.group_names[group]) for group, fragment in self._fragments())
+        return tuple(self._owned(interval, self.group_names[group]) for group, interval in self._all_intervals())
 
     @cached_property
     def frozen_intervals(self) -> tuple[FrozenInterval, ...]:
         intervals = []
         for param, name in self.engine.param_names.items():
             if name in self.frozen:
-                start, numel = _stage3_piece(param) if self.wrapper == _STAGE3 else (0, param.numel())
+                start, numel = _stage3_interval(param) if self.wrapper == _STAGE3 else (0, param.numel())
                 if numel:
                     runs, counted = self._runs(name, start, numel, self.has_whole_frozen)
                     intervals.append(FrozenInterval(name, param, start, numel, runs, counted))
@@ -163,10 +163,10 @@ class EngineState(OptimizerStates):
         """Every data-parallel rank holds all of the frozen parameters: under all stages but ZeRO-3."""
         return self.wrapper != _STAGE3
 
-    def _interval(self, fragment: _Fragment, group: str) -> OwnedInterval:
-        name = self.engine.param_names[fragment.param]
-        runs, counted = self._runs(name, fragment.start, fragment.numel, self.is_replicated)
-        return OwnedInterval(name, group, runs=runs, counted_runs=counted, **vars(fragment))
+    def _owned(self, interval: _Interval, group: str) -> OwnedInterval:
+        name = self.engine.param_names[interval.param]
+        runs, counted = self._runs(name, interval.start, interval.numel, self.is_replicated)
+        return OwnedInterval(name, group, runs=runs, counted_runs=counted, **vars(interval))
 
     def _runs(self, name: str, start: int, numel: int, is_replicated: bool) -> tuple[Runs, Runs]:
         """(all, those counted here) of an interval of this rank's shard, of which every data-parallel rank (of experts:
@@ -196,24 +196,24 @@ class EngineState(OptimizerStates):
         if self.wrapper not in _FLAT_GROUPS:
             return []
         names = self.engine.param_names
-        return [(names[part.param], group, part.flat_start, part.numel) for group, part in self._fragments()]
+        return [(names[at.param], group, at.flat_start, at.numel) for group, at in self._all_intervals()]
 
-    def _fragments(self) -> Iterator[tuple[int, _Fragment]]:
+    def _all_intervals(self) -> Iterator[tuple[int, _Interval]]:
         if self.is_replicated:
             for group, param in self.flats:
-                yield group, _Fragment(param, param, 0, 0, param.numel())  # type: ignore[arg-type]
+                yield group, _Interval(param, param, 0, 0, param.numel())  # type: ignore[arg-type]
         elif self.wrapper == _STAGE3:
-            yield from self._stage3_fragments()
+            yield from self._stage3_intervals()
         elif self.wrapper in _FLAT_GROUPS:
             for group, flat in self.flats:
-                yield from ((group, fragment) for fragment in self._flat_fragments(group, flat))
+                yield from ((group, interval) for interval in self._flat_intervals(group, flat))
         else:
             raise UnsupportedOptimizerError(
                 f"optimizer state under DeepSpeed's {self.wrapper} cannot be located; known are ZeRO-0 in fp32, "
                 "ZeRO-1/2/3 and BF16_Optimizer. Choose --zero-stage 1 or 2."
             )
 
-    def _flat_fragments(self, group: int, flat: torch.Tensor) -> Iterator[_Fragment]:
+    def _flat_intervals(self, group: int, flat: torch.Tensor) -> Iterator[_Interval]:
         """ZeRO-1/2: the group's shards one after the other, cut into one interval per data-parallel rank."""
         optimizer, attribute = self.engine.optimizer, _FLAT_GROUPS[self.wrapper]
         weights_flat = getattr(optimizer, attribute + "_flat")[group]
@@ -224,17 +224,17 @@ class EngineState(OptimizerStates):
             begin = max(offset, partition)
             end = min(offset + param.numel(), partition + flat.numel())
             if end > begin:
-                yield _Fragment(param, flat, begin - partition, begin - offset, end - begin)
+                yield _Interval(param, flat, begin - partition, begin - offset, end - begin)
 
-    def _stage3_fragments(self) -> Iterator[tuple[int, _Fragment]]:
+    def _stage3_intervals(self) -> Iterator[tuple[int, _Interval]]:
         """ZeRO-3: every parameter by itself in equal pieces, the last ones padded (with whatever was in memory)."""
         optimizer = self.engine.optimizer
         for (group, flat), params in zip(self.flats, optimizer.fp16_groups, strict=True):
             position = 0
             for param in params:
-                start, numel = _stage3_piece(param)
+                start, numel = _stage3_interval(param)
                 if numel:
-                    yield group, _Fragment(param, flat, position, start, numel)
+                    yield group, _Interval(param, flat, position, start, numel)
                 position += param.partition_numel()
 
     @property
@@ -254,18 +254,18 @@ class EngineState(OptimizerStates):
         """Names in each of ZeRO-3's sub-groups; empty under other stages."""
         return self.members if self.wrapper == _STAGE3 else []
 
-    def parts(self, interval: OwnedInterval) -> Iterator[StatePart]:
+    def states_of(self, interval: OwnedInterval) -> Iterator[IntervalState]:
         """The master weight and every tensor state, as far as they are this interval's."""
         layout = self.layouts[interval.name]
-        yield StatePart(MASTER, interval.master, layout, interval.runs, interval.counted_runs)
+        yield IntervalState(MASTER, interval.master, layout, interval.runs, interval.counted_runs)
         for key, value in self.tensor_states(interval.flat).items():
             if value.shape == interval.flat.shape:
                 values = interval.state(self.base, key)
-                yield StatePart(key, values, layout, interval.runs, interval.counted_runs)
+                yield IntervalState(key, values, layout, interval.runs, interval.counted_runs)
             else:
                 runs = whole_runs(value.numel())
                 counted = runs if len(interval.counted_runs) else EMPTY
-                yield StatePart(key, value.detach().view(-1), Layout.unique(value.shape), runs, counted)
+                yield IntervalState(key, value.detach().view(-1), Layout.unique(value.shape), runs, counted)
 
     def refresh_weights(self) -> None:
         """Make the live (low-precision) weights those of the masters. Collective over the data-parallel group."""
@@ -307,7 +307,7 @@ def _live_weights(param: torch.nn.Parameter, start: int, numel: int) -> torch.Te
     return param.detach().view(-1).narrow(0, start, numel)
 
 
-def _stage3_piece(param: torch.nn.Parameter) -> tuple[int, int]:
+def _stage3_interval(param: torch.nn.Parameter) -> tuple[int, int]:
     """(start, numel) of this rank's piece of a parameter's shard; the last ranks may have only padding."""
     length = param.partition_numel()
     start = min(dist.get_rank(group=param.ds_process_group) * length, param.ds_numel)

@@ -79,7 +79,7 @@ class OptimizerStates(ABC):
                 kept = kept_states(self.base, self.base.param_groups[group], template)
                 if is_saved and kept.unknown_when_fresh:
                     raise UnsupportedOptimizerError(
-                        f"{self.kind} has not stepped {names[0]} yet, and the first value of its "
+                        f"{self.class_name} has not stepped {names[0]} yet, and the first value of its "
                         f"{', '.join(kept.unknown_when_fresh)} is not known. Save after the first step."
                     )
                 self._check_carried(names, kept.states, template.shape)
@@ -100,7 +100,7 @@ class OptimizerStates(ABC):
         for group, flat in dict(self.flats).items():
             if is_cut and not is_elementwise(self.base, self.base.param_groups[group], flat):
                 raise UnsupportedOptimizerError(
-                    f"{self.kind} steps a part of a parameter in another way than the whole, so it would train "
+                    f"{self.class_name} steps a part of a parameter in another way than the whole, so it would train "
                     f"differently under every topology. Found: {self._topology}. Expected: every rank has whole "
                     "parameters. What to do: --zero-stage 0 with --tensor-model-parallel-size 1, or --optimizer "
                     "adam, sgd, lion, adagrad or muon."
@@ -121,7 +121,7 @@ class OptimizerStates(ABC):
         return self.is_replicated and self.context.tp_size == 1 and self.context.topology.ep_size == 1
 
     @property
-    def kind(self) -> str:
+    def class_name(self) -> str:
         return type(self.base).__name__
 
     @property
@@ -135,9 +135,9 @@ class OptimizerStates(ABC):
                 continue
             found = f"{value.dtype} of shape {tuple(value.shape)}" if torch.is_tensor(value) else repr(type(value))
             raise UnsupportedOptimizerError(
-                f"the state {key!r} that {self.kind} keeps of {names[0]} cannot be cut for another topology. Found: "
-                f"{found} under {self._topology}. Expected: bf16, fp16 or fp32 of the parameter's shape, or a number. "
-                "What to do: use another --optimizer; states of other shapes are carried whole only under "
+                f"the state {key!r} that {self.class_name} keeps of {names[0]} cannot be cut for another topology. "
+                f"Found: {found} under {self._topology}. Expected: bf16, fp16 or fp32 of the parameter's shape, or a "
+                "number. What to do: use another --optimizer; states of other shapes are carried whole only under "
                 "--zero-stage 0 with --tensor-model-parallel-size 1."
             )
 
@@ -205,7 +205,7 @@ class OptimizerStates(ABC):
             for group, values in self.hyper_parameters().items()
             for key, value in values.items()
             if key in groups.get(group, {}) and key not in _HOW and value is not None
-            if _kind(groups[group][key]) != _kind(value)
+            if _type_of(groups[group][key]) != _type_of(value)
         ]
 
     def set_hyper_parameters(self, groups: Mapping[str, Mapping[str, Any]]) -> None:
@@ -234,9 +234,9 @@ def _set_number(owner: Any, key: str, value: float) -> None:
         owner[key] = type(owner.get(key, 0))(value)
 
 
-def _kind(value: Any) -> Any:
+def _type_of(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return [_kind(entry) for entry in value]
+        return [_type_of(entry) for entry in value]
     return "a number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value)
 
 

@@ -92,7 +92,7 @@ class Presence:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, error_type: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if self._store is None or not isinstance(error, Exception):
                 return

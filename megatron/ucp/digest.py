@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from megatron.ucp import native
-from megatron.ucp.fragment import Runs
+from megatron.ucp.runs import Runs
 
 _MASK = (1 << 64) - 1
 _CHUNK = 1 << 17

@@ -56,8 +56,8 @@ class UcpError(Exception):
         return _rebuild, (type(self), self.what, fields)
 
 
-def _rebuild(kind: type[UcpError], what: str, fields: dict) -> UcpError:
-    return kind(what, **fields)
+def _rebuild(cls: type[UcpError], what: str, fields: dict) -> UcpError:
+    return cls(what, **fields)
 
 
 class LayoutError(UcpError):

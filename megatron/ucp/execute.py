@@ -17,7 +17,7 @@ import torch
 from megatron.ucp import native
 from megatron.ucp.digest import Digest, digest_runs
 from megatron.ucp.errors import CorruptFileError, ReplicaMismatchError, SourceError
-from megatron.ucp.fragment import Runs, clip_atomic, intersect, numel, tiling_faults, whole_runs
+from megatron.ucp.runs import Runs, clip_atomic, intersect, numel, tiling_faults, whole_runs
 from megatron.ucp.sources.source import Piece, Source
 
 CHUNK = 1 << 20

@@ -15,8 +15,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megatron.ucp.fragment import intersect, numel, shard_runs, whole_runs
 from megatron.ucp.layout import Layout, ShardRank
+from megatron.ucp.runs import intersect, numel, shard_runs, whole_runs
 from megatron.ucp.sources import Source
 from megatron.ucp.topology import Topology
 

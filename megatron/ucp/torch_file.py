@@ -33,7 +33,7 @@ from megatron.ucp.safe_load import STAND_INS
 _ALIGNMENT = 64
 _HEADER = 30
 _ZIP64_EXTRA = 20
-_FOREIGN_NAMES = {kind: name for kind, name in STAND_INS if isinstance(kind, type)}
+_FOREIGN_NAMES = {cls: name for cls, name in STAND_INS if isinstance(cls, type)}
 
 
 class _Pickler(pickle._Pickler):
@@ -41,14 +41,14 @@ class _Pickler(pickle._Pickler):
 
     dispatch = dict(pickle._Pickler.dispatch)
 
-    def _save_type(self, kind: type) -> None:
-        name = _FOREIGN_NAMES.get(kind)
+    def _save_type(self, cls: type) -> None:
+        name = _FOREIGN_NAMES.get(cls)
         if name is None:
-            self.save_type(kind)
+            self.save_type(cls)
             return
         module, _, attribute = name.rpartition(".")
         self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
-        self.memoize(kind)
+        self.memoize(cls)
 
     dispatch[type] = _save_type
 
@@ -128,8 +128,8 @@ class TensorFile:
         assert values.dtype == torch.float32 and values.is_contiguous()
         self._data.write(memoryview(values.numpy()).cast("B"))
 
-    def __exit__(self, kind, value, traceback) -> None:
-        if kind is not None:
+    def __exit__(self, error_type, value, traceback) -> None:
+        if error_type is not None:
             self._abandon()
             return
         try:

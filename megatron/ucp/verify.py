@@ -20,9 +20,9 @@ from megatron.ucp.execute import chunks
 from megatron.ucp.expert_digests import changed_experts
 from megatron.ucp.expert_labels import experts_clause, label_of
 from megatron.ucp.file_table import file_faults
-from megatron.ucp.fragment import tiling_faults, whole_runs
 from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import Manifest, read_manifest
+from megatron.ucp.runs import tiling_faults, whole_runs
 from megatron.ucp.sources import Source, find_checkpoint, open_source
 
 

@@ -62,7 +62,7 @@ def _placed(rank: int, world_size: int, kind: str, truth: stock.Seen):
     state = _state(engine, rank, world_size)
     state.make_states()
     for interval in state.intervals:
-        for part in state.parts(interval):
+        for part in state.states_of(interval):
             flat = truth.state[interval.name, part.state].view(-1)
             for atomic, local, length in part.runs.tolist():
                 part.values[local : local + length] = flat[atomic : atomic + length]

@@ -64,7 +64,7 @@ def fill_with_noise(run) -> None:
     state = run.live.state
     state.make_states()
     for interval in state.intervals:
-        for part in state.parts(interval):
+        for part in state.states_of(interval):
             part.values.fill_(NOISE)
         state.set_step(interval.flat, NOISE)
         for key in state.scalars_of(interval.flat):

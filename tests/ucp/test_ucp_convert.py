@@ -15,10 +15,10 @@ from megatron.ucp.diff import diff
 from megatron.ucp.digest import digest_tensor
 from megatron.ucp.errors import CorruptFileError
 from megatron.ucp.execute import copy_runs, read_into
-from megatron.ucp.fragment import shard_runs
 from megatron.ucp.layout import Layout, Part, ShardRank
 from megatron.ucp.manifest import read_manifest, write_manifest
 from megatron.ucp.plan import plan
+from megatron.ucp.runs import shard_runs
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import open_source
 from megatron.ucp.topology import Topology

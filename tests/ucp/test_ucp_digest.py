@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from megatron.ucp import native
 from megatron.ucp.digest import _CHUNK, Digest, digest_runs, digest_tensor, total
-from megatron.ucp.fragment import shard_runs
 from megatron.ucp.layout import Layout, Part, ShardRank
+from megatron.ucp.runs import shard_runs
 
 M = (1 << 64) - 1
 

@@ -20,7 +20,7 @@ from megatron.ucp.layout import ShardRank
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import open_source
 from megatron.ucp.sources.foreign.expert_files import split_name
-from megatron.ucp.sources.foreign.expert_places import ExpertPlaces
+from megatron.ucp.sources.foreign.expert_ranks import ExpertRanks
 from megatron.ucp.torch_file import save
 from megatron.ucp.verify import verify
 
@@ -167,10 +167,10 @@ def test_the_other_verbs(name, saved, universal, capsys):
 @pytest.mark.parametrize("is_data_first", [False, True], ids=["experts-first", "data-first"])
 def test_places_by_hand(is_data_first):
     """DeepSpeed's own picture: 16 ranks, tp 2, ep 4 (groups.py), and the same without tp."""
-    cut = ExpertPlaces(8, 2, 4, is_cut=True, is_data_first=is_data_first)
+    cut = ExpertRanks(8, 2, 4, is_cut=True, is_data_first=is_data_first)
     ranks = [[2 * dp + tp for dp, tp in shard] for shard in cut.holders(1)]
     assert ranks == ([[4, 6], [5, 7]] if is_data_first else [[2, 10], [3, 11]])
-    whole = ExpertPlaces(8, 2, 4, is_cut=False, is_data_first=is_data_first)
+    whole = ExpertRanks(8, 2, 4, is_cut=False, is_data_first=is_data_first)
     ranks = [2 * dp + tp for dp, tp in whole.holders(1)[0]]
     assert ranks == ([4, 5, 6, 7] if is_data_first else [1, 5, 9, 13])
     for places in (cut, whole):
@@ -374,8 +374,8 @@ def test_a_planted_fault_in_zero0_is_refused(fault, saved, tmp_path):
 @pytest.mark.parametrize("name", ["zero1-ep2-dp4", "zero1-ep2-dp4-data-first", "zero1-ep2-dp2-tp2-cut-experts"])
 def test_a_reader_with_a_wrong_order_of_ranks_is_found_out(name, saved, monkeypatch):
     """The planted fault: every rank has the experts of its neighbour."""
-    holders = ExpertPlaces.holders
-    monkeypatch.setattr(ExpertPlaces, "holders", lambda self, rank: holders(self, (rank + 1) % self.ep_size))
+    holders = ExpertRanks.holders
+    monkeypatch.setattr(ExpertRanks, "holders", lambda self, rank: holders(self, (rank + 1) % self.ep_size))
     with pytest.raises(SourceError, match=r"expert 0 of layer 0 \(1.moe\).* they are those of expert 2"):
         open_source(saved(name)[0])
 

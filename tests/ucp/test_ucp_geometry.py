@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.ucp.errors import LayoutError, ReplicaMismatchError, UcpError
-from megatron.ucp.fragment import clip_atomic, intersect, shard_runs, tiling_faults, whole_runs
 from megatron.ucp.layout import Cut, Layout, Part, ShardRank
+from megatron.ucp.runs import clip_atomic, intersect, shard_runs, tiling_faults, whole_runs
 from megatron.ucp.topology import RankCoords, Topology
 
 quick = settings(max_examples=50, deadline=None, derandomize=True)

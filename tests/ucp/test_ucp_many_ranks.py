@@ -17,9 +17,9 @@ from megatron.ucp.deepspeed_compat import universal_checkpoint_info
 from megatron.ucp.diff import diff
 from megatron.ucp.errors import DigestMismatchError, ManifestError, SourceError, UcpError
 from megatron.ucp.execute import read_into
-from megatron.ucp.fragment import whole_runs
 from megatron.ucp.manifest import read_manifest, write_manifest
 from megatron.ucp.plan import plan
+from megatron.ucp.runs import whole_runs
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import deepspeed, open_source
 from megatron.ucp.sources import source as source_module

@@ -28,9 +28,9 @@ import torch
 
 from megatron.ucp.errors import CorruptFileError, ManifestError, SourceError, listed
 from megatron.ucp.expert_labels import experts_of_shard
-from megatron.ucp.fragment import Runs, clip_local, shard_runs
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest
+from megatron.ucp.runs import Runs, clip_local, shard_runs
 from megatron.ucp.sources.deepspeed_files import find_files
 from megatron.ucp.sources.flat_states import FlatStates, Fragment, Fragments, append_fragment
 from megatron.ucp.sources.one_save import require_one_save
@@ -88,14 +88,14 @@ class DeepSpeedSource:
     def flat_states(self) -> FlatStates:
         """How the optimizer's own tensors lie beside the flat ones."""
 
-        def num_held(part: Fragment, state: str) -> int:
-            return self._cache.tensor(part.file, self._first.key(part.group, state)).numel()
+        def num_held(fragment: Fragment, state: str) -> int:
+            return self._cache.tensor(fragment.file, self._first.key(fragment.group, state)).numel()
 
-        def flat_sizes(part: Fragment) -> tuple[int, ...]:
-            return self._flat_sizes(part.file, part.group)
+        def flat_sizes(fragment: Fragment) -> tuple[int, ...]:
+            return self._flat_sizes(fragment.file, fragment.group)
 
-        def is_muon(part: Fragment) -> bool:
-            return self._optimizer(part.file).is_muon(part.group)
+        def is_muon(fragment: Fragment) -> bool:
+            return self._optimizer(fragment.file).is_muon(fragment.group)
 
         return FlatStates(self.fragments(), num_held, flat_sizes, is_muon)
 

@@ -34,7 +34,7 @@ class Fragment:
 Shard = tuple[str, int]
 """(name, shard number). The number is the mp_rank; shards of later ep ranks are numbered on after all mp_ranks."""
 Fragments = dict[Shard, list[Fragment]]
-"""Who holds which part, in rank order."""
+"""Who holds which fragment, in rank order."""
 
 
 def append_fragment(held: list[Fragment], file: Path, group: int, offset: int, numel: int) -> None:
@@ -53,40 +53,41 @@ class FlatStates:
     is_muon: Callable[[Fragment], bool]
     """Whether the file says that Muon steps the group."""
 
-    def offset(self, part: Fragment, state: str, shard: Shard) -> int:
+    def offset(self, fragment: Fragment, state: str, shard: Shard) -> int:
         """Of the fragment's first element in the state's tensor. Raises UnsupportedCheckpointError where the tensor's
         size does not say how it is laid out."""
-        held, flats = self.num_held(part, state), self.flat_sizes(part)
-        begins = self._begins[part.file, part.group]
-        whole = begins[shard] + part.start
-        fits_flat, fits_whole = held in flats, held == self._totals[part.file, part.group]
-        if fits_flat and (not fits_whole or whole == part.offset or not self.is_muon(part)):
-            return part.offset
+        held, flats = self.num_held(fragment, state), self.flat_sizes(fragment)
+        begins, total = self._begins[fragment.file, fragment.group], self._totals[fragment.file, fragment.group]
+        whole = begins[shard] + fragment.start
+        fits_flat, fits_whole = held in flats, held == total
+        if fits_flat and (not fits_whole or whole == fragment.offset or not self.is_muon(fragment)):
+            return fragment.offset
         if fits_whole and not fits_flat:
             return whole
         reason = "could be laid out in two ways" if fits_flat else "is not laid out as its parameters are"
         raise UnsupportedCheckpointError(
             f"the optimizer's {state} {reason}",
-            found=f"{held} elements in group {part.group}, where the masters have {flats[0]}",
-            expected=f"{flats[0]}, or {self._totals[part.file, part.group]}: all of the {len(begins)} parameters there",
-            where=part.file,
+            found=f"{held} elements in group {fragment.group}, where the masters have {flats[0]}",
+            expected=f"{flats[0]}, or {total}: all of the {len(begins)} parameters there",
+            where=fragment.file,
             do="save it again under ZeRO-3 or on one data-parallel rank, or resume without the optimizer's state",
         )
 
     def check(self, states_of: Mapping[str, tuple[str, ...]]) -> None:
         """Every state of every parameter, so that what cannot be read is known before anything is written."""
-        for (name, number), parts in self.fragments.items():
+        for (name, number), fragments in self.fragments.items():
             for state in states_of.get(name, ())[1:]:
-                for part in parts:
-                    self.offset(part, state, (name, number))
+                for fragment in fragments:
+                    self.offset(fragment, state, (name, number))
 
     @cached_property
     def _order(self) -> dict[tuple[Path, int], list[tuple[int, Shard, int]]]:
         """By file and group: (offset, shard, elements of the whole shard), as they lie."""
         order: dict[tuple[Path, int], list[tuple[int, Shard, int]]] = {}
-        for shard, parts in self.fragments.items():
-            for part in parts:
-                order.setdefault((part.file, part.group), []).append((part.offset, shard, parts[-1].stop))
+        for shard, fragments in self.fragments.items():
+            for fragment in fragments:
+                entry = fragment.offset, shard, fragments[-1].stop
+                order.setdefault((fragment.file, fragment.group), []).append(entry)
         return {key: sorted(entries) for key, entries in order.items()}
 
     @cached_property

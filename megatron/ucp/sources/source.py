@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from megatron.ucp.errors import CorruptFileError
-from megatron.ucp.fragment import Runs
 from megatron.ucp.manifest import Manifest
+from megatron.ucp.runs import Runs
 from megatron.ucp.safe_load import load
 
 

@@ -15,8 +15,8 @@ import torch
 
 from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError
 from megatron.ucp.file_table import require_listed
-from megatron.ucp.fragment import whole_runs
 from megatron.ucp.manifest import Manifest, ParameterInfo
+from megatron.ucp.runs import whole_runs
 from megatron.ucp.sources.source import FileCache, Piece
 
 OPTIMIZER_FILE = "zero/optimizer_state.pt"

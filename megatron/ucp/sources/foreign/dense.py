@@ -116,12 +116,12 @@ class DenseReader:
                 weight = module.get(name)
                 if not is_weight(weight) or tuple(weight.shape) != shape:
                     continue
-                for part in fragments[name, mp]:
-                    flat = masters[part.file][part.group].flatten()
-                    master = flat[part.offset : part.offset + part.stop - part.start]
-                    held = weight.flatten()[part.start : part.stop]
+                for fragment in fragments[name, mp]:
+                    flat = masters[fragment.file][fragment.group].flatten()
+                    master = flat[fragment.offset : fragment.offset + fragment.stop - fragment.start]
+                    held = weight.flatten()[fragment.start : fragment.stop]
                     if not torch.equal(master.to(held.dtype).nan_to_num(), held.nan_to_num()):
-                        faults.add(f"{self.save.files.model(mp).name} and {part.file.name}")
+                        faults.add(f"{self.save.files.model(mp).name} and {fragment.file.name}")
         if faults:
             raise SourceError(
                 "the weights in one file are not those of the optimizer's states in another",
@@ -312,7 +312,7 @@ def _odd_states(file: OptimizerFile, sizes: Sequence[int]) -> list[int]:
     groups of its own, with other states than the groups that it leaves to Adam."""
     is_muon = [file.is_muon(group) for group in _flat_to_group(file, len(sizes))]
     names = [set(file.state(flat)) for flat in range(len(sizes))]
-    usual = {kind: names[is_muon.index(kind)] for kind in set(is_muon)}
+    usual = {muon: names[is_muon.index(muon)] for muon in set(is_muon)}
     return [
         flat
         for flat, size in enumerate(sizes)

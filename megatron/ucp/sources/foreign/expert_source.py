@@ -3,8 +3,9 @@
 For every parameter of an expert the reader has worked out who holds which stretch of which
 tensor-parallel shard, and where each state of it lies; pieces follow from that and the layout.
 
-    part = ExpertPart(tp=0, start=0, stop=40, offset=20, places={"fp32": (file, ("optimizer_state_dict", ...)), ...})
-    source = MoeSource(folder, manifest, dense, {"1.deepspeed_moe.experts.deepspeed_experts.3.w": [part]}, cache)
+    locations = {"fp32": (file, ("optimizer_state_dict", ...)), ...}
+    fragment = ExpertFragment(tp=0, start=0, stop=40, offset=20, locations=locations)
+    source = MoeSource(folder, manifest, dense, {"1.deepspeed_moe.experts.deepspeed_experts.3.w": [fragment]}, cache)
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from typing import Any
 import torch
 
 from megatron.ucp.errors import CorruptFileError, SourceError
-from megatron.ucp.fragment import shard_runs
 from megatron.ucp.layout import ShardRank
 from megatron.ucp.manifest import Manifest
+from megatron.ucp.runs import shard_runs
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.source import FileCache, Piece
 
 STEP = "step"
 
-Place = tuple[Path, tuple[str | int, ...]]
+Location = tuple[Path, tuple[str | int, ...]]
 """A file and the path to a tensor in it."""
 
 
 @dataclass(frozen=True)
-class ExpertPart:
-    """Elements [start, stop) of shard `tp` of a parameter, from element `offset` of the tensor at `places[state]`."""
+class ExpertFragment:
+    """Elements [start, stop) of shard `tp` of a parameter, from element `offset` of a state's tensor."""
 
     tp: int
     start: int
     stop: int
     offset: int
-    places: Mapping[str, Place]
+    locations: Mapping[str, Location]
     """By state, and of STEP."""
 
 
@@ -49,9 +50,9 @@ class MoeSource:
         folder: Path,
         manifest: Manifest,
         dense: DeepSpeedSource,
-        experts: Mapping[str, list[ExpertPart]],
+        experts: Mapping[str, list[ExpertFragment]],
         cache: FileCache,
-        copies: Mapping[tuple[str, str], list[Place]] | None = None,
+        copies: Mapping[tuple[str, str], list[Location]] | None = None,
     ):
         self.folder, self.manifest = folder, manifest
         self._dense, self._experts, self._cache, self._copies = dense, experts, cache, copies or {}
@@ -62,26 +63,26 @@ class MoeSource:
     def pieces(self, name: str, state: str) -> list[Piece]:
         if name not in self._experts:
             pieces = self._dense.pieces(name, state)
-            places = self._copies.get((name, state), [])
+            locations = self._copies.get((name, state), [])
             return pieces + [
                 Piece(file, key, piece.runs, piece.offset, copy)
                 for piece in pieces
-                for copy, (file, key) in enumerate(places, start=1)
+                for copy, (file, key) in enumerate(locations, start=1)
             ]
         info = self.manifest.parameters[name]
         if state not in info.states:
             raise SourceError(f"the checkpoint holds no {state} of {name}", expected=info.states)
-        layout, parts = info.layout_of(state), self._experts[name]
-        tp_size = max(part.tp for part in parts) + 1
+        layout, fragments = info.layout_of(state), self._experts[name]
+        tp_size = max(fragment.tp for fragment in fragments) + 1
         pieces = []
-        for part in parts:
-            file, key = part.places[state]
-            rank = ShardRank(part.tp, tp_size)
+        for fragment in fragments:
+            file, key = fragment.locations[state]
+            rank = ShardRank(fragment.tp, tp_size)
             # tp rank 0 owns all it holds; the others' copies of it are compared when the parameter is read.
-            for owned, copy in ((None, part.tp),) if layout.is_averaged else ((True, 0), (False, part.tp)):
-                runs = shard_runs(layout, rank, part.start, part.stop, owned)
+            for owned, copy in ((None, fragment.tp),) if layout.is_averaged else ((True, 0), (False, fragment.tp)):
+                runs = shard_runs(layout, rank, fragment.start, fragment.stop, owned)
                 if len(runs):
-                    pieces.append(Piece(file, key, runs, part.offset, copy))
+                    pieces.append(Piece(file, key, runs, fragment.offset, copy))
         return pieces
 
     def tensor(self, piece: Piece) -> torch.Tensor:
@@ -90,7 +91,7 @@ class MoeSource:
     def step_object(self, name: str) -> Any:
         if name not in self._experts:
             return self._dense.step_object(name)
-        file, key = self._experts[name][0].places.get(STEP, (None, ()))
+        file, key = self._experts[name][0].locations.get(STEP, (None, ()))
         if file is None:
             return None
         node = self._cache.load(file)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron.ucp.sources.foreign.expert_files import MoeLayer
-from megatron.ucp.sources.foreign.expert_source import ExpertPart
+from megatron.ucp.sources.foreign.expert_source import ExpertFragment
 from megatron.ucp.sources.source import FileCache
 
 _NUM_COMPARED = 4096
@@ -28,7 +28,7 @@ Weights = Mapping[tuple[str, int], tuple[Path, str]]
 def weight_faults(
     cache: FileCache,
     layer: MoeLayer,
-    masters: Mapping[int, Mapping[str, Sequence[ExpertPart]]],
+    masters: Mapping[int, Mapping[str, Sequence[ExpertFragment]]],
     weights: Mapping[int, Weights],
 ) -> list[str]:
     """One line for each expert of the layer whose weights are not its masters. Both by number of the expert."""
@@ -43,15 +43,15 @@ def weight_faults(
     return faults
 
 
-def _disagreeing(cache: FileCache, masters: Mapping[str, Sequence[ExpertPart]], held: Weights) -> list[str]:
+def _disagreeing(cache: FileCache, masters: Mapping[str, Sequence[ExpertFragment]], held: Weights) -> list[str]:
     """The two files that disagree; empty where none do."""
-    for rest, parts in masters.items():
-        for part in parts:
-            file, key = held[rest, part.tp]
-            stop = min(part.stop, part.start + _NUM_COMPARED)
-            weight = cache.tensor(file, (key,))[part.start : stop]
-            master_file, path = part.places["fp32"]
-            master = cache.tensor(master_file, path)[part.offset : part.offset + stop - part.start]
+    for rest, fragments in masters.items():
+        for fragment in fragments:
+            file, key = held[rest, fragment.tp]
+            stop = min(fragment.stop, fragment.start + _NUM_COMPARED)
+            weight = cache.tensor(file, (key,))[fragment.start : stop]
+            master_file, path = fragment.locations["fp32"]
+            master = cache.tensor(master_file, path)[fragment.offset : fragment.offset + stop - fragment.start]
             if not torch.equal(master.to(weight.dtype).nan_to_num(), weight.nan_to_num()):
                 return [file.name, master_file.name]
     return []

@@ -2,7 +2,7 @@
 
 Dense parameters are read as in every foreign folder (dense.py). Expert e of a layer is a parameter for itself, under
 its number in the whole layer; the optimizer's files know it by its number within a rank, so which ranks hold it is
-worked out from DeepSpeed's groups (expert_places.py) and then held against the weights in the experts' own files
+worked out from DeepSpeed's groups (expert_ranks.py) and then held against the weights in the experts' own files
 (expert_weights.py). ZeRO-1, ZeRO-2 and BF16_Optimizer here, ZeRO-0 in moe_zero0.py.
 
     source = open_moe(Path("run/global_step100"))
@@ -38,8 +38,8 @@ from megatron.ucp.sources.foreign.expert_files import (
     split_name,
     without_experts,
 )
-from megatron.ucp.sources.foreign.expert_places import ExpertPlaces, stage_places
-from megatron.ucp.sources.foreign.expert_source import STEP, ExpertPart, MoeSource
+from megatron.ucp.sources.foreign.expert_ranks import ExpertRanks, ranks_of_experts
+from megatron.ucp.sources.foreign.expert_source import STEP, ExpertFragment, MoeSource
 from megatron.ucp.sources.foreign.expert_weights import weight_faults
 from megatron.ucp.sources.foreign.layer_files import is_weight
 from megatron.ucp.sources.foreign.param_groups import Seen, group_names
@@ -65,7 +65,7 @@ class _Expert:
     """None: frozen."""
     shards: list[tuple[int, ...]] = field(default_factory=list)
     """Shapes, by tp shard."""
-    parts: list[ExpertPart] = field(default_factory=list)
+    fragments: list[ExpertFragment] = field(default_factory=list)
 
 
 class _ExpertReader:
@@ -85,9 +85,9 @@ class _ExpertReader:
         without = {mp: without_experts(content) for mp, content in self.models.items()}
         self.dense = DenseReader(self.save, without, column_parallel, self.group_names)
         self.layers: dict[int, list[MoeLayer]] = {}
-        self.places: dict[int, dict[int, ExpertPlaces]] = {}
+        self.ranks: dict[int, dict[int, ExpertRanks]] = {}
         for pp in range(self.topology.pp_size):
-            self.layers[pp], self.places[pp] = self._stage(pp)
+            self.layers[pp], self.ranks[pp] = self._stage(pp)
 
     def source(self) -> MoeSource:
         self._check_expert_files()
@@ -96,22 +96,22 @@ class _ExpertReader:
         dense = self._dense_source()
         layouts = self._expert_layouts(experts)
         infos = {name: self._info(expert, layouts[name]) for name, expert in experts.items()}
-        ep_size = max((p.ep_size for places in self.places.values() for p in places.values()), default=1)
+        ep_size = max((ranks.ep_size for of_stage in self.ranks.values() for ranks in of_stage.values()), default=1)
         # Without expert tensor parallelism DeepSpeed's groups may span tp, which no topology of ours says.
         topology = self.topology if self.topology.zero_size % ep_size else replace(self.topology, ep_size=ep_size)
         parameters = {**dense.manifest.parameters, **infos}
         manifest = replace(dense.manifest, topology=topology, parameters=parameters, fragments={})
-        parts = {name: expert.parts for name, expert in experts.items()}
-        return MoeSource(self.folder, manifest, dense, parts, self.cache)
+        fragments = {name: expert.fragments for name, expert in experts.items()}
+        return MoeSource(self.folder, manifest, dense, fragments, self.cache)
 
     # -- what there has to be -----------------------------------------------------------------------------------
 
-    def _stage(self, pp: int) -> tuple[list[MoeLayer], dict[int, ExpertPlaces]]:
+    def _stage(self, pp: int) -> tuple[list[MoeLayer], dict[int, ExpertRanks]]:
         tp_size = self.topology.tp_size
         path, content = self.save.files.model(pp * tp_size), self.save.model(pp * tp_size)
         layers = moe_layers(content, path)
         files = (file for tp in range(tp_size) for file in self.save.optimizers(pp * tp_size + tp))
-        return layers, stage_places(content, next(files), layers, self.topology, path)
+        return layers, ranks_of_experts(content, next(files), layers, self.topology, path)
 
     def _require_complete(self) -> None:
         try:
@@ -132,13 +132,13 @@ class _ExpertReader:
         lost: dict[str, None] = {}
         stages = {pp for pp in range(self.topology.pp_size) if (0, pp * tp_size) in found.models}
         for pp in sorted(stages & {mp // tp_size for _, mp in found.zeros}):
-            layers, places = self._stage(pp)
+            layers, ranks_of = self._stage(pp)
             for z in range(self.topology.zero_size):
                 for tp in range(tp_size):
                     for layer in layers if (z, pp * tp_size + tp) not in found.zeros else []:
-                        if place := places.get(layer.number):
-                            num_local = layer.num_experts // place.ep_size
-                            first = place.ep_rank(z, tp) * num_local
+                        if ranks := ranks_of.get(layer.number):
+                            num_local = layer.num_experts // ranks.ep_size
+                            first = ranks.ep_rank(z, tp) * num_local
                             lost |= dict.fromkeys(layer.title(n) for n in range(first, first + num_local))
         return list(lost)
 
@@ -147,9 +147,9 @@ class _ExpertReader:
         return [self.expert_files.weights[layer.number, number, mp] for mp in self._writers(pp, layer, number)]
 
     def _writers(self, pp: int, layer: MoeLayer, number: int) -> list[int]:
-        place = self.places[pp].get(layer.number)
+        ranks = self.ranks[pp].get(layer.number)
         tp_size = self.topology.tp_size
-        if place is None:
+        if ranks is None:
             if tp_size > 1:
                 raise UnsupportedCheckpointError(
                     f"nothing of the experts of layer {layer.number} ({layer.name}) is trained, so that under tensor "
@@ -157,7 +157,7 @@ class _ExpertReader:
                     where=self.folder,
                 )
             return [pp]
-        holders = place.holders(number // (layer.num_experts // place.ep_size))
+        holders = ranks.holders(number // (layer.num_experts // ranks.ep_size))
         return [pp * tp_size + shard[0][1] for shard in holders]
 
     def _check_expert_files(self) -> None:
@@ -171,8 +171,8 @@ class _ExpertReader:
         require_expert_files(self.folder, self.expert_files, {key: layer for key, (layer, _) in expected.items()})
         faults = []
         for (_, number, mp), (layer, pp) in sorted(expected.items(), key=lambda item: item[0]):
-            place = self.places[pp].get(layer.number)
-            num_local = layer.num_experts // place.ep_size if place else layer.num_experts
+            ranks = self.ranks[pp].get(layer.number)
+            num_local = layer.num_experts // ranks.ep_size if ranks else layer.num_experts
             trained = self.listed[mp].get((layer.name, number % num_local), {})
             path = self.expert_files.weights[layer.number, number, mp]
             faults += content_faults(layer, number, path, self.cache.load(path), trained)
@@ -203,26 +203,26 @@ class _ExpertReader:
         faults: list[str] = []
         for pp, layers in self.layers.items():
             by_name = {layer.name: layer for layer in layers}
-            for group, place in self._expert_groups(pp, by_name):
-                for ep_rank in range(place.ep_size):
-                    for tp, holders in enumerate(place.holders(ep_rank)):
+            for group, ranks in self._expert_groups(pp, by_name):
+                for ep_rank in range(ranks.ep_size):
+                    for tp, holders in enumerate(ranks.holders(ep_rank)):
                         self._collect(experts, faults, by_name, (pp, group), ep_rank, tp, holders)
         self.dense.refuse_not_held(faults)
         return experts
 
-    def _expert_groups(self, pp: int, layers: Mapping[str, MoeLayer]) -> Iterator[tuple[int, ExpertPlaces]]:
+    def _expert_groups(self, pp: int, layers: Mapping[str, MoeLayer]) -> Iterator[tuple[int, ExpertRanks]]:
         mp = pp * self.topology.tp_size
         for group, table in enumerate(self.models[mp]["param_shapes"]):
-            places = {self.places[pp][layers[parts[0]].number] for name in table if (parts := split_name(name))}
-            if len(places) > 1 or (places and not all(map(split_name, table))):
+            found = {self.ranks[pp][layers[parts[0]].number] for name in table if (parts := split_name(name))}
+            if len(found) > 1 or (found and not all(map(split_name, table))):
                 raise UnsupportedCheckpointError(
                     "a parameter group holds experts beside dense parameters, or of several expert parallelisms",
                     found=f"group {group} of mp_rank {mp}: {listed(table, 4)}",
                     where=self.folder,
                     do="use split_params_into_different_moe_groups_for_optimizer",
                 )
-            if places:
-                yield group, places.pop()
+            if found:
+                yield group, found.pop()
 
     def _collect(
         self,
@@ -239,16 +239,16 @@ class _ExpertReader:
         first_mp = pp * self.topology.tp_size
         shapes = self.models[first_mp + tp]["param_shapes"][group]
         files = [self.save.optimizer(z, first_mp + t) for z, t in holders]
-        found = self.dense.reordered(first_mp + tp, group, shapes, files, faults) or _own_places(files, group)
+        by_path = {file.path: file for file in files}
+        found = self.dense.reordered(first_mp + tp, group, shapes, files, faults) or _own_fragments(files, group)
         for name, shape in shapes.items():
             layer_name, local, rest = split_name(name)
             layer = layers[layer_name]
-            number = ep_rank * (layer.num_experts // self.places[pp][layer.number].ep_size) + local
+            number = ep_rank * (layer.num_experts // self.ranks[pp][layer.number].ep_size) + local
             expert = experts.setdefault(layer.parameter(number, rest), _Expert(layer, number, rest, pp, group))
             expert.shards.append(tuple(shape))
-            by_path = {file.path: file for file in files}
             fragments = found.get(name, [])
-            expert.parts += [_part(tp, fragment, by_path[fragment.file]) for fragment in fragments]
+            expert.fragments += [_expert_fragment(tp, fragment, by_path[fragment.file]) for fragment in fragments]
             num_found = sum(fragment.stop - fragment.start for fragment in fragments)
             if num_found != math.prod(shape):
                 names = listed(file.path.name for file in files)
@@ -274,7 +274,7 @@ class _ExpertReader:
                             expert = _Expert(layer, number, rest, pp, None)
                             expert = experts.setdefault(layer.parameter(number, rest), expert)
                             expert.shards.append(tuple(value.shape))
-                            expert.parts.append(ExpertPart(tp, 0, value.numel(), 0, {"fp32": (path, (key,))}))
+                            expert.fragments.append(ExpertFragment(tp, 0, value.numel(), 0, {"fp32": (path, (key,))}))
         return experts
 
     def _expert_layouts(self, experts: Mapping[str, _Expert]) -> dict[str, Layout]:
@@ -286,7 +286,7 @@ class _ExpertReader:
     def _info(self, expert: _Expert, layout: Layout) -> ParameterInfo:
         if expert.group is None:
             return ParameterInfo(layout, pp_stages=(expert.pp,), is_trainable=False)
-        file, _ = expert.parts[0].places["fp32"]
+        file, _ = expert.fragments[0].locations["fp32"]
         state = OptimizerFile.open(self.cache, file, self.save.zero_stage).state(expert.group)
         names = self.group_names[expert.pp * self.topology.tp_size]
         return ParameterInfo(
@@ -301,11 +301,11 @@ class _ExpertReader:
         faults = []
         for pp, layers in self.layers.items():
             for layer in layers:
-                masters: dict[int, dict[str, list[ExpertPart]]] = {}
+                masters: dict[int, dict[str, list[ExpertFragment]]] = {}
                 weights: dict[int, dict[tuple[str, int], tuple[Path, str]]] = {}
                 for expert in experts.values():
                     if expert.layer is layer and expert.group is not None:
-                        masters.setdefault(expert.number, {})[expert.rest] = expert.parts
+                        masters.setdefault(expert.number, {})[expert.rest] = expert.fragments
                 for number in masters:
                     files = enumerate(self._weight_files(pp, layer, number))
                     weights[number] = {
@@ -354,7 +354,7 @@ def _partition_counts_of_dense(content: Mapping[str, Any], optimizer: OptimizerF
     return dense or int(content["dp_world_size"])
 
 
-def _own_places(files: Sequence[OptimizerFile], group: int) -> dict[str, list[Fragment]]:
+def _own_fragments(files: Sequence[OptimizerFile], group: int) -> dict[str, list[Fragment]]:
     """From the tables of the files, the partitions of one group in order."""
     found: dict[str, list[Fragment]] = {}
     for file in files:
@@ -363,11 +363,11 @@ def _own_places(files: Sequence[OptimizerFile], group: int) -> dict[str, list[Fr
     return found
 
 
-def _part(tp: int, fragment: Fragment, file: OptimizerFile) -> ExpertPart:
+def _expert_fragment(tp: int, fragment: Fragment, file: OptimizerFile) -> ExpertFragment:
     states = file.state(fragment.group).items()
     names = ["fp32", *(name for name, value in states if _is_cut(value) or name == STEP)]
-    places = {name: (file.path, file.key(fragment.group, name)) for name in names}
-    return ExpertPart(tp, fragment.start, fragment.stop, fragment.offset, places)
+    locations = {name: (file.path, file.key(fragment.group, name)) for name in names}
+    return ExpertFragment(tp, fragment.start, fragment.stop, fragment.offset, locations)
 
 
 def _is_cut(value: Any) -> bool:

@@ -7,7 +7,7 @@ order of the weights, which are saved by name. It is believed only where every s
     source = open_moe_zero0(Path("run/global_step100"))
 
 What it cannot see: weights are the masters here, saved once, so a file of weights of another step is not found out, nor
-are the optimizers of two ranks (not the first) that changed places. Read are fp32 saves of one
+are the optimizers of two ranks (not the first) that changed locations. Read are fp32 saves of one
 tensor- and pipeline-parallel rank; whatever leaves the order open (own groups, frozen or tied parameters) is refused.
 
 Source of these conventions: deepspeed/runtime/engine.py (_save_moe_checkpoint), moe/utils.py
@@ -38,7 +38,7 @@ from megatron.ucp.sources.foreign.expert_files import (
     require_expert_files,
     split_name,
 )
-from megatron.ucp.sources.foreign.expert_source import STEP, ExpertPart, MoeSource, Place
+from megatron.ucp.sources.foreign.expert_source import STEP, ExpertFragment, Location, MoeSource
 from megatron.ucp.sources.foreign.layer_files import is_weight
 from megatron.ucp.sources.foreign.param_groups import group_names, group_values
 from megatron.ucp.sources.foreign.save import NO_MANIFEST, common_from_model_states
@@ -103,18 +103,18 @@ class _Reader:
         optimizers = self._optimizers()
         self._check_agreement(optimizers)
         infos: dict[str, ParameterInfo] = {}
-        parts: dict[str, list[ExpertPart]] = {}
-        copies: dict[tuple[str, str], list[Place]] = {}
+        fragments: dict[str, list[ExpertFragment]] = {}
+        copies: dict[tuple[str, str], list[Location]] = {}
         for ep, optimizer in optimizers.items():
             path, weights = self.files.optimizers[ep, 0], {**dense, **self._expert_names(ep)}
             found = self._infos(path, optimizer, weights)
             for index, (name, info) in enumerate(found.items()):
-                places = {state: (path, ("optimizer", "state", index, state)) for state in (*info.states[1:], STEP)}
+                locations = {state: (path, ("optimizer", "state", index, state)) for state in (*info.states[1:], STEP)}
                 if name in dense:
                     for state in info.states[1:]:
-                        copies.setdefault((name, state), []).append(places[state])
+                        copies.setdefault((name, state), []).append(locations[state])
                 else:
-                    parts[name] = [ExpertPart(0, 0, info.layout.numel, 0, {"fp32": weights[name], **places})]
+                    fragments[name] = [ExpertFragment(0, 0, info.layout.numel, 0, {"fp32": weights[name], **locations})]
             infos.update(found)
         manifest = Manifest(
             kind="native",
@@ -129,7 +129,7 @@ class _Reader:
         source = DeepSpeedSource(self.folder, manifest, cache=self.cache)
         topology = replace(manifest.topology, ep_size=self.ep_size)
         manifest = replace(manifest, parameters={**manifest.parameters, **infos}, topology=topology, zero0_order=[])
-        return MoeSource(self.folder, manifest, source, parts, self.cache, copies)
+        return MoeSource(self.folder, manifest, source, fragments, self.cache, copies)
 
     # -- what there has to be -----------------------------------------------------------------------------------
 
@@ -213,13 +213,13 @@ class _Reader:
 
     # -- names, in the order of the optimizer's indices -----------------------------------------------------------
 
-    def _dense_names(self) -> dict[str, Place]:
+    def _dense_names(self) -> dict[str, Location]:
         buffers = set(self.model["buffer_names"])
         module = self.model["module"]
         return {n: (self.model_file, ("module", n)) for n, v in module.items() if n not in buffers and is_weight(v)}
 
-    def _expert_names(self, ep: int) -> dict[str, Place]:
-        names: dict[str, Place] = {}
+    def _expert_names(self, ep: int) -> dict[str, Location]:
+        names: dict[str, Location] = {}
         for layer, number in self._experts(ep):
             path = self.files.weights[layer.number, number, 0]
             keys = {split_name(key.lstrip("."))[2]: key for key in self.cache.load(path)}
@@ -246,7 +246,7 @@ class _Reader:
 
     # -- parameters ---------------------------------------------------------------------------------------------
 
-    def _infos(self, path: Path, optimizer: Any, weights: Mapping[str, Place]) -> dict[str, ParameterInfo]:
+    def _infos(self, path: Path, optimizer: Any, weights: Mapping[str, Location]) -> dict[str, ParameterInfo]:
         """In the order of the indices. Refuses what does not fit the names, one by one."""
         groups = optimizer["param_groups"]
         owners = [number for number, group in enumerate(groups) for _ in group["params"]]

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from megatron.ucp.errors import CorruptFileError, MissingFileError, UnsupportedCheckpointError, listed
-from megatron.ucp.fragment import whole_runs
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
+from megatron.ucp.runs import whole_runs
 from megatron.ucp.sources.foreign.param_groups import group_values, names_or_numbers
 from megatron.ucp.sources.foreign.save import NO_MANIFEST, common_from_model_states
 from megatron.ucp.sources.optimizer_file import OptimizerFile

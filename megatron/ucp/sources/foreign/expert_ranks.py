@@ -4,9 +4,9 @@ The ranks of a pipeline stage stand in a row; expert-parallel groups are neighbo
 under `use_data_before_expert_parallelism`, ranks at equal distances ("D + E"). The row is the data-parallel group where
 tensor parallelism cuts the experts too, else all ranks of the stage, tp fastest.
 
-    places = ExpertPlaces(dp_size=4, tp_size=1, ep_size=2, is_cut=False, is_data_first=False)
-    places.holders(1)          # [[(1, 0), (3, 0)]]: (dp rank, tp rank) in the order of the partitions, by tp shard
-    places.ep_rank(3, 0)       # 1
+    ranks = ExpertRanks(dp_size=4, tp_size=1, ep_size=2, is_cut=False, is_data_first=False)
+    ranks.holders(1)          # [[(1, 0), (3, 0)]]: (dp rank, tp rank) in the order of the partitions, by tp shard
+    ranks.ep_rank(3, 0)       # 1
 
 Source: deepspeed/utils/groups.py (_create_expert_and_data_parallel, _get_expert_parallel_ranks). Ranks in another order
 (an mpu with dp fastest) are found out by the weights, see expert_weights.py.
@@ -28,7 +28,7 @@ DATA_FIRST = "use_data_before_expert_parallelism"
 
 
 @dataclass(frozen=True)
-class ExpertPlaces:
+class ExpertRanks:
     dp_size: int
     tp_size: int
     ep_size: int
@@ -71,14 +71,14 @@ def is_data_first(content: Mapping[str, Any], where: Path) -> bool:
     return bool(config.get(DATA_FIRST, False))
 
 
-def stage_places(
+def ranks_of_experts(
     content: Mapping[str, Any], optimizer: OptimizerFile, layers: Sequence[MoeLayer], topology: Topology, where: Path
-) -> dict[int, ExpertPlaces]:
+) -> dict[int, ExpertRanks]:
     """By number of the layer; a layer of which nothing is trained has none. `content` are the model states of a stage,
     `optimizer` the states of any of its ranks. Raises SourceError or UnsupportedCheckpointError."""
     tables = content["param_shapes"]
     counts, groups = optimizer.partition_counts(), optimizer.param_groups()
-    places: dict[int, ExpertPlaces] = {}
+    ranks: dict[int, ExpertRanks] = {}
     for layer in layers:
         local: set[int] = set()
         of_layer: set[int] = set()
@@ -108,11 +108,11 @@ def stage_places(
                 where=where,
                 do="experts need parameter groups of their own (split_params_into_different_moe_groups_for_optimizer)",
             )
-        places[layer.number] = ExpertPlaces(
+        ranks[layer.number] = ExpertRanks(
             dp_size=topology.zero_size,
             tp_size=topology.tp_size,
             ep_size=ep_size,
             is_cut=rows[row],
             is_data_first=ep_size > 1 and is_data_first(content, where),
         )
-    return places
+    return ranks
