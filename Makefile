@@ -31,11 +31,15 @@ ex1 ex2 ex3 ex4: $(STAMP)
 fig7 fig9: $(STAMP)
 	GALLERY_DIR=gallery bash examples/$@/run.sh
 
+# Two test modules at a time, each with up to eight ranks of its own; WORKERS=0 for one after the other.
+WORKERS ?= 2
+PYTEST  := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -q --durations=25
+	$(PYTEST) --durations=25
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not processes and not gpu"
+	$(PYTEST) -m "not processes and not gpu"
 
 $(VENV)/.lint: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[lint]'

@@ -1,7 +1,8 @@
 """What the test fork server imports once, so that a fresh rank costs a fork instead of seconds of imports.
 
 Imports only: a process that has run a matmul with several OpenMP threads may hang its children after a fork.
-DeepSpeed pulls in torch._dynamo and inductor at the first ``initialize``; they are imported here too.
+DeepSpeed pulls in torch._dynamo and inductor at the first ``initialize``; they are imported here too. So is all of ours:
+it would be compiled again in every rank where Python may not keep byte code (PYTHONDONTWRITEBYTECODE).
 """
 
 import os
@@ -12,6 +13,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gc
 import importlib
 import logging
+import pkgutil
+
+import megatron
+
+
+def _ours() -> list[str]:
+    """But for what needs a GPU's packages, and for programs."""
+    modules = (module.name for module in pkgutil.walk_packages(megatron.__path__, "megatron."))
+    return [name for name in modules if ".triton_" not in name and not name.endswith("__main__")]
+
 
 for name in (
     "torch",
@@ -25,6 +36,12 @@ for name in (
     "deepspeed.runtime.bf16_optimizer",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "safetensors.torch",
+    "torch.utils.serialization.config",
+    "torch.profiler._cupti_monitor",
+    *_ours(),
+    "matrix.taking",
 ):
     importlib.import_module(name)
 

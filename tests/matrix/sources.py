@@ -28,10 +28,12 @@ class Source(NamedTuple):
 
 
 class Sources:
-    """By cell. `model` is the flags of the model that all of them are of."""
+    """By cell. `model` is the flags of the model that all of them are of; `made`: those that are there already."""
 
-    def __init__(self, folder: Path, data: Path, model: Mapping[str, object]):
-        self.folder, self.data, self.model, self._made = folder, data, model, {}
+    def __init__(
+        self, folder: Path, data: Path, model: Mapping[str, object], made: Mapping[Cell, Source] | None = None
+    ):
+        self.folder, self.data, self.model, self._made = folder, data, model, dict(made or {})
 
     def __getitem__(self, source: Cell) -> Source:
         if source not in self._made:

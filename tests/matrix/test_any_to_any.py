@@ -8,6 +8,7 @@ tensor, with plain torch.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -60,6 +61,18 @@ def test_sources_trained_the_same_trajectory(sources):
         for step, loss in curves.losses.items():
             assert loss == pytest.approx(reference.losses[step], abs=2e-6), source.name
             assert curves.grad_norms[step] == pytest.approx(reference.grad_norms[step], rel=2e-5), source.name
+
+
+def test_planted_fault_a_universal_folder_of_another_state_is_found_out(sources, data, tmp_path):
+    """Most Targets read no universal folder: each is held against its Source by digest."""
+    source = cell("tp1pp1dp2-z1")
+    made = sources[source]
+    manifest = json.loads((made.universal / "ucp.json").read_text())
+    manifest["digests"]["final_norm.weight"]["exp_avg"] = "0" * 32
+    (tmp_path / "ucp.json").write_text(json.dumps(manifest))
+    others = Sources(sources.folder, data, MODEL, {source: made._replace(universal=tmp_path)})
+    with pytest.raises(AssertionError, match=source.name):
+        take_every_source(Cell(), [source], [source], others, tmp_path)
 
 
 def test_planted_fault_a_changed_source_is_refused(sources, data, tmp_path):

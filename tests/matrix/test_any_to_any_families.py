@@ -6,7 +6,6 @@ import pytest
 
 from matrix.cells import Cell, cell
 from matrix.families import FIG_9, MODELS, MOE, PAIRS, SOURCES, SQUARES, TARGETS, sources_of
-from matrix.recording import write_dataset
 from matrix.sources import Sources, take_every_source
 from megatron.ucp.plan import plan
 from megatron.ucp.sources import open_source
@@ -14,9 +13,8 @@ from megatron.ucp.topology import Topology
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> dict[str, Sources]:
+def sources(tmp_path_factory, data) -> dict[str, Sources]:
     """By model."""
-    data = write_dataset(tmp_path_factory.mktemp("data") / "matrix_text_document")
     return {name: Sources(tmp_path_factory.mktemp(name), data, model) for name, model in MODELS.items()}
 
 
