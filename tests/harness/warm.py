@@ -1,8 +1,8 @@
 """What the test fork server imports once, so that a fresh rank costs a fork instead of seconds of imports.
 
 Imports only: a process that has run a matmul with several OpenMP threads may hang its children after a fork.
-DeepSpeed pulls in torch._dynamo and inductor at the first ``initialize``; they are imported here too. So is all of ours:
-it would be compiled again in every rank where Python may not keep byte code (PYTHONDONTWRITEBYTECODE).
+DeepSpeed pulls in torch._dynamo and inductor at the first ``initialize``; they are imported here too. So is all that
+is ours: every rank would compile it again where Python may keep no byte code (PYTHONDONTWRITEBYTECODE).
 """
 
 import os
