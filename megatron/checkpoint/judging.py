@@ -11,26 +11,19 @@ from typing import Any
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.resume import LoadOptions
 from megatron.config.optimizer import base_group
-from megatron.engine.engine_state import MASTER
+from megatron.engine.engine_state import MASTER, EngineState
 from megatron.engine.schedule import ScheduleError
 from megatron.ucp.errors import listed
 from megatron.ucp.json_checks import shown
+from megatron.ucp.layout import Layout
 from megatron.ucp.sources import Source
 
 
 def misfits(live: LiveRun, source: Source, options: LoadOptions) -> list[str]:
     """Everything that does not fit, at once. The optimizer's states are there already, where they are loaded."""
-    problems = compare_models(source.manifest.model, live.model)
-    there, wanted = source.manifest.parameters, live.atlas.layouts
-    if missing := sorted(set(wanted) - set(there)):
-        problems.append(f"parameters the Source lacks: {listed(missing, 20)}")
-    if unexpected := sorted(set(there) - set(wanted)):
-        problems.append(f"parameters only the Source has: {listed(unexpected, 20)}")
-    for name in sorted(set(there) & set(wanted)):
-        if there[name].layout.shape != wanted[name].shape:
-            problems.append(f"{name}: shape {there[name].layout.shape} in the Source, {wanted[name].shape} here")
+    problems = compare_models(source.manifest.model, live.model) + parameter_problems(live.atlas.layouts, source)
     if options.with_optimizer:
-        problems += _state_problems(live, source)
+        problems += state_problems(live.state, source)
         problems += live.state.hyper_parameter_faults(saved_groups(live, source.manifest.optimizer.groups))
         lacking = {group["name"] for group, is_new in _groups(live, source) if not is_new}
         lacking -= set(source.manifest.optimizer.groups)
@@ -48,6 +41,19 @@ def misfits(live: LiveRun, source: Source, options: LoadOptions) -> list[str]:
     return problems
 
 
+def parameter_problems(wanted: Mapping[str, Layout], source: Source) -> list[str]:
+    """Parameters that only one side has, or of another shape."""
+    there, problems = source.manifest.parameters, []
+    if missing := sorted(set(wanted) - set(there)):
+        problems.append(f"parameters the Source lacks: {listed(missing, 20)}")
+    if unexpected := sorted(set(there) - set(wanted)):
+        problems.append(f"parameters only the Source has: {listed(unexpected, 20)}")
+    for name in sorted(set(there) & set(wanted)):
+        if there[name].layout.shape != wanted[name].shape:
+            problems.append(f"{name}: shape {there[name].layout.shape} in the Source, {wanted[name].shape} here")
+    return problems
+
+
 def compare_models(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """One line for every value of the model that differs; values only one side knows are not compared."""
     return [
@@ -57,16 +63,16 @@ def compare_models(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
     ]
 
 
-def _state_problems(live: LiveRun, source: Source) -> list[str]:
-    """One line for all parameters that differ in the same way."""
+def state_problems(state: EngineState, source: Source) -> list[str]:
+    """Of the optimizer, whose states are there already. One line for all parameters that differ in the same way."""
     alike: dict[str, list[str]] = {}
-    for interval in live.state.intervals:
+    for interval in state.intervals:
         info = source.manifest.parameters.get(interval.name)
         if info is None or not info.is_trainable:
             continue
-        ours: dict[str, Any] = {held.state: held.layout.shape for held in live.state.states_of(interval)}
-        theirs: dict[str, Any] = {state: info.layout_of(state).shape for state in info.states}
-        ours |= dict.fromkeys(live.state.scalars_of(interval.flat), "a number")
+        ours: dict[str, Any] = {held.state: held.layout.shape for held in state.states_of(interval)}
+        theirs: dict[str, Any] = {key: info.layout_of(key).shape for key in info.states}
+        ours |= dict.fromkeys(state.scalars_of(interval.flat), "a number")
         theirs |= dict.fromkeys(info.scalars, "a number")
         for names in (ours, theirs):
             names.pop(MASTER)
@@ -76,7 +82,7 @@ def _state_problems(live: LiveRun, source: Source) -> list[str]:
                 f"({source.manifest.optimizer.kind}); use the same optimizer, or --no-load-optim"
             )
             alike.setdefault(line, []).append(interval.name)
-        elif ours != theirs and info.layout.shape == live.atlas.layouts[interval.name].shape:
+        elif ours != theirs and info.layout.shape == state.layouts[interval.name].shape:
             alike.setdefault(f"optimizer states of {theirs} in the Source, of {ours} here", []).append(interval.name)
     return [f"{listed(names, 3)}: {line}" for line, names in alike.items()]
 

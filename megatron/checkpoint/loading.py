@@ -55,7 +55,7 @@ def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) ->
         if stale := live.state.stale_weights():
             raise CheckpointError(f"live weights are not the masters that were placed: {listed(stale, 20)}")
     with reported_by_rank_0(dist.get_rank()):
-        prove(live, source, options, kind=plan.kind, frozen=frozen)
+        prove(live.state, source, with_optimizer=options.with_optimizer, kind=plan.kind, frozen=frozen)
     progress = restore_counters(live, source, options, is_same_topology=plan.kind == "native")
     with all_ranks_or_none("loading", folder):
         identity.require_unchanged()

@@ -1,6 +1,7 @@
 """Put a Source's values into the optimizer's own tensors: each rank reads the intervals it keeps. Local.
 
 num_elements = place(live, source, options)
+place_states(state, source, with_optimizer=True)       # the same without the groups' hyper-parameters
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.judging import is_trained_in, saved_groups
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.resume import LoadOptions
-from megatron.engine.engine_state import MASTER
+from megatron.engine.engine_state import MASTER, EngineState
 from megatron.ucp.errors import listed
 from megatron.ucp.execute import gather
 from megatron.ucp.runs import numel
@@ -26,30 +27,38 @@ log = logging.getLogger(__name__)
 
 def place(live: LiveRun, source: Source, options: LoadOptions) -> int:
     """Read this rank's intervals into the optimizer's tensors; returns the number of elements. Local."""
+    num_elements = place_states(live.state, source, options.with_optimizer)
+    if options.with_optimizer:
+        _set_hyper_parameters(live, source.manifest.optimizer.groups)
+    return num_elements
+
+
+def place_states(state: EngineState, source: Source, with_optimizer: bool) -> int:
+    """Masters and, `with_optimizer`, whatever the optimizer keeps of each parameter; returns the number of elements.
+    Local. Raises CheckpointError where parameters that are stepped together are at different steps in the Source."""
     num_elements = 0
-    for interval in live.state.intervals:
-        has_states = options.with_optimizer and is_trained_in(source, interval.name)
-        for held in live.state.states_of(interval):
+    for interval in state.intervals:
+        has_states = with_optimizer and is_trained_in(source, interval.name)
+        for held in state.states_of(interval):
             if held.state == MASTER or has_states:
                 pieces = source.pieces(interval.name, held.state)
                 if numel(held.runs) < held.values.numel():
                     held.values.zero_()  # the vocabulary's padding, which no Source has
                 gather(source, interval.name, held.state, pieces, held.runs, held.values)
                 num_elements += held.values.numel()
-            elif options.with_optimizer:
+            elif with_optimizer:
                 held.values.zero_()
-    if options.with_optimizer:
+    if with_optimizer:
         # All that a flat tensor has of any rank: this one may own only padding.
-        for (_, flat), names in zip(live.state.flats, live.state.members, strict=True):
+        for (_, flat), names in zip(state.flats, state.members, strict=True):
             if any(is_trained_in(source, name) for name in names):
-                _set_numbers(live, source, flat, names)
+                _set_numbers(state, source, flat, names)
             else:
-                live.state.forget(flat)
-        _set_hyper_parameters(live, source.manifest.optimizer.groups)
+                state.forget(flat)
     return num_elements
 
 
-def _set_numbers(live: LiveRun, source: Source, flat: torch.Tensor, names: list[str]) -> None:
+def _set_numbers(state: EngineState, source: Source, flat: torch.Tensor, names: list[str]) -> None:
     """The step and other numbers, of which a flat tensor has one for all its parameters."""
     infos = {name: source.manifest.parameters[name] for name in names}
     kept: dict[str, dict[str, Any]] = {name: {"step": info.step, **info.scalars} for name, info in infos.items()}
@@ -60,9 +69,9 @@ def _set_numbers(live: LiveRun, source: Source, flat: torch.Tensor, names: list[
             "together. Resume under --zero-stage 0."
         )
     step = first.pop("step")
-    live.state.set_step(flat, step if step is not None else source.manifest.iteration or 0)
-    for key in live.state.scalars_of(flat):
-        live.state.set_scalar(flat, key, first[key])
+    state.set_step(flat, step if step is not None else source.manifest.iteration or 0)
+    for key in state.scalars_of(flat):
+        state.set_scalar(flat, key, first[key])
 
 
 def _set_hyper_parameters(live: LiveRun, saved: Mapping[str, Mapping[str, Any]]) -> None:

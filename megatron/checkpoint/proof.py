@@ -1,6 +1,6 @@
 """Is what stands in the engine what was saved? By digest, after every load.
 
-prove(live, source, options, kind="direct", frozen=frozen)         # collective over the world
+prove(state, source, with_optimizer=True, kind="direct", frozen=frozen)         # collective over the world
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import logging
 from megatron.checkpoint.errors import CheckpointError, on_rank_0
 from megatron.checkpoint.frozen_weights import FrozenParts, frozen_faults
 from megatron.checkpoint.judging import is_trained_in
-from megatron.checkpoint.live_run import LiveRun
-from megatron.checkpoint.resume import LoadOptions
 from megatron.checkpoint.state_digest import state_digests
-from megatron.engine.engine_state import MASTER
+from megatron.engine.engine_state import MASTER, EngineState
 from megatron.ucp.digest import total
 from megatron.ucp.errors import UcpError, listed
 from megatron.ucp.expert_digests import changed_experts
@@ -25,21 +23,21 @@ from megatron.ucp.sources import Source
 log = logging.getLogger(__name__)
 
 
-def prove(live: LiveRun, source: Source, options: LoadOptions, *, kind: str, frozen: FrozenParts) -> None:
+def prove(state: EngineState, source: Source, *, with_optimizer: bool, kind: str, frozen: FrozenParts) -> None:
     """`kind` of resume, for the log; `frozen`: of the weights that are not trained, what was read. Raises
     CheckpointError, on every rank, naming what differs and the files that changed."""
-    placed = state_digests(live.state)
+    placed = state_digests(state)
     saved = source.manifest.digests
     if not saved:
         log.warning("%s carries no state digest: the load could not be proven", source.folder)
         return
-    wrong = frozen_faults(live.state, frozen, saved, placed)
+    wrong = frozen_faults(state, frozen, saved, placed)
     wrong += [
-        f"{name} ({state})"
+        f"{name} ({key})"
         for name, digests in placed.items()
-        if name not in live.atlas.frozen
-        for state in (digests if options.with_optimizer and is_trained_in(source, name) else (MASTER,))
-        if saved.get(name, {}).get(state) != digests.get(state)
+        if name not in state.frozen
+        for key in (digests if with_optimizer and is_trained_in(source, name) else (MASTER,))
+        if saved.get(name, {}).get(key) != digests.get(key)
     ]
     if wrong:
         changed = on_rank_0(lambda: changed_files(source.folder, source.manifest))
@@ -54,7 +52,7 @@ def prove(live: LiveRun, source: Source, options: LoadOptions, *, kind: str, fro
                 else "No file is known to have changed, so this is a defect: run `python -m megatron.ucp verify` on it."
             )
         )
-    if not options.with_optimizer:
+    if not with_optimizer:
         log.info("weight digests equal those at save; optimizer states were not loaded")
     elif placed == saved:
         log.info("state digest %s equals the one at save (%s resume)", total(placed), kind)
@@ -66,7 +64,7 @@ def prove(live: LiveRun, source: Source, options: LoadOptions, *, kind: str, fro
             source.folder,
             source.manifest.doubt,
         )
-    _tell_what_changed(live, source, options)
+    _tell_what_changed(state, source, with_optimizer)
 
 
 def _naming_experts(source: Source, wrong: list[str]) -> list[str]:
@@ -82,10 +80,10 @@ def _naming_experts(source: Source, wrong: list[str]) -> list[str]:
     return known + other
 
 
-def _tell_what_changed(live: LiveRun, source: Source, options: LoadOptions) -> None:
+def _tell_what_changed(state: EngineState, source: Source, with_optimizer: bool) -> None:
     """Frozen there and trained here, or the reverse: one line each."""
     before = {name for name, info in source.manifest.parameters.items() if not info.is_trainable}
-    if (begun := sorted(before - live.atlas.frozen)) and options.with_optimizer:
+    if (begun := sorted(before - state.frozen)) and with_optimizer:
         log.info("trained from here on, with fresh optimizer states (frozen in the Source): %s", listed(begun, 20))
-    if ended := sorted(live.atlas.frozen - before):
+    if ended := sorted(state.frozen - before):
         log.info("frozen from here on, without the Source's optimizer states: %s", listed(ended, 20))

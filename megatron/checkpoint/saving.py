@@ -12,31 +12,27 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
-import megatron
-from megatron.checkpoint.errors import CheckpointError, all_ranks_or_none, on_rank_0
+from megatron.checkpoint.errors import all_ranks_or_none, on_rank_0
 from megatron.checkpoint.live_run import LiveRun
+from megatron.checkpoint.native_manifest import native_manifest
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.saved_streams import RNG_FILE, save_streams
-from megatron.checkpoint.state_digest import expert_digests, state_digests
+from megatron.checkpoint.state_digest import state_digests
 from megatron.engine.counters import loss_scaler_state
 from megatron.engine.engine_files import write_engine_files
-from megatron.engine.engine_state import EngineState, OwnedInterval
 from megatron.parallel.agreement import gathered
 from megatron.ucp import commit
 from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors
 from megatron.ucp.file_names import dealt_file
-from megatron.ucp.manifest import FileInfo, Manifest, OptimizerInfo, ParameterInfo, write_manifest
+from megatron.ucp.manifest import FileInfo, Manifest, write_manifest
 from megatron.ucp.pointers import LATEST
-from megatron.ucp.topology import Topology
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +63,7 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
     with all_ranks_or_none("checksumming", final):
         own_files = _checksums(staging)
     files = dict(sorted((name, info) for part in gathered(own_files) for name, info in part.items()))
-    manifest = _manifest(live, progress, digests, expert_digests(live.state, digests), files)
+    manifest = native_manifest(live.state, digests, files, model=live.model, common=_common(live, progress))
     on_rank_0(lambda: _commit(staging, final, manifest))
     num_bytes = sum(entry.bytes for entry in files.values())
     seconds = time.perf_counter() - started
@@ -118,93 +114,6 @@ def _commit(staging: Path, final: Path, manifest: Manifest) -> None:
     commit.point_to(final.parent, LATEST_ITERATION, str(manifest.common["iteration"]))
     if removed := commit.remove_left_overs(final.parent):
         log.info("removed what earlier saves had left unfinished in %s: %s", final.parent, ", ".join(removed))
-
-
-def _manifest(
-    live: LiveRun,
-    progress: Progress,
-    digests: Mapping[str, Mapping[str, str]],
-    of_experts: dict[str, dict[str, list[str]]],
-    files: Mapping[str, FileInfo],
-) -> Manifest:
-    numbers: dict[str, dict[str, Any]] = {}
-    groups: dict[str, str] = {}
-    order: list[str] = []
-    for interval in live.state.intervals:
-        numbers[interval.name] = _numbers(live.state, interval)
-        groups[interval.name] = interval.group
-        order.append(interval.name)
-    everywhere = gathered(
-        (numbers, groups, live.state.hyper_parameters(), order, live.state.stage3_order, live.state.flat_table)
-    )
-    for other_numbers, other_groups, *_ in everywhere:
-        for name, there in other_numbers.items():
-            if numbers.setdefault(name, there) != there:
-                raise CheckpointError(f"ranks hold {name} at different optimizer steps: {numbers[name]} and {there}")
-        groups.update(other_groups)
-    hyper_parameters = {name: values for part in everywhere for name, values in part[2].items()}
-    parameters = {
-        name: ParameterInfo(
-            layout=layout,
-            group=groups.get(name, ""),
-            is_trainable=name not in live.atlas.frozen,
-            pp_stages=live.atlas.pp_stages[name],
-            states=tuple(digests[name]),
-            dtype=live.state.weight_dtype,
-            **numbers.get(name, {}),
-        )
-        for name, layout in live.atlas.layouts.items()
-    }
-    topology = live.context.topology
-    is_pipelined = live.engine.pipeline_parallelism
-    return Manifest(
-        kind="native",
-        saved_by={
-            "framework": "megatron-deepspeed-ucp",
-            "version": megatron.__version__,
-            "deepspeed": deepspeed.__version__,
-            "torch": torch.__version__,
-        },
-        topology=topology,
-        zero_stage=live.engine.zero_optimization_stage(),
-        is_pipelined=is_pipelined,
-        parameters=parameters,
-        optimizer=OptimizerInfo(
-            kind=type(live.state.base).__name__, wrapper=live.state.wrapper, groups=hyper_parameters
-        ),
-        model=dict(live.model),
-        common=_common(live, progress),
-        digests={name: dict(values) for name, values in digests.items()},
-        expert_digests=of_experts,
-        files=dict(files),
-        zero0_order=_by_mp_rank(topology, [part[3] for part in everywhere]) if live.state.is_replicated else [],
-        zero3_order=_by_mp_rank(topology, [part[4] for part in everywhere]) if live.state.stage3_order else [],
-        fragments=_fragments(topology, [part[5] for part in everywhere]),
-        pipeline_layers=list(live.engine.module.entry_paths) if is_pipelined else [],
-    )
-
-
-def _numbers(state: EngineState, interval: OwnedInterval) -> dict[str, Any]:
-    """What ParameterInfo keeps beside the tensors."""
-    shape = state.layouts[interval.name].shape
-    own_shapes = {held.state: held.layout.shape for held in state.states_of(interval) if held.layout.shape != shape}
-    return {"step": state.step_of(interval.flat), "scalars": state.scalars_of(interval.flat), "shapes": own_shapes}
-
-
-def _fragments(topology: Topology, tables: list[list[tuple[str, int, int, int]]]) -> dict[str, list[list[int]]]:
-    """The manifest's, from every rank's table."""
-    fragments: dict[str, list[list[int]]] = {}
-    for rank, table in enumerate(tables):
-        at = topology.coords(rank)
-        for name, *place in table:
-            part = [topology.mp_rank(pp=at.pp, tp=at.tp), topology.zero_rank(at), *place]
-            fragments.setdefault(name, []).append(part)
-    return {name: sorted(parts) for name, parts in fragments.items()}
-
-
-def _by_mp_rank(topology: Topology, by_rank: list[Any]) -> list[Any]:
-    """What data-parallel ranks have in common, once each."""
-    return [by_rank[topology.rank_of(pp=pp, tp=tp)] for pp in range(topology.pp_size) for tp in range(topology.tp_size)]
 
 
 def _common(live: LiveRun, progress: Progress) -> dict[str, Any]:

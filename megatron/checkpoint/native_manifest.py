@@ -1,0 +1,106 @@
+"""ucp.json of a native checkpoint: what a live engine's state says of the files that DeepSpeed wrote of it.
+
+manifest = native_manifest(state, state_digests(state), files, model={}, common={"iteration": 100})     # collective
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+
+import megatron
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.state_digest import expert_digests
+from megatron.engine.engine_state import EngineState, OwnedInterval
+from megatron.parallel.agreement import gathered
+from megatron.ucp.manifest import FileInfo, Manifest, OptimizerInfo, ParameterInfo
+from megatron.ucp.topology import Topology
+
+
+def native_manifest(
+    state: EngineState,
+    digests: Mapping[str, Mapping[str, str]],
+    files: Mapping[str, FileInfo],
+    *,
+    model: Mapping[str, Any],
+    common: Mapping[str, Any],
+) -> Manifest:
+    """`digests`: of the live state, as it was saved. Collective over the world. Raises CheckpointError where ranks hold
+    a parameter at different steps."""
+    numbers: dict[str, dict[str, Any]] = {}
+    groups: dict[str, str] = {}
+    order: list[str] = []
+    for interval in state.intervals:
+        numbers[interval.name] = _numbers(state, interval)
+        groups[interval.name] = interval.group
+        order.append(interval.name)
+    everywhere = gathered((numbers, groups, state.hyper_parameters(), order, state.stage3_order, state.flat_table))
+    for other_numbers, other_groups, *_ in everywhere:
+        for name, there in other_numbers.items():
+            if numbers.setdefault(name, there) != there:
+                raise CheckpointError(f"ranks hold {name} at different optimizer steps: {numbers[name]} and {there}")
+        groups.update(other_groups)
+    hyper_parameters = {name: values for part in everywhere for name, values in part[2].items()}
+    parameters = {
+        name: ParameterInfo(
+            layout=layout,
+            group=groups.get(name, ""),
+            is_trainable=name not in state.frozen,
+            pp_stages=state.pp_stages[name],
+            states=tuple(digests[name]),
+            dtype=state.weight_dtype,
+            **numbers.get(name, {}),
+        )
+        for name, layout in state.layouts.items()
+    }
+    topology = state.context.topology
+    is_pipelined = state.engine.pipeline_parallelism
+    return Manifest(
+        kind="native",
+        saved_by={
+            "framework": "megatron-deepspeed-ucp",
+            "version": megatron.__version__,
+            "deepspeed": deepspeed.__version__,
+            "torch": torch.__version__,
+        },
+        topology=topology,
+        zero_stage=state.engine.zero_optimization_stage(),
+        is_pipelined=is_pipelined,
+        parameters=parameters,
+        optimizer=OptimizerInfo(kind=type(state.base).__name__, wrapper=state.wrapper, groups=hyper_parameters),
+        model=dict(model),
+        common=dict(common),
+        digests={name: dict(values) for name, values in digests.items()},
+        expert_digests=expert_digests(state, digests),
+        files=dict(files),
+        zero0_order=_by_mp_rank(topology, [part[3] for part in everywhere]) if state.is_replicated else [],
+        zero3_order=_by_mp_rank(topology, [part[4] for part in everywhere]) if state.stage3_order else [],
+        fragments=_fragments(topology, [part[5] for part in everywhere]),
+        pipeline_layers=list(state.engine.module.entry_paths) if is_pipelined else [],
+    )
+
+
+def _numbers(state: EngineState, interval: OwnedInterval) -> dict[str, Any]:
+    """What ParameterInfo keeps beside the tensors."""
+    shape = state.layouts[interval.name].shape
+    own_shapes = {held.state: held.layout.shape for held in state.states_of(interval) if held.layout.shape != shape}
+    return {"step": state.step_of(interval.flat), "scalars": state.scalars_of(interval.flat), "shapes": own_shapes}
+
+
+def _fragments(topology: Topology, tables: list[list[tuple[str, int, int, int]]]) -> dict[str, list[list[int]]]:
+    """The manifest's, from every rank's table."""
+    fragments: dict[str, list[list[int]]] = {}
+    for rank, table in enumerate(tables):
+        at = topology.coords(rank)
+        for name, *place in table:
+            part = [topology.mp_rank(pp=at.pp, tp=at.tp), topology.zero_rank(at), *place]
+            fragments.setdefault(name, []).append(part)
+    return {name: sorted(parts) for name, parts in fragments.items()}
+
+
+def _by_mp_rank(topology: Topology, by_rank: list[Any]) -> list[Any]:
+    """What data-parallel ranks have in common, once each."""
+    return [by_rank[topology.rank_of(pp=pp, tp=tp)] for pp in range(topology.pp_size) for tp in range(topology.tp_size)]
