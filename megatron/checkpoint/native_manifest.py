@@ -1,23 +1,35 @@
 """ucp.json of a native checkpoint: what a live engine's state says of the files that DeepSpeed wrote of it.
 
-manifest = native_manifest(state, state_digests(state), files, model={}, common={"iteration": 100})     # collective
+files = checksums(staging, final)          # collective, as the next
+manifest = native_manifest(state, state_digests(state), files, model={}, common={"iteration": 100})
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 
 import megatron
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, all_ranks_or_none
 from megatron.checkpoint.state_digest import expert_digests
 from megatron.engine.engine_state import EngineState, OwnedInterval
 from megatron.parallel.agreement import gathered
+from megatron.ucp import commit
 from megatron.ucp.manifest import FileInfo, Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.topology import Topology
+
+
+def checksums(staging: Path, final: Path) -> dict[str, FileInfo]:
+    """Of all files that are to be `final`, each read once by one rank, whoever wrote it. Collective over the world."""
+    with all_ranks_or_none("checksumming", final):
+        mine = commit.data_files(staging)[dist.get_rank() :: dist.get_world_size()]
+        own = {path: commit.checksum_file(staging / path) for path in mine}
+    return dict(sorted((name, info) for of_rank in gathered(own) for name, info in of_rank.items()))
 
 
 def native_manifest(

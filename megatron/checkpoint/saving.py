@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint.errors import all_ranks_or_none, on_rank_0
 from megatron.checkpoint.live_run import LiveRun
-from megatron.checkpoint.native_manifest import native_manifest
+from megatron.checkpoint.native_manifest import checksums, native_manifest
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.saved_streams import RNG_FILE, save_streams
 from megatron.checkpoint.state_digest import state_digests
@@ -31,7 +31,7 @@ from megatron.ucp import commit
 from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors
 from megatron.ucp.file_names import dealt_file
-from megatron.ucp.manifest import FileInfo, Manifest, write_manifest
+from megatron.ucp.manifest import Manifest, write_manifest
 from megatron.ucp.pointers import LATEST
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,7 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
         _save_experts(live, staging)
     streams = gathered(live.streams.state_dict())
     on_rank_0(lambda: save_streams(staging, streams))
-    with all_ranks_or_none("checksumming", final):
-        own_files = _checksums(staging)
-    files = dict(sorted((name, info) for part in gathered(own_files) for name, info in part.items()))
+    files = checksums(staging, final)
     manifest = native_manifest(live.state, digests, files, model=live.model, common=_common(live, progress))
     on_rank_0(lambda: _commit(staging, final, manifest))
     num_bytes = sum(entry.bytes for entry in files.values())
@@ -98,12 +96,6 @@ def _save_experts(live: LiveRun, folder: Path) -> None:
         path = folder / dealt_file(context.ep_rank, mp_rank)
         with disk_errors(path):
             torch.save({"module": module, "optimizer": optimizer}, path)
-
-
-def _checksums(folder: Path) -> dict[str, FileInfo]:
-    """Of this rank's share of the files, whoever wrote them."""
-    mine = commit.data_files(folder)[dist.get_rank() :: dist.get_world_size()]
-    return {path: commit.checksum_file(folder / path) for path in mine}
 
 
 def _commit(staging: Path, final: Path, manifest: Manifest) -> None:

@@ -31,6 +31,13 @@ METHODS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "_take_model_step": ("self", "lr_kwargs"),
         "clip_fp32_gradients": ("self",),
         "save_checkpoint": ("self", "save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters"),
+        "load_checkpoint": (
+            "self", "load_dir", "tag", "load_module_strict", "load_optimizer_states", "load_lr_scheduler_states",
+            "load_module_only", "custom_load_fn",
+        ),
+        "load_universal_checkpoint": ("self",),
+        "zero_nvme_offload_optimizer": ("self",),
+        "use_node_local_storage": ("self",),
         "set_train_batch_size": ("self", "train_batch_size"),
         "zero_optimization_stage": ("self",),
         "gradient_clipping": ("self",),
@@ -51,7 +58,7 @@ METHODS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     _ZERO_3: {"checkpoint_event_prologue": ("self",), "checkpoint_event_epilogue": ("self",)},
     "deepspeed.runtime.pipe.module.PipelineModule": {"get_tied_weights_and_groups": ("self",), "mpu": ("self",)},
-}
+}  # fmt: skip
 """Class -> method -> its parameters: what is replaced, or called though it is no public interface."""
 
 WORDS: Mapping[str, tuple[str, ...]] = {
@@ -74,7 +81,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "deepspeed.runtime.zero.stage3": ("ds_zero_placement_family", "ds_zero_partition_group_name"),
     "deepspeed.runtime.zero.partition_parameters": (
         "ds_zero_partition_process_group", "ds_zero_partition_rank", "ds_tensor", "ds_process_group", "ds_numel",
-        "partition_numel",
+        "ds_shape", "partition_numel",
     ),
     "deepspeed.runtime.bf16_optimizer": ("get_grads_for_norm", "has_moe_layers", "_hp_optimizer_states_linked"),
 }  # fmt: skip
@@ -84,7 +91,7 @@ BUILT: Mapping[str, tuple[str, ...]] = {
     _ENGINE: (
         "optimizer", "module", "device", "param_names", "has_moe_layers", "global_steps", "global_samples",
         "skipped_steps", "micro_steps", "checkpoint_engine", "dp_world_size", "data_parallel_group",
-        "pipeline_parallelism",
+        "pipeline_parallelism", "seq_data_parallel_group", "mp_world_size", "lr_scheduler",
     ),
     _PIPELINE: ("using_bf16_optimizer",),
     _ZERO_1_2: (

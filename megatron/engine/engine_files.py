@@ -26,12 +26,12 @@ def write_engine_files(
     """Into `folder`/`tag`. Collective over the world. Raises this rank's first error, when all ranks are through.
     `deals_experts`: the ranks of an expert-parallel group hold different experts."""
     warning = _warning_of_dealt_experts() if deals_experts and engine.zero_optimization_stage() == 3 else {}
-    with _deferred_write_errors(engine):
+    with deferred_write_errors(engine):
         engine.save_checkpoint(str(folder), tag=tag, client_state={**client_state, **warning}, save_latest=False)
 
 
 @contextlib.contextmanager
-def _deferred_write_errors(engine: Engine) -> Iterator[None]:
+def deferred_write_errors(engine: Engine) -> Iterator[None]:
     """DeepSpeed writes files between barriers: a rank that raised there would leave the others waiting in the next
     one. So a rank goes on after an error of its own, and raises when it is through."""
     write = engine.checkpoint_engine.save

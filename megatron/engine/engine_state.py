@@ -300,6 +300,11 @@ class EngineState(OptimizerStates):
         return getattr(self.engine.optimizer, "loss_scaler", None)
 
 
+def whole_shape(param: torch.nn.Parameter) -> tuple[int, ...]:
+    """Of this rank's shard: under ZeRO-3 a parameter is empty between steps, and remembers its shape."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
 def _live_weights(param: torch.nn.Parameter, start: int, numel: int) -> torch.Tensor:
     """Elements [start, start + numel) of the shard, of which ZeRO-3 keeps just this rank's piece."""
     if hasattr(param, "ds_tensor"):

@@ -59,6 +59,21 @@ class Engine(Protocol):
     def get_global_grad_norm(self) -> float | None: ...
 
 
+class ForeignEngine(Engine, Protocol):
+    """What a program of others' has beside: all that `load_checkpoint` restores."""
+
+    lr_scheduler: Any
+    has_moe_layers: bool
+    mp_world_size: int
+    seq_data_parallel_group: Any
+    loaded_checkpoint_dp_world_size: int
+    loaded_checkpoint_mp_world_size: int
+
+    def train_batch_size(self) -> int: ...
+
+    def zero_nvme_offload_optimizer(self) -> bool: ...
+
+
 class LossScaler(Protocol):
     """deepspeed/runtime/fp16/loss_scaler.py: of a fixed scale, or of one that follows overflows."""
 

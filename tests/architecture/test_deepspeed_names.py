@@ -48,7 +48,7 @@ def test_only_the_rooms_that_may_use_them_and_all_are_in_the_list():
     listed = {name for methods in METHODS.values() for name in methods}
     listed |= {name for names in (*WORDS.values(), *BUILT.values()) for name in names}
     used, elsewhere, unlisted = set(), [], []
-    for room in ("engine", "checkpoint", "training", "model", "layers", "parallel", "kernels"):
+    for room in ("engine", "checkpoint", "training", "ucp_deepspeed", "model", "layers", "parallel", "kernels"):
         for path in sorted((PACKAGE / room).glob("*.py")):
             place = f"{room}/{path.name}"
             names = private_names(path.read_text()) - NOT_DEEPSPEEDS.get(place, set())

@@ -21,6 +21,7 @@ ALLOWED = {
     "model": {"layers", "kernels", "parallel", "config", "ucp"},
     "engine": {"model", "layers", "kernels", "parallel", "config", "ucp"},
     "checkpoint": {"engine", "model", "layers", "parallel", "config", "ucp"},
+    "ucp_deepspeed": {"checkpoint", "engine", "parallel", "ucp"},
     "training": {"checkpoint", "engine", "model", "layers", "kernels", "parallel", "config", "ucp", "data"},
 }
 TRAINER = ("megatron.training", "megatron.checkpoint", "megatron.engine")

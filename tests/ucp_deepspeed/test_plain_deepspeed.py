@@ -1,0 +1,200 @@
+"""Programs of plain DeepSpeed with `install()`: every ZeRO stage to every other, on other numbers of ranks.
+
+The programs are `deepspeed.initialize` over a `torch.nn.Module`, and know nothing of us but the one line. The truth is
+the state of the saving engine, gathered from the live tensors before the save, and the run that never stopped. Beside
+it stands what stock DeepSpeed does with the same folder: it refuses, or goes on with something else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from harness.ranks import RankFailure, run_ranks
+
+BATCH, WIDTH, STEPS = 12, 20, 3
+TAG = f"global_step{STEPS}"
+
+
+class Net(nn.Module):
+    """With a tied weight, a frozen layer, a buffer, and sizes that the ranks do not divide."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.inner = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.frozen = nn.Linear(WIDTH, WIDTH)
+        self.frozen.requires_grad_(False)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.register_buffer("num_calls", torch.zeros(1))
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.out.weight = self.inner[0].weight
+
+    def forward(self, x):
+        for layer in (*self.inner, self.frozen):
+            x = torch.tanh(layer(x))
+        self.num_calls += 1
+        return self.out(self.norm(x))
+
+
+@dataclass
+class Seen:
+    state: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    """(name, "fp32", "exp_avg" or "exp_avg_sq") -> the whole tensor"""
+    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    groups: list[tuple[float, float]] = field(default_factory=list)
+    steps: set[float] = field(default_factory=set)
+    counters: tuple = ()
+    client_state: dict[str, Any] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    """Of the steps that follow."""
+
+
+def engine_of(stage: int, world_size: int, seed: int, more: dict, installs: bool):
+    import deepspeed
+
+    if installs:
+        from megatron import ucp_deepspeed
+
+        ucp_deepspeed.install()
+    net = Net(seed)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    config = {"train_micro_batch_size_per_gpu": BATCH // world_size, **more}
+    config["zero_optimization"] = {"stage": stage, **more.get("zero_optimization", {})}
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
+    return deepspeed.initialize(model=net, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+
+
+def step(engine, number: int, rank: int, world_size: int) -> float:
+    batch = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(number)).chunk(world_size)[rank]
+    loss = (engine(batch.to(next(engine.module.parameters()).dtype)).float() - 1).square().mean()
+    engine.backward(loss)
+    engine.step()
+    mean = loss.detach().clone()
+    torch.distributed.all_reduce(mean)
+    return float(mean) / world_size
+
+
+def seen_in(engine) -> Seen:
+    """With DeepSpeed's and torch's own means, not ours."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    seen, stage = Seen(), engine.zero_optimization_stage()
+    base = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+    for name, param in engine.module.named_parameters():
+        if not param.requires_grad:
+            with GatheredParameters([param]):
+                seen.frozen[name] = param.detach().float().clone()
+        elif stage == 3:
+            seen.state[name, "fp32"] = safe_get_full_fp32_param(param).clone()
+            for key in ("exp_avg", "exp_avg_sq"):
+                seen.state[name, key] = safe_get_full_optimizer_state(param, key).clone()
+        elif stage == 0:
+            seen.state[name, "fp32"] = param.detach().clone()
+            for key in ("exp_avg", "exp_avg_sq"):
+                seen.state[name, key] = base.state[param][key].clone()
+    if stage in (1, 2):  # DeepSpeed's accessors know the moments of the first parameter group only
+        names = {param: name for name, param in engine.module.named_parameters()}
+        for flat, group in zip(engine.optimizer.single_partition_of_fp32_groups, engine.optimizer.bit16_groups):
+            for key in ("fp32", "exp_avg", "exp_avg_sq"):
+                part = flat.detach() if key == "fp32" else base.state[flat][key]
+                parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
+                torch.distributed.all_gather(parts, part.contiguous())
+                whole = torch.cat(parts)[: sum(p.numel() for p in group)]
+                for param, values in zip(group, whole.split([p.numel() for p in group])):
+                    seen.state[names[param], key] = values.view(param.shape).clone()
+    seen.buffers = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+    seen.groups = [(group["lr"], group["weight_decay"]) for group in base.param_groups]
+    seen.steps = {float(state["step"]) for state in base.state.values()}
+    seen.counters = engine.global_steps, engine.global_samples, engine.skipped_steps
+    return seen
+
+
+def save(rank: int, world_size: int, folder: str, stage: int, more: dict, installs: bool = True) -> Seen:
+    engine = engine_of(stage, world_size, 0, more, installs)
+    for number in range(STEPS):
+        step(engine, number, rank, world_size)
+    seen = seen_in(engine)
+    engine.save_checkpoint(folder, client_state={"epoch": 4, "note": ["a", 1.5]})
+    seen.losses = [step(engine, STEPS + i, rank, world_size) for i in range(3)]
+    return seen
+
+
+def resume(rank: int, world_size: int, folder: str, stage: int, more: dict, installs: bool = True) -> Seen:
+    """Into an engine of other weights that has taken a step."""
+    engine = engine_of(stage, world_size, 7, more, installs)
+    step(engine, 50, rank, world_size)
+    path, client_state = engine.load_checkpoint(folder)
+    assert path is not None and Path(path).is_file()
+    seen = seen_in(engine)
+    seen.client_state = {key: client_state[key] for key in ("epoch", "note")}
+    seen.losses = [step(engine, STEPS + i, rank, world_size) for i in range(3)]
+    return seen
+
+
+def assert_same(found: Seen, saved: Seen) -> None:
+    """Bitwise."""
+    for table in ("state", "frozen", "buffers"):
+        here, there = getattr(found, table), getattr(saved, table)
+        assert here.keys() == there.keys() and here
+        assert not [key for key in here if not torch.equal(here[key], there[key])]
+    assert (found.groups, found.steps, found.counters) == (saved.groups, saved.steps, saved.counters)
+    assert found.client_state == {"epoch": 4, "note": ["a", 1.5]}
+
+
+STAGES = (1, 2, 3)
+BF16 = {"bf16": {"enabled": True}}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[tuple[int, int, bool], tuple[Path, list[Seen]]]:
+    """By (stage, ranks, bf16)."""
+    made = {}
+    for stage, ranks, is_bf16 in itertools.product(STAGES, (1, 2, 3), (False, True)):
+        folder = tmp_path_factory.mktemp(f"zero{stage}dp{ranks}")
+        made[stage, ranks, is_bf16] = folder, run_ranks(ranks, save, str(folder), stage, BF16 if is_bf16 else {})
+    return made
+
+
+@pytest.mark.parametrize("source", itertools.product(STAGES, (1, 2, 3)), ids=lambda s: f"zero{s[0]}dp{s[1]}")
+@pytest.mark.parametrize("target", itertools.product(STAGES, (1, 2, 4)), ids=lambda t: f"zero{t[0]}dp{t[1]}")
+def test_every_stage_and_size_to_every_other(source: tuple[int, int], target: tuple[int, int], saved):
+    for is_bf16 in (False, True):
+        folder, there = saved[(*source, is_bf16)]
+        for found in run_ranks(target[1], resume, str(folder), target[0], BF16 if is_bf16 else {}):
+            assert_same(found, there[0])
+            # Topologies differ in the order of sums alone; bf16 rounds gradients as they are summed.
+            assert found.losses == pytest.approx(there[0].losses, abs=2e-2 if is_bf16 else 2e-6)
+
+
+@pytest.mark.parametrize("source, target", [((1, 2), (1, 1)), ((2, 2), (3, 2)), ((3, 2), (3, 1)), ((3, 3), (1, 3))])
+def test_stock_deepspeed_beside_it(source: tuple[int, int], target: tuple[int, int], saved, tmp_path):
+    """Without the one line the same resume fails, or ends with another state."""
+    folder, there = saved[(*source, False)]
+    try:
+        found = run_ranks(target[1], resume, str(folder), target[0], {}, False)
+    except RankFailure:
+        return
+    with pytest.raises(AssertionError):
+        assert_same(found[0], there[0])
+
+
+def test_a_planted_fault_is_found_by_the_comparison(saved):
+    _, there = saved[1, 2, False]
+    other = saved[2, 1, False][1][0]
+    other.state["norm.weight", "exp_avg"][0] += 1e-3
+    with pytest.raises(AssertionError):
+        assert_same(other, there[0])
