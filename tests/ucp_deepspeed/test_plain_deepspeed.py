@@ -7,10 +7,13 @@ it stands what stock DeepSpeed does with the same folder: it refuses, or goes on
 
 from __future__ import annotations
 
-import itertools
+import copy
+import functools
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -133,16 +136,18 @@ def save(rank: int, world_size: int, folder: str, stage: int, more: dict, instal
     return seen
 
 
-def resume(rank: int, world_size: int, folder: str, stage: int, more: dict, installs: bool = True) -> Seen:
-    """Into an engine of other weights that has taken a step."""
-    engine = engine_of(stage, world_size, 7, more, installs)
-    step(engine, 50, rank, world_size)
-    path, client_state = engine.load_checkpoint(folder)
-    assert path is not None and Path(path).is_file()
-    seen = seen_in(engine)
-    seen.client_state = {key: client_state[key] for key in ("epoch", "note")}
-    seen.losses = [step(engine, STEPS + i, rank, world_size) for i in range(3)]
-    return seen
+def resume(rank: int, world_size: int, folders: list[str], stage: int, more: dict, installs: bool = True) -> list[Seen]:
+    """One after the other, into an engine of other weights that has taken a step each time."""
+    engine, found = engine_of(stage, world_size, 7, more, installs), []
+    for folder in folders:
+        step(engine, 50, rank, world_size)
+        path, client_state = engine.load_checkpoint(folder)
+        assert path is not None and Path(path).is_file()
+        seen = seen_in(engine)
+        seen.client_state = {key: client_state[key] for key in ("epoch", "note")}
+        seen.losses = [step(engine, STEPS + i, rank, world_size) for i in range(3)]
+        found.append(seen)
+    return found
 
 
 def assert_same(found: Seen, saved: Seen) -> None:
@@ -155,46 +160,79 @@ def assert_same(found: Seen, saved: Seen) -> None:
     assert found.client_state == {"epoch": 4, "note": ["a", 1.5]}
 
 
-STAGES = (1, 2, 3)
 BF16 = {"bf16": {"enabled": True}}
+CELLS = [(stage, ranks) for stage in (0, 1, 2, 3) for ranks in (1, 2, 3)]
+"""(ZeRO stage, ranks) of Sources. ZeRO-0 in fp32: in bf16 DeepSpeed keeps its optimizer's state in another form."""
+TARGETS = [(stage, ranks) for stage in (0, 1, 2, 3) for ranks in (1, 2, 4)]
+
+
+class Saved(NamedTuple):
+    folder: Path
+    seen: Seen
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> dict[tuple[int, int, bool], tuple[Path, list[Seen]]]:
-    """By (stage, ranks, bf16)."""
-    made = {}
-    for stage, ranks, is_bf16 in itertools.product(STAGES, (1, 2, 3), (False, True)):
+def saved(tmp_path_factory) -> Callable[..., Saved]:
+    """Made when it is first asked for. Not `installs`: by stock DeepSpeed, so without a ucp.json."""
+
+    @functools.cache
+    def make(stage: int, ranks: int, is_bf16: bool = False, installs: bool = True) -> Saved:
         folder = tmp_path_factory.mktemp(f"zero{stage}dp{ranks}")
-        made[stage, ranks, is_bf16] = folder, run_ranks(ranks, save, str(folder), stage, BF16 if is_bf16 else {})
-    return made
+        seen = run_ranks(ranks, save, str(folder), stage, BF16 if is_bf16 else {}, installs)
+        assert (folder / TAG / "ucp.json").is_file() == installs
+        return Saved(folder, seen[0])
+
+    return make
 
 
-@pytest.mark.parametrize("source", itertools.product(STAGES, (1, 2, 3)), ids=lambda s: f"zero{s[0]}dp{s[1]}")
-@pytest.mark.parametrize("target", itertools.product(STAGES, (1, 2, 4)), ids=lambda t: f"zero{t[0]}dp{t[1]}")
-def test_every_stage_and_size_to_every_other(source: tuple[int, int], target: tuple[int, int], saved):
-    for is_bf16 in (False, True):
-        folder, there = saved[(*source, is_bf16)]
-        for found in run_ranks(target[1], resume, str(folder), target[0], BF16 if is_bf16 else {}):
-            assert_same(found, there[0])
+@pytest.mark.parametrize(
+    "target, is_bf16",
+    [(target, False) for target in TARGETS] + [(target, True) for target in TARGETS if target[0]],
+    ids=lambda value: f"to-zero{value[0]}dp{value[1]}" if isinstance(value, tuple) else "bf16" if value else "fp32",
+)
+def test_every_stage_and_size_into(target: tuple[int, int], is_bf16: bool, saved):
+    there = [saved(*source, is_bf16) for source in CELLS if source[0] or not is_bf16]
+    there += [saved(*source, is_bf16, installs=False) for source in CELLS if source[0]]
+    folders = [str(made.folder) for made in there]
+    for by_rank in run_ranks(target[1], resume, folders, target[0], BF16 if is_bf16 else {}):
+        for made, found in zip(there, by_rank, strict=True):
+            assert_same(found, made.seen)
             # Topologies differ in the order of sums alone; bf16 rounds gradients as they are summed.
-            assert found.losses == pytest.approx(there[0].losses, abs=2e-2 if is_bf16 else 2e-6)
+            assert found.losses == pytest.approx(made.seen.losses, abs=2e-2 if is_bf16 else 2e-6)
 
 
 @pytest.mark.parametrize("source, target", [((1, 2), (1, 1)), ((2, 2), (3, 2)), ((3, 2), (3, 1)), ((3, 3), (1, 3))])
-def test_stock_deepspeed_beside_it(source: tuple[int, int], target: tuple[int, int], saved, tmp_path):
+def test_stock_deepspeed_beside_it(source: tuple[int, int], target: tuple[int, int], saved):
     """Without the one line the same resume fails, or ends with another state."""
-    folder, there = saved[(*source, False)]
+    made = saved(*source)
     try:
-        found = run_ranks(target[1], resume, str(folder), target[0], {}, False)
+        [found] = run_ranks(target[1], resume, [str(made.folder)], target[0], {}, False)[0]
     except RankFailure:
         return
     with pytest.raises(AssertionError):
-        assert_same(found[0], there[0])
+        assert_same(found, made.seen)
 
 
-def test_a_planted_fault_is_found_by_the_comparison(saved):
-    _, there = saved[1, 2, False]
-    other = saved[2, 1, False][1][0]
+def test_planted_fault_is_found_by_the_comparison(saved):
+    """One moment of one parameter."""
+    made = saved(1, 2)
+    other = copy.deepcopy(made.seen)
+    other.client_state = {"epoch": 4, "note": ["a", 1.5]}
+    assert_same(other, made.seen)
     other.state["norm.weight", "exp_avg"][0] += 1e-3
     with pytest.raises(AssertionError):
-        assert_same(other, there[0])
+        assert_same(other, made.seen)
+
+
+def test_planted_fault_a_changed_checkpoint_is_refused(saved, tmp_path):
+    """One moment is changed in the file, and its checksum is not known to have: the digest of the state says which."""
+    made = saved(1, 2)
+    folder = tmp_path / TAG
+    shutil.copytree(made.folder / TAG, folder)
+    path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = torch.load(path, weights_only=False)
+    content["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg"][5] += 1e-3
+    torch.save(content, path)
+    (tmp_path / "latest").write_text(TAG)
+    with pytest.raises(RankFailure, match=r"exp_avg|bytes"):
+        run_ranks(1, resume, [str(tmp_path)], 1, {})
