@@ -8,6 +8,8 @@ from a checkpoint of another data-parallel size or ZeRO stage, directly and prov
 `save_checkpoint` writes DeepSpeed's own files and a `ucp.json` beside them, which says what is in them.
 
     installing.py       what is replaced, and put back by `uninstall()`
+    replacing.py        how
+    trainer.py          what Hugging Face's Trainer needs beside the engine's state
     engine_view.py      which engines are placed into here, and which are left to DeepSpeed
     loading.py          a checkpoint into a live engine
     saving.py           DeepSpeed's files with a ucp.json, committed by a rename

@@ -1,4 +1,5 @@
-"""What `install()` replaces: methods of DeepSpeed's engine, on the class, so that engines that exist already have them.
+"""What `install()` replaces: methods of DeepSpeed's engine, on the class, so that engines that exist already have them,
+and what Hugging Face's Trainer does about checkpoints (trainer.py), if it is imported.
 
 Before anything is replaced, every name of DeepSpeed's that we depend on is looked for: another version is refused.
 """
@@ -11,19 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger as deepspeed_log
 
 from megatron.checkpoint.errors import CheckpointError, on_rank_0
 from megatron.engine.deepspeed_names import require_names
 from megatron.ucp.pointers import LATEST, read_pointer
+from megatron.ucp_deepspeed import trainer
 from megatron.ucp_deepspeed.engine_view import left_to_deepspeed
 from megatron.ucp_deepspeed.loading import Wanted, load
+from megatron.ucp_deepspeed.replacing import Replaced, Replacement
 from megatron.ucp_deepspeed.saving import save
 
 log = logging.getLogger(__name__)
+_log_of_all = logging.getLogger("megatron")
 
-_replaced: dict[str, Callable[..., Any]] = {}
-"""DeepSpeed's own methods, by name, while ours stand in their places."""
+_replaced = Replaced()
 
 
 def install() -> None:
@@ -32,16 +37,36 @@ def install() -> None:
     if _replaced:
         return
     require_names()
-    for name, ours in (("load_checkpoint", _loading), ("save_checkpoint", _saving)):
-        _replaced[name] = getattr(DeepSpeedEngine, name)
-        setattr(DeepSpeedEngine, name, ours(_replaced[name]))
+    _replaced.add(
+        [
+            Replacement(DeepSpeedEngine, "load_checkpoint", _loading),
+            Replacement(DeepSpeedEngine, "save_checkpoint", _saving),
+        ]
+    )
+    _replaced.when_imported("transformers.trainer", trainer.replacements)
+    _show_what_is_said()
 
 
 def uninstall() -> None:
-    """DeepSpeed's own methods again."""
-    for name, stock in _replaced.items():
-        setattr(DeepSpeedEngine, name, stock)
-    _replaced.clear()
+    """What was there before, again."""
+    _replaced.undo()
+    for handler in [h for h in _log_of_all.handlers if isinstance(h, _ByDeepSpeed)]:
+        _log_of_all.removeHandler(handler)
+
+
+class _ByDeepSpeed(logging.Handler):
+    """Rank 0's lines, in DeepSpeed's log: it is there that people look for what became of a checkpoint."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            deepspeed_log.handle(record)
+
+
+def _show_what_is_said() -> None:
+    """Where the program has not set up logging for us itself."""
+    if not _log_of_all.hasHandlers():
+        _log_of_all.addHandler(_ByDeepSpeed())
+        _log_of_all.setLevel(logging.INFO)
 
 
 def _loading(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -60,6 +60,7 @@ def save(
         write(staging.name, False)
     common: dict[str, Any] = {
         "iteration": engine.global_steps,
+        "global_batch_size": engine.train_batch_size(),
         "loss_scaler": loss_scaler_state(state.loss_scaler),
         "engine": {"global_samples": engine.global_samples, "skipped_steps": engine.skipped_steps},
     }

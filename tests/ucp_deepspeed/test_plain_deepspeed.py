@@ -11,13 +11,13 @@ import copy
 import functools
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from ucp_deepspeed.seen import Seen, seen_in
 
 from harness.ranks import RankFailure, run_ranks
 
@@ -44,20 +44,6 @@ class Net(nn.Module):
             x = torch.tanh(layer(x))
         self.num_calls += 1
         return self.out(self.norm(x))
-
-
-@dataclass
-class Seen:
-    state: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
-    """(name, "fp32", "exp_avg" or "exp_avg_sq") -> the whole tensor"""
-    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
-    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
-    groups: list[tuple[float, float]] = field(default_factory=list)
-    steps: set[float] = field(default_factory=set)
-    counters: tuple = ()
-    client_state: dict[str, Any] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    """Of the steps that follow."""
 
 
 def engine_of(stage: int, world_size: int, seed: int, more: dict, installs: bool):
@@ -88,42 +74,6 @@ def step(engine, number: int, rank: int, world_size: int) -> float:
     mean = loss.detach().clone()
     torch.distributed.all_reduce(mean)
     return float(mean) / world_size
-
-
-def seen_in(engine) -> Seen:
-    """With DeepSpeed's and torch's own means, not ours."""
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    seen, stage = Seen(), engine.zero_optimization_stage()
-    base = engine.optimizer if stage == 0 else engine.optimizer.optimizer
-    for name, param in engine.module.named_parameters():
-        if not param.requires_grad:
-            with GatheredParameters([param]):
-                seen.frozen[name] = param.detach().float().clone()
-        elif stage == 3:
-            seen.state[name, "fp32"] = safe_get_full_fp32_param(param).clone()
-            for key in ("exp_avg", "exp_avg_sq"):
-                seen.state[name, key] = safe_get_full_optimizer_state(param, key).clone()
-        elif stage == 0:
-            seen.state[name, "fp32"] = param.detach().clone()
-            for key in ("exp_avg", "exp_avg_sq"):
-                seen.state[name, key] = base.state[param][key].clone()
-    if stage in (1, 2):  # DeepSpeed's accessors know the moments of the first parameter group only
-        names = {param: name for name, param in engine.module.named_parameters()}
-        for flat, group in zip(engine.optimizer.single_partition_of_fp32_groups, engine.optimizer.bit16_groups):
-            for key in ("fp32", "exp_avg", "exp_avg_sq"):
-                part = flat.detach() if key == "fp32" else base.state[flat][key]
-                parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
-                torch.distributed.all_gather(parts, part.contiguous())
-                whole = torch.cat(parts)[: sum(p.numel() for p in group)]
-                for param, values in zip(group, whole.split([p.numel() for p in group])):
-                    seen.state[names[param], key] = values.view(param.shape).clone()
-    seen.buffers = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
-    seen.groups = [(group["lr"], group["weight_decay"]) for group in base.param_groups]
-    seen.steps = {float(state["step"]) for state in base.state.values()}
-    seen.counters = engine.global_steps, engine.global_samples, engine.skipped_steps
-    return seen
 
 
 def save(rank: int, world_size: int, folder: str, stage: int, more: dict, installs: bool = True) -> Seen:

@@ -1,0 +1,58 @@
+"""What stands in a DeepSpeed engine, by DeepSpeed's and torch's own means: the truth that resumes are held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Seen:
+    state: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    """(name, "fp32", "exp_avg" or "exp_avg_sq") -> the whole tensor"""
+    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    groups: list[tuple[float, float]] = field(default_factory=list)
+    steps: set[float] = field(default_factory=set)
+    counters: tuple = ()
+    client_state: dict[str, Any] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    """Of the steps that follow."""
+
+
+def seen_in(engine) -> Seen:
+    """With DeepSpeed's and torch's own means, not ours."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    seen, stage = Seen(), engine.zero_optimization_stage()
+    base = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+    for name, param in engine.module.named_parameters():
+        if not param.requires_grad:
+            with GatheredParameters([param]):
+                seen.frozen[name] = param.detach().float().clone()
+        elif stage == 3:
+            seen.state[name, "fp32"] = safe_get_full_fp32_param(param).clone()
+            for key in ("exp_avg", "exp_avg_sq"):
+                seen.state[name, key] = safe_get_full_optimizer_state(param, key).clone()
+        elif stage == 0:
+            seen.state[name, "fp32"] = param.detach().clone()
+            for key in ("exp_avg", "exp_avg_sq"):
+                seen.state[name, key] = base.state[param][key].clone()
+    if stage in (1, 2):  # DeepSpeed's accessors know the moments of the first parameter group only
+        names = {param: name for name, param in engine.module.named_parameters()}
+        for flat, group in zip(engine.optimizer.single_partition_of_fp32_groups, engine.optimizer.bit16_groups):
+            for key in ("fp32", "exp_avg", "exp_avg_sq"):
+                part = flat.detach() if key == "fp32" else base.state[flat][key]
+                parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
+                torch.distributed.all_gather(parts, part.contiguous())
+                whole = torch.cat(parts)[: sum(p.numel() for p in group)]
+                for param, values in zip(group, whole.split([p.numel() for p in group])):
+                    seen.state[names[param], key] = values.view(param.shape).clone()
+    seen.buffers = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+    seen.groups = [(group["lr"], group["weight_decay"]) for group in base.param_groups]
+    seen.steps = {float(state["step"]) for state in base.state.values()}
+    seen.counters = engine.global_steps, engine.global_samples, engine.skipped_steps
+    return seen
