@@ -53,7 +53,11 @@ setup(
     ],
     extras_require={
         # Triton comes with torch's CUDA build (2.13.0 asks for 3.7.1); with the CPU build the tests need it too.
-        "dev": ["pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15", "accelerate==1.15.0", "peft==0.21.2", "ruff==0.17.6", "triton>=3.7.1,<4"],
+        "dev": [
+            *("pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15", "ruff==0.17.6", "triton>=3.7.1,<4"),
+            # Programs of others whose checkpoints are resumed (tests/ucp_deepspeed).
+            *("accelerate==1.15.0", "peft==0.21.2"),
+        ],
         # What `make lint` and pre-commit need beside dev's; the tests do not.
         "lint": ["mypy==2.4.1", "codespell==2.4.3", "pre-commit>=4"],
         # NVIDIA Apex is not on PyPI: it is used where importable.
