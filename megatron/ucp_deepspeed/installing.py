@@ -19,11 +19,11 @@ from deepspeed.utils import logger as deepspeed_log
 from megatron.checkpoint.errors import CheckpointError, on_rank_0
 from megatron.engine.deepspeed_names import require_names
 from megatron.ucp.pointers import LATEST, read_pointer
-from megatron.ucp_deepspeed import trainer
 from megatron.ucp_deepspeed.engine_view import left_to_deepspeed
 from megatron.ucp_deepspeed.loading import Wanted, load
 from megatron.ucp_deepspeed.replacing import Replaced, Replacement
 from megatron.ucp_deepspeed.saving import save
+from megatron.ucp_deepspeed.trainer import trainer_replacements
 
 log = logging.getLogger(__name__)
 _log_of_all = logging.getLogger("megatron")
@@ -43,7 +43,7 @@ def install() -> None:
             Replacement(DeepSpeedEngine, "save_checkpoint", _saving),
         ]
     )
-    _replaced.when_imported("transformers.trainer", trainer.replacements)
+    _replaced.when_imported("transformers.trainer", trainer_replacements)
     _show_what_is_said()
 
 

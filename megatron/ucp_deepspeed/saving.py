@@ -1,6 +1,8 @@
 """DeepSpeed's own save of an engine that others built, with a ucp.json beside its files, committed by a rename.
 
-    save(engine, write, Path("checkpoint-100"), "global_step100", exclude_frozen=False)     # collective over the world
+    save(engine, write, Path("checkpoint-100"), "global_step100", exclude_frozen=False, save_latest=True)
+
+Collective over the world.
 
 What is written into the tag's folder is there whole or not at all. What the program writes beside it (Trainer's
 model.safetensors before, trainer_state.json after) is its own business.

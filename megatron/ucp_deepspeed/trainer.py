@@ -40,7 +40,7 @@ _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})")
 _RNG_FILE = re.compile(r"rng_state_([0-9]{1,9})\.pth")
 
 
-def replacements(trainer: ModuleType) -> list[Replacement]:
+def trainer_replacements(trainer: ModuleType) -> list[Replacement]:
     """`trainer`: the module transformers.trainer."""
     return [
         Replacement(trainer, "get_last_checkpoint", lambda _: last_whole_checkpoint),

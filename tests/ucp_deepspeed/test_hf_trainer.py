@@ -142,20 +142,24 @@ def saved(tmp_path_factory) -> Callable[..., Whole]:
     return make
 
 
-def assert_goes_on(found: list[Ran], whole: list[Ran], within: float = 2e-6) -> None:
+def differences(found: list[Ran], whole: list[Ran], within: float = 2e-6) -> list[str]:
+    """States bitwise, losses within rounding, each step's samples exactly."""
+    lines, there, after = [], whole[0], range(SAVED_AT + 1, NUM_STEPS + 1)
     for ran in found:
-        assert ran.state is not None and whole[0].state is not None
-        assert ran.state.state.keys() == whole[0].state.state.keys()
-        differing = [key for key, value in ran.state.state.items() if not torch.equal(value, whole[0].state.state[key])]
-        assert not differing
-        assert ran.state.steps == whole[0].state.steps == {float(SAVED_AT)}
-        after = range(SAVED_AT + 1, NUM_STEPS + 1)
-        assert {step: ran.rates[step] for step in after} == {step: whole[0].rates[step] for step in after}
-        for step in after:
-            assert ran.losses[step] == pytest.approx(whole[0].losses[step], abs=within)
-    for step in range(SAVED_AT + 1, NUM_STEPS + 1):
+        assert ran.state is not None and there.state is not None
+        assert ran.state.state.keys() == there.state.state.keys()
+        lines += [str(key) for key, value in ran.state.state.items() if not torch.equal(value, there.state.state[key])]
+        lines += ["steps"] if ran.state.steps != there.state.steps or ran.state.steps != {float(SAVED_AT)} else []
+        lines += [f"rate of step {step}" for step in after if ran.rates.get(step) != there.rates[step]]
+        lines += [
+            f"loss of step {step}"
+            for step in after
+            if step not in ran.losses or abs(ran.losses[step] - there.losses[step]) > within
+        ]
+    for step in after:
         seen, expected = (sorted(number for ran in runs for number in ran.samples[step]) for runs in (found, whole))
-        assert seen == expected and len(seen) == GLOBAL_BATCH
+        lines += [f"samples of step {step}"] if seen != expected or len(seen) != GLOBAL_BATCH else []
+    return lines
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"to-zero{target[0]}dp{target[1]}")
@@ -164,14 +168,14 @@ def test_every_stage_and_size_into(target: tuple[int, int], saved, tmp_path):
     checkpoints = [str(folder) for folder, _ in made]
     found = run_ranks(target[1], resume, str(tmp_path), target[0], checkpoints, {}, True, timeout=300)
     for index, (_, whole) in enumerate(made):
-        assert_goes_on([by_rank[index] for by_rank in found], whole)
+        assert not differences([by_rank[index] for by_rank in found], whole)
 
 
 @pytest.mark.parametrize("source, target", [((2, 2), (3, 1)), ((3, 3), (1, 2))])
 def test_bf16(source: tuple[int, int], target: tuple[int, int], saved, tmp_path):
     folder, whole = saved(*source, is_bf16=True)
     found = run_ranks(target[1], resume, str(tmp_path), target[0], [str(folder)], {"bf16": True}, True, timeout=300)
-    assert_goes_on([ran for [ran] in found], whole, within=2e-2)
+    assert not differences([ran for [ran] in found], whole, within=2e-2)
 
 
 @pytest.mark.parametrize("source, target", [((1, 2), (1, 1)), ((2, 2), (2, 3)), ((2, 2), (3, 2)), ((3, 2), (3, 1))])
@@ -182,8 +186,7 @@ def test_stock_trainer_beside_it(source: tuple[int, int], target: tuple[int, int
         found = run_ranks(target[1], resume, str(tmp_path), target[0], [str(folder)], {}, False, timeout=300)
     except RankFailure:
         return
-    with pytest.raises((AssertionError, KeyError)):
-        assert_goes_on([ran for [ran] in found], whole)
+    assert differences([ran for [ran] in found], whole)
 
 
 def test_the_newest_whole_checkpoint_is_taken(saved, tmp_path):
@@ -194,7 +197,7 @@ def test_the_newest_whole_checkpoint_is_taken(saved, tmp_path):
     (run / "checkpoint-6" / "trainer_state.json").unlink()
     (run / "checkpoint-99").mkdir()
     found = run_ranks(1, resume, str(run), 1, [True], {}, True, timeout=300)
-    assert_goes_on([ran for [ran] in found], whole)
+    assert not differences([ran for [ran] in found], whole)
 
 
 def test_a_torn_tag_is_no_checkpoint(saved, tmp_path):
