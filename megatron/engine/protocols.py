@@ -7,9 +7,10 @@ optimizer's wrapper, is looked into by its class's name (engine_state.py) and ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+if TYPE_CHECKING:  # a flag's error need not wait for it
+    import torch
 
 
 class Engine(Protocol):

@@ -17,19 +17,8 @@ from fuzz.faults import Fault
 from megatron.checkpoint import loading, resume, saved_streams
 from megatron.engine import schedule
 from megatron.engine.optimizer_states import OptimizerStates
-from megatron.ucp import (
-    convert,
-    errors,
-    file_table,
-    manifest,
-    manifest_schema,
-    pointers,
-    safe_load,
-    safe_paths,
-    sources,
-    verify,
-)
-from megatron.ucp.sources import deepspeed_files, source
+from megatron.ucp import convert, errors, file_table, manifest, manifest_schema, pointers, safe_load, safe_paths, verify
+from megatron.ucp.sources import deepspeed_files, foreign, source
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -141,7 +130,7 @@ MUTATIONS = (
     Mutation(
         "values where DeepSpeed puts them",
         "frozen_param_fragments is",
-        ((sources, "_require_readable", _nothing),),
+        ((foreign, "_require_readable", _nothing),),
         "DeepSpeed",
     ),
     Mutation("the number of files", "p_size is out of range (7", ((deepspeed_files, "_MAX_MISSING", 1 << 80),)),

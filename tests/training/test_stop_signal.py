@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from matrix.recording import command_line
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29571"]
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "{port}"]
 
 
 def to_launcher(process: psutil.Process, number: int) -> None:
@@ -64,7 +65,7 @@ def test_the_run_saves_and_ends(case, data, tmp_path):
     output = tmp_path / "output"
     with open(output, "wb") as file:
         process = subprocess.Popen(
-            [*start, str(ROOT / "pretrain_gpt.py"), *flags],
+            [*(word.format(port=_free_port()) for word in start), str(ROOT / "pretrain_gpt.py"), *flags],
             env=environment,
             cwd=tmp_path,
             stdout=file,
@@ -78,7 +79,7 @@ def test_the_run_saves_and_ends(case, data, tmp_path):
             time.sleep(0.05)
         process.wait(timeout=90)
         deadline = time.monotonic() + 60  # a launcher may leave before its ranks
-        while not (tmp_path / "save/latest").exists() and time.monotonic() < deadline:
+        while "stopping at iteration" not in output.read_text() and time.monotonic() < deadline:
             time.sleep(0.1)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -90,6 +91,13 @@ def test_the_run_saves_and_ends(case, data, tmp_path):
     assert (tmp_path / "save" / step / "ucp.json").is_file() and int(step.removeprefix("global_step")) < 100_000
     if start is PYTHON:  # what a launcher makes of its own end is its own
         assert process.returncode == 0, text[-3000:]
+
+
+def _free_port() -> int:
+    """Two of these tests may run at a time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _wait_for(output: Path, text: str, process: subprocess.Popen) -> None:

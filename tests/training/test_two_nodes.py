@@ -65,14 +65,14 @@ def test_two_nodes_save_and_resume(cell: Cell, data, tmp_path):
 def _build_by_local_rank(rank: int, world_size: int, argv: list[str]) -> None:
     from megatron.engine import engine_state
 
-    own = engine_state._stage3_piece
+    own = engine_state._stage3_interval
 
     def mistaken(param):
         start, numel = own(param)
         length = param.partition_numel()
         return min(int(os.environ["LOCAL_RANK"]) * length, param.ds_numel - numel), numel
 
-    engine_state._stage3_piece = mistaken
+    engine_state._stage3_interval = mistaken
     _build_on_two_nodes(rank, world_size, argv)
 
 
