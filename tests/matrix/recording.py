@@ -50,14 +50,14 @@ class Curves:
     digests: dict
 
 
-def write_dataset(prefix: Path, seed: int = 0) -> Path:
+def write_dataset(prefix: Path, seed: int = 0, num_documents: int = NUM_DOCUMENTS) -> Path:
     """A small MMIDIDX dataset with learnable structure (each token depends on the one before)."""
     from megatron.data.indexed_dataset import IndexedDatasetWriter
 
     generator = np.random.default_rng(seed)
     table = generator.permutation(VOCAB_SIZE - 1)
     with IndexedDatasetWriter(prefix, dtype=np.uint16) as writer:
-        for _ in range(NUM_DOCUMENTS):
+        for _ in range(num_documents):
             tokens = [int(generator.integers(VOCAB_SIZE - 1))]
             for _ in range(int(generator.integers(50, 200))):
                 follows = generator.random() < 0.8

@@ -14,10 +14,10 @@ import pytest
 
 from harness.ranks import run_ranks
 from matrix.cells import MODEL, PAPER, Cell, cell
-from matrix.recording import Curves, command_line, train
+from matrix.recording import NUM_DOCUMENTS, Curves, command_line, train, write_dataset
 from megatron.ucp.convert import convert
 
-HALF = 40
+HALF = 14
 TAG = f"global_step{HALF}"
 SAME_HALF = 4
 """Bitwise, a few steps tell as much as many."""
@@ -97,13 +97,20 @@ class HalfWay(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def half_way(data, tmp_path_factory) -> dict[Cell, HalfWay]:
+def short_data(tmp_path_factory) -> Path:
+    """Of which a run sees three epochs."""
+    prefix = tmp_path_factory.mktemp("data") / "short_text_document"
+    return write_dataset(prefix, num_documents=NUM_DOCUMENTS // 3)
+
+
+@pytest.fixture(scope="module")
+def half_way(short_data, tmp_path_factory) -> dict[Cell, HalfWay]:
     made = {}
     for name in SOURCES:
         source, folder = cell(name), tmp_path_factory.mktemp(name)
-        whole = _train(source, data, iters=2 * HALF, micro_batch=3, save=folder, save_interval=HALF, **MODEL)
+        whole = _train(source, short_data, iters=2 * HALF, micro_batch=3, save=folder, save_interval=HALF, **MODEL)
         convert(folder / TAG, folder / f"{TAG}_universal", num_workers=1)
-        control = _train(source, data, iters=2 * HALF, micro_batch=6, load=folder, load_tag=TAG, **MODEL)
+        control = _train(source, short_data, iters=2 * HALF, micro_batch=6, load=folder, load_tag=TAG, **MODEL)
         made[source] = HalfWay(folder, whole, control)
     return made
 
@@ -113,11 +120,11 @@ def _max_delta(curves: Curves, reference: Curves) -> float:
 
 
 @pytest.mark.parametrize("source, target", JOURNEYS, ids=lambda cell: cell.name)
-def test_another_topology_within_twice_the_control(source: Cell, target: Cell, data, half_way):
+def test_another_topology_within_twice_the_control(source: Cell, target: Cell, short_data, half_way):
     folder, whole, control = half_way[source]
     is_universal = target.world_size % 4 == 0
     where = {"load_tag": f"{TAG}_universal", "universal_checkpoint": True} if is_universal else {"load_tag": TAG}
-    resumed = _train(target, data, iters=2 * HALF, micro_batch=3, load=folder, **where, **MODEL)
+    resumed = _train(target, short_data, iters=2 * HALF, micro_batch=3, load=folder, **where, **MODEL)
     assert sorted(resumed.losses) == list(range(HALF + 1, 2 * HALF + 1))
     first = HALF + 1
     assert abs(resumed.losses[first] - whole.losses[first]) < 1e-5
@@ -128,10 +135,10 @@ def test_another_topology_within_twice_the_control(source: Cell, target: Cell, d
         assert norm == pytest.approx(whole.grad_norms[step], rel=1e-4)
 
 
-def test_planted_fault_another_run_does_not_pass(data, half_way):
+def test_planted_fault_another_run_does_not_pass(short_data, half_way):
     """Another seed's first loss, and the right run's one step late."""
     whole = half_way[PAPER].whole
-    stranger = _train(Cell(), data, iters=1, seed=7, **MODEL)
+    stranger = _train(Cell(), short_data, iters=1, seed=7, **MODEL)
     assert abs(stranger.losses[1] - whole.losses[1]) > 1e-3
     late = Curves({step + 1: loss for step, loss in whole.losses.items() if step < 2 * HALF}, {}, {}, [], {})
     assert _max_delta(late, whole) > 100 * _max_delta(half_way[PAPER].control, whole)
