@@ -11,15 +11,23 @@ import torch
 @dataclass
 class Seen:
     state: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
-    """(name, "fp32", "exp_avg" or "exp_avg_sq") -> the whole tensor"""
+    """(name, "fp32", "exp_avg" or another state of the optimizer) -> the whole tensor"""
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     groups: list[tuple[float, float]] = field(default_factory=list)
     steps: set[float] = field(default_factory=set)
+    numbers: set[float] = field(default_factory=set)
+    """NAdam's mu_product."""
     counters: tuple = ()
     client_state: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     """Of the steps that follow."""
+
+
+def _states_of(base: torch.optim.Optimizer) -> list[str]:
+    """Names of its tensors."""
+    state = next(iter(base.state.values()), {})
+    return sorted(key for key, value in state.items() if torch.is_tensor(value) and value.dim() > 0)
 
 
 def seen_in(engine) -> Seen:
@@ -35,16 +43,17 @@ def seen_in(engine) -> Seen:
                 seen.frozen[name] = param.detach().float().clone()
         elif stage == 3:
             seen.state[name, "fp32"] = safe_get_full_fp32_param(param).clone()
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in _states_of(base):
                 seen.state[name, key] = safe_get_full_optimizer_state(param, key).clone()
         elif stage == 0:
             seen.state[name, "fp32"] = param.detach().clone()
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in _states_of(base):
                 seen.state[name, key] = base.state[param][key].clone()
     if stage in (1, 2):  # DeepSpeed's accessors know the moments of the first parameter group only
         names = {param: name for name, param in engine.module.named_parameters()}
-        for flat, group in zip(engine.optimizer.single_partition_of_fp32_groups, engine.optimizer.bit16_groups):
-            for key in ("fp32", "exp_avg", "exp_avg_sq"):
+        in_order = engine.optimizer.round_robin_bit16_groups  # as they lie; without round_robin_gradients as they are
+        for flat, group in zip(engine.optimizer.single_partition_of_fp32_groups, in_order):
+            for key in ("fp32", *_states_of(base)):
                 part = flat.detach() if key == "fp32" else base.state[flat][key]
                 parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
                 torch.distributed.all_gather(parts, part.contiguous())
@@ -53,6 +62,7 @@ def seen_in(engine) -> Seen:
                     seen.state[names[param], key] = values.view(param.shape).clone()
     seen.buffers = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
     seen.groups = [(group["lr"], group["weight_decay"]) for group in base.param_groups]
-    seen.steps = {float(state["step"]) for state in base.state.values()}
+    seen.steps = {float(state["step"]) for state in base.state.values() if "step" in state}
+    seen.numbers = {float(state[key]) for state in base.state.values() for key in ("mu_product",) if key in state}
     seen.counters = engine.global_steps, engine.global_samples, engine.skipped_steps
     return seen

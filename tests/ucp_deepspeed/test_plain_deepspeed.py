@@ -12,7 +12,7 @@ import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -59,11 +59,23 @@ def engine_of(stage: int, world_size: int, seed: int, more: dict, installs: bool
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    name, flags = OPTIMIZERS[more.get("named", "AdamW")]
+    optimizer = getattr(torch.optim, name)(groups, lr=1e-2, **flags)
     config = {"train_micro_batch_size_per_gpu": BATCH // world_size, **more}
+    config["zero_allow_untested_optimizer"] = config.pop("named", None) is not None
     config["zero_optimization"] = {"stage": stage, **more.get("zero_optimization", {})}
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
     return deepspeed.initialize(model=net, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
+
+
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "AdamW": ("AdamW", {}),
+    "AMSGrad": ("AdamW", {"amsgrad": True}),
+    "NAdam": ("NAdam", {}),
+    "SGD": ("SGD", {}),
+    "SGD with momentum": ("SGD", {"momentum": 0.9}),
+    "RMSprop": ("RMSprop", {"momentum": 0.5, "centered": True}),
+}
 
 
 def step(engine, number: int, rank: int, world_size: int) -> float:
@@ -107,7 +119,7 @@ def differences(found: Seen, saved: Seen) -> list[str]:
         here, there = getattr(found, table), getattr(saved, table)
         assert here.keys() == there.keys() and here
         lines += [f"{table} {key}" for key in here if not torch.equal(here[key], there[key])]
-    for value in ("groups", "steps", "counters"):
+    for value in ("groups", "steps", "numbers", "counters"):
         lines += [value] if getattr(found, value) != getattr(saved, value) else []
     return lines + (["client state"] if found.client_state != {"epoch": 4, "note": ["a", 1.5]} else [])
 
@@ -151,6 +163,40 @@ def test_every_stage_and_size_into(target: tuple[int, int], is_bf16: bool, saved
             assert not differences(found, made.seen)
             # Topologies differ in the order of sums alone; bf16 rounds gradients as they are summed.
             assert found.losses == pytest.approx(made.seen.losses, abs=2e-2 if is_bf16 else 2e-6)
+
+
+@pytest.mark.parametrize("named", OPTIMIZERS)
+@pytest.mark.parametrize("installs", [True, False], ids=["saved with install", "saved by stock"])
+def test_any_optimizer_whose_state_can_be_cut(named: str, installs: bool, tmp_path):
+    folder, more = tmp_path / "run", {"named": named}
+    there = run_ranks(2, save, str(folder), 2, more, installs)[0]
+    for stage, ranks in ((1, 3), (3, 1)):
+        for [found] in run_ranks(ranks, resume, [str(folder)], stage, more):
+            assert not differences(found, there)
+            assert found.losses == pytest.approx(there.losses, abs=2e-6)
+
+
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
+SETTINGS = {
+    "from CPU offload": ((2, 2, OFFLOAD), (1, 3, {})),
+    "to CPU offload": ((1, 2, {}), (2, 3, OFFLOAD)),
+    "ZeRO-3 in small sub-groups": ((3, 2, {"zero_optimization": {"sub_group_size": 500}}), (3, 3, {})),
+    "to small sub-groups": ((3, 2, {}), (3, 1, {"zero_optimization": {"sub_group_size": 500}})),
+    "from round_robin_gradients": ((2, 3, {"zero_optimization": {"round_robin_gradients": True}}), (2, 2, {})),
+    "to round_robin_gradients": ((2, 2, {}), (2, 3, {"zero_optimization": {"round_robin_gradients": True}})),
+    "gathered weights": ((3, 2, {"zero_optimization": {"stage3_param_persistence_threshold": 0}}), (1, 1, {})),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("installs", [True, False], ids=["saved with install", "saved by stock"])
+def test_settings_of_deepspeed(case: str, installs: bool, tmp_path):
+    source, target = SETTINGS[case]
+    folder = tmp_path / "run"
+    there = run_ranks(source[1], save, str(folder), source[0], source[2], installs)[0]
+    for [found] in run_ranks(target[1], resume, [str(folder)], target[0], target[2]):
+        assert not differences(found, there)
+        assert found.losses == pytest.approx(there.losses, abs=2e-6)
 
 
 @pytest.mark.parametrize("source, target", [((1, 2), (1, 1)), ((2, 2), (3, 2)), ((3, 2), (3, 1)), ((3, 3), (1, 3))])

@@ -157,6 +157,17 @@ class OptimizerFile:
         return base
 
 
+def numbers_in(state: Mapping[str, Any]) -> dict[str, float]:
+    """What an optimizer keeps of a parameter beside tensors, the step apart (NAdam's mu_product)."""
+    return {key: float(value) for key, value in state.items() if key != "step" and _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and value.dtype != torch.bool and not value.is_complex()
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def count(value: Any) -> int:
     """Of elements. Raises ValueError for what a file may hold instead."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_ELEMENTS:

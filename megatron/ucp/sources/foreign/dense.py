@@ -31,7 +31,7 @@ from megatron.ucp.sources.foreign.flat_order import flat_fragments, sub_groups
 from megatron.ucp.sources.foreign.layer_files import Shapes, frozen_in_layers, is_weight
 from megatron.ucp.sources.foreign.param_groups import group_values, names_or_numbers
 from megatron.ucp.sources.foreign.save import NO_MANIFEST, ForeignSave, common_from_model_states, open_save
-from megatron.ucp.sources.optimizer_file import OptimizerFile
+from megatron.ucp.sources.optimizer_file import OptimizerFile, numbers_in
 
 _NUM_COMPARED = 16
 
@@ -201,6 +201,7 @@ class DenseReader:
                             group=names_of_groups[group_of[flat]],
                             states=("fp32", *tensors),
                             step=None if state.get("step") is None else float(state["step"]),
+                            scalars=numbers_in(state),
                             pp_stages=tuple(sorted(trainable[name])),
                         ),
                     )

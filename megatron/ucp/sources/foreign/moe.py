@@ -44,7 +44,7 @@ from megatron.ucp.sources.foreign.expert_weights import weight_faults
 from megatron.ucp.sources.foreign.layer_files import is_weight
 from megatron.ucp.sources.foreign.param_groups import Seen, group_names
 from megatron.ucp.sources.foreign.save import open_all, open_save
-from megatron.ucp.sources.optimizer_file import OptimizerFile
+from megatron.ucp.sources.optimizer_file import OptimizerFile, numbers_in
 
 
 def open_moe(folder: Path, column_parallel: tuple[str, ...] = ()) -> MoeSource:
@@ -294,6 +294,7 @@ class _ExpertReader:
             group=names[expert.group] if names else str(expert.group),
             states=("fp32", *(key for key, value in state.items() if _is_cut(value))),
             step=None if state.get(STEP) is None else float(state[STEP]),
+            scalars=numbers_in(state),
             pp_stages=(expert.pp,),
         )
 

@@ -43,6 +43,7 @@ from megatron.ucp.sources.foreign.layer_files import is_weight
 from megatron.ucp.sources.foreign.param_groups import group_names, group_values
 from megatron.ucp.sources.foreign.save import NO_MANIFEST, common_from_model_states
 from megatron.ucp.sources.one_save import disagreements
+from megatron.ucp.sources.optimizer_file import numbers_in
 from megatron.ucp.sources.source import FileCache
 from megatron.ucp.topology import Topology
 
@@ -272,7 +273,9 @@ class _Reader:
             if weight.dtype != torch.float32:
                 self._refuse("only ZeRO-0 in fp32 has its masters in the weights", f"{name}: {weight.dtype}")
             step = None if state.get(STEP) is None else float(state[STEP])
-            infos[name] = ParameterInfo(Layout.unique(shape), names[owners[index]], ("fp32", *tensors), step)
+            infos[name] = ParameterInfo(
+                Layout.unique(shape), names[owners[index]], ("fp32", *tensors), step, scalars=numbers_in(state)
+            )
         if faults:
             self._refuse("ZeRO-0 keeps the optimizer's state by index, and it is not the order of the weights", faults)
         return infos

@@ -26,6 +26,7 @@ from megatron.ucp.sources.deepspeed_files import list_files
 from megatron.ucp.sources.foreign.layer_files import is_weight
 from megatron.ucp.sources.foreign.param_groups import group_values, names_or_numbers
 from megatron.ucp.sources.foreign.save import NO_MANIFEST, common_from_model_states
+from megatron.ucp.sources.optimizer_file import numbers_in
 from megatron.ucp.sources.source import FileCache, Source
 from megatron.ucp.topology import Topology
 
@@ -65,6 +66,7 @@ def open_zero0(folder: Path) -> Source:
             group=names_of_groups[owner[index]],
             states=("fp32", *(key for key, value in of_param.items() if torch.is_tensor(value) and value.dim() > 0)),
             step=None if step is None else float(step),
+            scalars=numbers_in(of_param),
         )
     frozen = {name: weight for name, weight in weights.items() if name not in parameters}
     for name, weight in frozen.items():
