@@ -36,6 +36,7 @@ from megatron.ucp.sources import Source
 from megatron.ucp.sources.deepspeed_files import list_files
 from megatron.ucp.sources.optimizer_file import OptimizerFile
 from megatron.ucp.sources.source import FileCache
+from megatron.ucp.stand_ins import without_strangers
 from megatron.ucp_deepspeed.engine_view import engine_state
 from megatron.ucp_deepspeed.saving import LEFT_OUT
 
@@ -205,4 +206,11 @@ def _client_state(content: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
     taken = {*_DEEPSPEEDS} if not wanted.module_only else {"module"}
     taken |= {"lr_scheduler"} if wanted.schedule else set()
     taken |= {"optimizer"} if wanted.optimizer_states else set()
-    return {key: value for key, value in content.items() if key not in taken}
+    state, left_out = without_strangers({key: value for key, value in content.items() if key not in taken})
+    if left_out:
+        log.warning(
+            "warning: what the program saved beside the engine's state comes without %s: no class is made because a "
+            "file names it. torch.serialization.add_safe_globals([...]) before the load allows those that you trust",
+            listed(left_out, 10),
+        )
+    return state

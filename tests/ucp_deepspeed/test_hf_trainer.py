@@ -59,7 +59,17 @@ def on_the_cpu() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def program(out: str, stage: int, per_device: int, accumulation: int, resume: str | bool | None, **more: Any) -> Ran:
+def program(
+    out: str,
+    stage: int,
+    per_device: int,
+    accumulation: int,
+    resume: str | bool | None,
+    *,
+    lora_on: int | None = None,
+    **more: Any,
+) -> Ran:
+    """`lora_on`: the seed of a base model that is not trained, with adapters that are (PEFT)."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     on_the_cpu()
@@ -77,9 +87,16 @@ def program(out: str, stage: int, per_device: int, accumulation: int, resume: st
         disable_tqdm=True,
         **more,
     )
-    torch.manual_seed(1 if resume is None else 2)
+    torch.manual_seed(lora_on or (1 if resume is None else 2))
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes))
+    if lora_on is not None:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(3 if resume is None else 4)
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        )
     ran, numbers = Ran(), {tuple(sample(i).tolist()): i for i in range(NUM_SAMPLES)}
 
     class Watch(TrainerCallback):
@@ -176,6 +193,20 @@ def test_bf16(source: tuple[int, int], target: tuple[int, int], saved, tmp_path)
     folder, whole = saved(*source, is_bf16=True)
     found = run_ranks(target[1], resume, str(tmp_path), target[0], [str(folder)], {"bf16": True}, True, timeout=300)
     assert not differences([ran for [ran] in found], whole, within=2e-2)
+
+
+@pytest.mark.parametrize("installs", [True, False], ids=["saved with install", "saved by stock"])
+@pytest.mark.parametrize("source, target", [((2, 2), (3, 1)), ((3, 3), (1, 2)), ((1, 2), (2, 3))])
+def test_adapters_on_a_frozen_base(source: tuple[int, int], target: tuple[int, int], installs: bool, tmp_path):
+    """Trainer leaves the base out of the checkpoint."""
+    out, lora = tmp_path / "run", {"lora_on": 5}
+    whole = run_ranks(source[1], save, str(out), source[0], lora, installs, timeout=300)
+    checkpoint = out / f"checkpoint-{SAVED_AT}"
+    found = run_ranks(target[1], resume, str(out), target[0], [str(checkpoint)], lora, True, timeout=300)
+    assert not differences([ran for [ran] in found], whole)
+    if installs:  # which base it was is known by its digest
+        with pytest.raises(RankFailure, match="was trained on another base model"):
+            run_ranks(target[1], resume, str(out), target[0], [str(checkpoint)], {"lora_on": 6}, True, timeout=300)
 
 
 @pytest.mark.parametrize("source, target", [((1, 2), (1, 1)), ((2, 2), (2, 3)), ((2, 2), (3, 2)), ((3, 2), (3, 1))])

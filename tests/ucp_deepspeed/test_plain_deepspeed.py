@@ -210,6 +210,24 @@ def test_stock_deepspeed_beside_it(source: tuple[int, int], target: tuple[int, i
     assert differences(found, made.seen)
 
 
+def _with_a_date(rank: int, world_size: int, folder: str, is_trusted: bool) -> dict:
+    import datetime
+
+    engine = engine_of(1, world_size, 0, {}, True)
+    step(engine, 0, rank, world_size)
+    engine.save_checkpoint(folder, client_state={"when": datetime.datetime(2026, 1, 2), "epoch": 3})
+    if is_trusted:
+        torch.serialization.add_safe_globals([datetime.datetime])
+    return {key: str(value) for key, value in engine.load_checkpoint(folder)[1].items() if key in ("when", "epoch")}
+
+
+def test_client_state_makes_no_class_that_is_not_trusted(tmp_path):
+    [found] = run_ranks(1, _with_a_date, str(tmp_path / "a"), False)
+    assert found == {"epoch": "3"}
+    [found] = run_ranks(1, _with_a_date, str(tmp_path / "b"), True)
+    assert found == {"epoch": "3", "when": "2026-01-02 00:00:00"}
+
+
 def test_planted_fault_is_found_by_the_comparison(saved):
     """One moment of one parameter."""
     made = saved(1, 2)
