@@ -3,13 +3,14 @@
 # make test-fast   those that start no other process, for the edit loop
 # make fig7    one Source, eleven Targets and eight Sources, one Target: the paper's Figure 7 on CPU, into gallery/
 # make fig9    LLaMA, BLOOM and a mixture of experts under another topology: the paper's Figure 9, into gallery/
+# make hf_trainer  a Hugging Face Trainer script with one line more: killed on 2 ranks, resumed on 1 and on 3
 # make bench   side-by-side measurements         make install only set up
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install ex1 ex2 ex3 ex4 fig7 fig9 test test-fast lint bench clean
+.PHONY: install ex1 ex2 ex3 ex4 fig7 fig9 hf_trainer test test-fast lint bench clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -28,6 +29,9 @@ $(STAMP): setup.py pyproject.toml megatron/data/index_helpers.cpp megatron/ucp/k
 
 ex1 ex2 ex3 ex4: $(STAMP)
 	bash examples/$@/run.sh
+
+hf_trainer: $(STAMP)
+	bash examples/hf_trainer/run.sh
 
 fig7 fig9: $(STAMP)
 	GALLERY_DIR=gallery bash examples/$@/run.sh

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import logger as deepspeed_log
 
 from megatron.checkpoint.errors import CheckpointError, on_rank_0
 from megatron.engine.deepspeed_names import require_names
@@ -27,6 +26,7 @@ from megatron.ucp_deepspeed.trainer import trainer_replacements
 
 log = logging.getLogger(__name__)
 _log_of_all = logging.getLogger("megatron")
+_handler = logging.StreamHandler()
 
 _replaced = Replaced()
 
@@ -50,23 +50,22 @@ def install() -> None:
 def uninstall() -> None:
     """What was there before, again."""
     _replaced.undo()
-    for handler in [h for h in _log_of_all.handlers if isinstance(h, _ByDeepSpeed)]:
-        _log_of_all.removeHandler(handler)
+    _log_of_all.removeHandler(_handler)
 
 
-class _ByDeepSpeed(logging.Handler):
-    """Rank 0's lines, in DeepSpeed's log: it is there that people look for what became of a checkpoint."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            deepspeed_log.handle(record)
+class _Rank0(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _show_what_is_said() -> None:
-    """Where the program has not set up logging for us itself."""
-    if not _log_of_all.hasHandlers():
-        _log_of_all.addHandler(_ByDeepSpeed())
-        _log_of_all.setLevel(logging.INFO)
+    """On rank 0's standard error, where the program has not set up logging for us itself."""
+    if _log_of_all.hasHandlers():
+        return
+    _handler.setFormatter(logging.Formatter("[%(asctime)s] [ucp] %(message)s", datefmt="%H:%M:%S"))
+    _handler.addFilter(_Rank0())
+    _log_of_all.addHandler(_handler)
+    _log_of_all.setLevel(logging.INFO)
 
 
 def _loading(stock: Callable[..., Any]) -> Callable[..., Any]:
