@@ -25,7 +25,17 @@ def losses_of(folder: Path) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
 
 
+def faults(folder: Path) -> list[str]:
+    """Runs that did not train just the steps after the checkpoint: they would be compared with a copy of themselves."""
+    steps = {name: (folder / f"{name}.log").read_text().count("'loss'") for name in RUNS}
+    expected = LAST - SAVED_AT
+    return [f"{name} trained {found} steps, not {expected}" for name, found in steps.items() if found != expected]
+
+
 def main(folder: Path) -> int:
+    if found := faults(folder):
+        print("FAIL: " + "; ".join(found))
+        return 1
     whole = losses_of(folder / "whole")
     after = range(SAVED_AT + 1, LAST + 1)
     deltas = {}

@@ -14,7 +14,7 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 ROOT="$(cd "$HERE/../.." && pwd)"
 RUN_DIR="${RUN_DIR:-$ROOT/runs/hf_trainer}"
 PYTHON="$ROOT/.venv/bin/python"
-export PYTHONPATH="$ROOT" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+export PYTHONPATH="$ROOT" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
 SCRIPT=("$HERE/train.py")
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.device_count() < 3)'; then
@@ -31,7 +31,7 @@ train() { # ranks, name of the run, arguments
 resume() { # ranks, name of the run, arguments; from a copy of what the killed run left
     cp -r "$RUN_DIR/killed" "$RUN_DIR/$2"
     train "$@" --resume
-    grep -hoE "state digest .*|gradient_accumulation_steps is .*|is passed over.*" "$RUN_DIR/$2.log" | sort -u | sed "s/^/  $2: /"
+    grep -hoE "state digest .* equals .*|gradient_accumulation_steps is .*|is passed over.*" "$RUN_DIR/$2.log" | sort -u | sed "s/^/  $2: /"
 }
 
 rm -rf "$RUN_DIR"
@@ -41,17 +41,15 @@ echo "never stopped, 2 ranks, ZeRO-2"
 train 2 whole --stage 2
 
 echo "the same, killed after step 30"
-set -m
 train 2 killed --stage 2 &
 KILLED=$!
-set +m
 until [ "$(grep -c "'loss'" "$RUN_DIR/killed.log" 2>/dev/null || true)" -ge 30 ]; do
     kill -0 "$KILLED" 2>/dev/null || { tail -20 "$RUN_DIR/killed.log" >&2; exit 1; }
     sleep 0.05
 done
-kill -9 -- -"$KILLED" # as a machine that is lost; bash tells of it
+pkill -9 -f "$RUN_DIR/killed" # the launcher and its ranks, as a machine that is lost
 wait "$KILLED" 2>/dev/null || true
-rm -rf "$RUN_DIR/killed/checkpoint-40" # where the kill came late
+[ ! -e "$RUN_DIR/killed/checkpoint-40" ] || { echo "the kill came too late: run it again" >&2; exit 1; }
 
 echo "resumed on 1 rank, ZeRO-1"
 resume 1 resumed_1 --stage 1

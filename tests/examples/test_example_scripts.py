@@ -5,6 +5,7 @@ the next one reads.
 """
 
 import dataclasses
+import importlib.util
 import os
 import re
 import shlex
@@ -389,3 +390,15 @@ def test_readme_lists_every_example_and_only_knobs_that_exist():
     }
     assert len(knobs) > 20
     assert sorted(knob for knob in knobs if not re.search(rf"\$\{{{knob}:[=-]", scripts)) == []
+
+
+def test_hf_trainer_is_not_compared_with_a_copy_of_itself(tmp_path):
+    """A run that found a checkpoint of the last step, because the kill missed the ranks, has nothing to train."""
+    spec = importlib.util.spec_from_file_location("compare", EXAMPLES / "hf_trainer" / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    for name in compare.RUNS:
+        (tmp_path / f"{name}.log").write_text("{'loss': '9.1'}\n" * (compare.LAST - compare.SAVED_AT))
+    assert compare.faults(tmp_path) == []
+    (tmp_path / "resumed_3.log").write_text("{'loss': '9.1'}\n")
+    assert compare.faults(tmp_path) == ["resumed_3 trained 1 steps, not 40"]
