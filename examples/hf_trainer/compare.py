@@ -66,7 +66,7 @@ def main(folder: Path) -> int:
     above.set(ylabel="loss", title="HF Trainer, killed after step 20's checkpoint, resumed on other ranks")
     below.set(ylabel="|difference|, 1e-8: none", xlabel="step", ylim=(5e-9, None))
     above.legend()
-    below.legend()
+    below.legend(loc="lower left", fontsize=8)
     figure.tight_layout()
     figure.savefig(folder / "loss.png", dpi=110)
     print(f"picture: {folder / 'loss.png'}")
