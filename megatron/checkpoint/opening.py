@@ -6,6 +6,7 @@ opened.source, opened.identity
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +28,10 @@ class OpenCheckpoint:
     identity: Identity
 
     @classmethod
-    def of(cls, folder: Path) -> OpenCheckpoint:
-        """Raises what opening raises. Local."""
+    def of(cls, folder: Path, optimizer_order: Sequence[str] = ()) -> OpenCheckpoint:
+        """`optimizer_order`: see open_source. Raises what opening raises. Local."""
         identity = Identity.of(folder)
-        return cls(open_source(folder), identity)
+        return cls(open_source(folder, optimizer_order=optimizer_order), identity)
 
 
 def open_everywhere(folder: Path, opened: OpenCheckpoint | None = None) -> OpenCheckpoint:

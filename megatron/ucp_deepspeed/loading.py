@@ -74,7 +74,10 @@ def load(engine: ForeignEngine, folder: Path, wanted: Wanted) -> tuple[str, dict
 
     Collective over the world. Raises SourceMismatchError before anything is placed, CheckpointError on every rank
     where the checkpoint cannot be read or what was placed is not what was saved."""
-    opened = open_everywhere(folder)
+    with all_ranks_or_none("opening", folder):
+        order = [name for names in engine_state(engine).members for name in names]
+        opened = OpenCheckpoint.of(folder, order)
+    opened = open_everywhere(folder, opened)
     source = opened.source
     with all_ranks_or_none("opening", folder):
         path, content = _model_states(folder)

@@ -156,7 +156,7 @@ def saved(tmp_path_factory) -> Callable[..., Saved]:
 )
 def test_every_stage_and_size_into(target: tuple[int, int], is_bf16: bool, saved):
     there = [saved(*source, is_bf16) for source in CELLS if source[0] or not is_bf16]
-    there += [saved(*source, is_bf16, installs=False) for source in CELLS if source[0]]
+    there += [saved(*source, is_bf16, installs=False) for source in CELLS if source[0] or not is_bf16]
     folders = [str(made.folder) for made in there]
     for by_rank in run_ranks(target[1], resume, folders, target[0], BF16 if is_bf16 else {}):
         for made, found in zip(there, by_rank, strict=True):

@@ -8,7 +8,7 @@ source = open_source("checkpoints/global_step100_universal")
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron.ucp.commit import STAGING_SUFFIX
@@ -89,14 +89,19 @@ def _newest(runs: Iterable[str]) -> str | None:
     return max((match for match in matches if match), key=lambda match: int(match[2]))[0]
 
 
-def open_source(folder: str | Path, tag: str | None = None, column_parallel: tuple[str, ...] = ()) -> Source:
-    """The Source for a checkpoint folder, or for a run folder with `latest`. `column_parallel`: regular expressions
-    that folders without a ucp.json may need, see sources/foreign. Raises NotACheckpointError and what the Source
-    raises."""
+def open_source(
+    folder: str | Path,
+    tag: str | None = None,
+    column_parallel: tuple[str, ...] = (),
+    optimizer_order: Sequence[str] = (),
+) -> Source:
+    """The Source for a checkpoint folder, or for a run folder with `latest`. `column_parallel` (regular expressions)
+    and `optimizer_order` (names) are what folders without a ucp.json may need, see sources/foreign. Raises
+    NotACheckpointError and what the Source raises."""
     folder = find_checkpoint(folder, tag)
     if (folder / MANIFEST_NAME).is_file():
         return _open_listed(folder, read_manifest(folder))
-    return open_foreign(folder, column_parallel)
+    return open_foreign(folder, column_parallel, optimizer_order)
 
 
 def _open_listed(folder: Path, manifest: Manifest) -> Source:

@@ -10,6 +10,7 @@ source = open_foreign(Path("run/global_step100"))
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.ucp.errors import CorruptFileError, UcpError
@@ -23,12 +24,13 @@ from megatron.ucp.sources.foreign.zero0 import open_zero0
 from megatron.ucp.sources.source import Source
 
 
-def open_foreign(folder: Path, column_parallel: tuple[str, ...] = ()) -> Source:
+def open_foreign(folder: Path, column_parallel: tuple[str, ...] = (), optimizer_order: Sequence[str] = ()) -> Source:
     """`column_parallel`: regular expressions for names of parameters that tensor parallelism cuts along dimension 0,
-    where DeepSpeed's patterns do not say so. Raises, before any tensor is read, MissingFileError, CorruptFileError,
-    SourceError (the files contradict each other) or UnsupportedCheckpointError."""
+    where DeepSpeed's patterns do not say so. `optimizer_order`: names of the parameters in the order of the optimizer's
+    groups, for ZeRO-0, whose files only number them. Raises, before any tensor is read, MissingFileError,
+    CorruptFileError, SourceError (the files contradict each other) or UnsupportedCheckpointError."""
     try:
-        source = _open(folder, column_parallel)
+        source = _open(folder, column_parallel, optimizer_order)
         source.manifest.require_sound(folder)
         _require_readable(source)
     except UcpError:
@@ -43,13 +45,15 @@ def open_foreign(folder: Path, column_parallel: tuple[str, ...] = ()) -> Source:
     return source
 
 
-def _open(folder: Path, column_parallel: tuple[str, ...]) -> Source:
+def _open(folder: Path, column_parallel: tuple[str, ...], optimizer_order: Sequence[str]) -> Source:
     if (folder / "zero").is_dir():
         return open_foreign_universal(folder)
     found = list_files(folder)
     if has_experts(folder):
         return open_moe(folder, column_parallel) if found.zeros else open_moe_zero0(folder)
-    return open_zero0(folder) if found.models and not found.zeros else open_dense(folder, column_parallel)
+    if found.models and not found.zeros:
+        return open_zero0(folder, optimizer_order)
+    return open_dense(folder, column_parallel)
 
 
 def _require_readable(source: Source) -> None:

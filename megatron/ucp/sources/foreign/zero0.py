@@ -41,8 +41,9 @@ _SAVE_AGAIN = (
 Shape = tuple[int, ...]
 
 
-def open_zero0(folder: Path) -> Source:
-    """Opens the file. Raises CorruptFileError, SourceError or UnsupportedCheckpointError."""
+def open_zero0(folder: Path, order: Sequence[str] = ()) -> Source:
+    """Opens the file. `order`: names of the optimizer's parameters, from a program that has the same optimizer. Raises
+    CorruptFileError, SourceError or UnsupportedCheckpointError."""
     found, cache = list_files(folder), FileCache()
     if set(found.models) != {(0, 0)} or found.layers:
         _refuse(
@@ -55,7 +56,7 @@ def open_zero0(folder: Path) -> Source:
     weights, optimizer = _weights(folder, content), _optimizer(folder, content)
     groups, state = optimizer["param_groups"], optimizer["state"]
     owner = {index: number for number, group in enumerate(groups) for index in group["params"]}
-    names = _names(folder, content, weights, groups, state)
+    names = _names(folder, content, weights, groups, state, order)
     names_of_groups = names_or_numbers(groups)
     parameters = {}
     for index, name in enumerate(names):
@@ -130,11 +131,15 @@ def _names(
     weights: Mapping[str, torch.Tensor],
     groups: Sequence[Mapping[str, Any]],
     state: Mapping[int, Mapping[str, Any]],
+    order: Sequence[str],
 ) -> list[str]:
     """By index of the optimizer."""
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     wanted = [[_shape(state.get(index, {})) for index in group["params"]] for group in groups]
     said = content.get(NAMES_KEY) or [name for group in groups for name in group.get("param_names", ())]
+    ways = [] if said else _ways(list(shapes.values()), wanted)
+    if not said and len(ways) != 1:  # what the shapes say beyond doubt nobody need say
+        said = order
     if said:
         names = list(said)
         expected = [shape for group in wanted for shape in group]
@@ -151,7 +156,6 @@ def _names(
                 "states of the optimizer have not the shape of the weights they are named for", found=odd, where=folder
             )
         return names
-    ways = _ways(list(shapes.values()), wanted)
     if len(ways) != 1:
         _refuse(
             folder,
