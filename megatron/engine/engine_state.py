@@ -300,6 +300,11 @@ class EngineState(OptimizerStates):
         return getattr(self.engine.optimizer, "loss_scaler", None)
 
 
+def is_locatable(optimizer: object) -> bool:
+    """Whether the state under this wrapper of DeepSpeed's, or in torch's optimizer itself, can be found."""
+    return isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__name__ in (_STAGE3, *_FLAT_GROUPS)
+
+
 def whole_shape(param: torch.nn.Parameter) -> tuple[int, ...]:
     """Of this rank's shard: under ZeRO-3 a parameter is empty between steps, and remembers its shape."""
     return tuple(getattr(param, "ds_shape", param.shape))

@@ -13,7 +13,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.distributed import ProcessGroup
 
 from megatron.engine.engine import PipeEngine, PlainEngine
-from megatron.engine.engine_state import EngineState, whole_shape
+from megatron.engine.engine_state import EngineState, is_locatable, whole_shape
+from megatron.engine.optimizer_states import UnsupportedOptimizerError
 from megatron.engine.protocols import ForeignEngine
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.layout import Layout
@@ -21,20 +22,27 @@ from megatron.ucp.topology import Topology
 
 
 def left_to_deepspeed(engine: ForeignEngine) -> str | None:
-    """Why this engine's checkpoints are DeepSpeed's own business; None where they are ours. Local, the same answer on
-    every rank."""
+    """Why this engine's checkpoints are DeepSpeed's own business; None where they are ours, and then the optimizer's
+    states are made. Local, the same answer on every rank."""
     reasons = {
         "it is the trainer's here, which saves and loads it itself": isinstance(engine, (PlainEngine, PipeEngine)),
         "it has pipeline stages": isinstance(engine, PipelineEngine),
         "it has tensor parallelism": engine.mp_world_size > 1,
         "it has experts": engine.has_moe_layers,
         "it has no optimizer": engine.optimizer is None or not hasattr(engine.optimizer, "param_groups"),
+        f"{type(engine.optimizer).__name__} keeps its state in a form of its own": not is_locatable(engine.optimizer),
         "its optimizer's states are on NVMe": engine.zero_nvme_offload_optimizer(),
         "ZeRO partitions over fewer ranks than there are (MiCS, hpZ or an own group)": (
             dist.get_world_size(group=engine.seq_data_parallel_group) != dist.get_world_size()
         ),
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        return reason
+    try:
+        engine_state(engine).make_states()
+    except UnsupportedOptimizerError as error:
+        return str(error)
+    return None
 
 
 def engine_state(engine: ForeignEngine, without: Collection[str] = ()) -> EngineState:

@@ -15,6 +15,7 @@ import functools
 import logging
 import random
 import re
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from megatron.checkpoint.errors import CheckpointError
 from megatron.ucp.errors import UcpError
 from megatron.ucp.file_table import require_sizes
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
+from megatron.ucp.pointers import LATEST
 from megatron.ucp.safe_load import load as load_file
 from megatron.ucp.sources import find_checkpoint, open_source
 from megatron.ucp.sources.deepspeed_files import list_files
@@ -44,25 +46,29 @@ def trainer_replacements(trainer: ModuleType) -> list[Replacement]:
     """`trainer`: the module transformers.trainer."""
     return [
         Replacement(trainer, "get_last_checkpoint", lambda _: last_whole_checkpoint),
+        Replacement(sys.modules["transformers.trainer_utils"], "get_last_checkpoint", lambda _: last_whole_checkpoint),
         Replacement(trainer.Trainer, "train", _training),
         Replacement(trainer.Trainer, "_load_rng_state", _loading_rng_state),
     ]
 
 
-def last_whole_checkpoint(folder: str) -> str | None:
-    """As transformers' get_last_checkpoint, passing over what is not whole, and telling of it."""
+def last_whole_checkpoint(folder: str, needs_deepspeed: bool = False) -> str | None:
+    """As transformers' get_last_checkpoint, passing over what is not whole, and telling of it. Not `needs_deepspeed`:
+    one that has none of DeepSpeed's files will do."""
     numbered = [(int(m[1]), path) for path in Path(folder).iterdir() if (m := _CHECKPOINT.fullmatch(path.name))]
     for _, path in sorted(numbered, reverse=True):
-        if fault := _not_whole(path):
+        if fault := _not_whole(path, needs_deepspeed):
             log.warning("warning: %s is passed over: %s", path, fault)
         else:
             return str(path)
     return None
 
 
-def _not_whole(folder: Path) -> str | None:
+def _not_whole(folder: Path, needs_deepspeed: bool) -> str | None:
     if not (folder / "trainer_state.json").is_file():
         return "it has no trainer_state.json, which Trainer writes last"
+    if not needs_deepspeed and not (folder / LATEST).exists() and not any(folder.glob("global_step*")):
+        return None
     try:
         found = find_checkpoint(folder)
         if (found / MANIFEST_NAME).is_file():
@@ -80,8 +86,8 @@ def _not_whole(folder: Path) -> str | None:
 def _training(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint is True and self.is_deepspeed_enabled:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, needs_deepspeed=True)
             if resume_from_checkpoint is None:
                 raise ValueError(f"there is no whole checkpoint in {self.args.output_dir}: start without resuming")
         if resume_from_checkpoint and self.is_deepspeed_enabled:

@@ -53,7 +53,9 @@ ucp_deepspeed.install(); ucp_deepspeed.install()
 import transformers.trainer as trainer
 ours = engine.load_checkpoint, engine.save_checkpoint
 assert ours[0] is not stock[0] and ours[1] is not stock[1]
-assert trainer.get_last_checkpoint.__module__ == "megatron.ucp_deepspeed.trainer"
+from transformers.trainer_utils import get_last_checkpoint
+assert trainer.get_last_checkpoint is get_last_checkpoint
+assert get_last_checkpoint.__module__ == "megatron.ucp_deepspeed.trainer"
 ucp_deepspeed.uninstall()
 assert (engine.load_checkpoint, engine.save_checkpoint) == stock
 assert not [finder for finder in sys.meta_path if "megatron" in type(finder).__module__]

@@ -245,6 +245,18 @@ def test_a_torn_tag_is_no_checkpoint(saved, tmp_path):
     assert last_whole_checkpoint(str(run)) is None
 
 
+def test_trainers_without_deepspeed_find_their_checkpoints(tmp_path):
+    """Theirs have none of DeepSpeed's files; one that is empty is passed over there too."""
+    from megatron.ucp_deepspeed.trainer import last_whole_checkpoint
+
+    for name in ("checkpoint-5", "checkpoint-20", "checkpoint-100", "other"):
+        (tmp_path / name).mkdir()
+    for name in ("checkpoint-5", "checkpoint-20"):
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-20")
+    assert last_whole_checkpoint(str(tmp_path), needs_deepspeed=True) is None
+
+
 def test_a_global_batch_that_cannot_be_kept_is_refused(saved, tmp_path):
     folder, _ = saved(2, 2)
     manifest = json.loads((folder / f"global_step{SAVED_AT}" / "ucp.json").read_text())

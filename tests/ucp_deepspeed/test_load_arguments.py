@@ -98,6 +98,38 @@ def test_another_model_is_refused_before_anything_is_placed(saved):
         assert "parameters only the Source has: norm.bias, norm.weight" in text
 
 
+class Odd(torch.optim.SGD):
+    """Its state has the shape of nothing, so that it cannot be cut."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.state[param].setdefault("table", torch.zeros(3)).add_(1)
+        return super().step(closure)
+
+
+def _left_alone(rank: int, world_size: int, folder: str, stage: int, more: dict) -> tuple[list[str], list[float], int]:
+    torch.optim.Odd = Odd
+    engine = engine_of(stage, world_size, 0, more, True)
+    losses = [step(engine, number, rank, world_size) for number in range(2)]
+    engine.save_checkpoint(folder)
+    losses.append(step(engine, 2, rank, world_size))
+    engine = engine_of(stage, world_size, 7, more, True)
+    path, _ = engine.load_checkpoint(folder)
+    names = sorted(each.name for each in Path(path).parent.iterdir())
+    return names, [*losses[2:], step(engine, 2, rank, world_size)], engine.global_steps
+
+
+@pytest.mark.parametrize("case", ["ZeRO-0 in bf16", "an optimizer whose state cannot be cut"])
+def test_what_is_left_to_deepspeed_works_as_without_us(case: str, tmp_path):
+    stage, more = (0, {"bf16": {"enabled": True}}) if case == "ZeRO-0 in bf16" else (1, {"named": "Odd"})
+    for names, (went_on, resumed), steps in run_ranks(2, _left_alone, str(tmp_path), stage, more):
+        assert "ucp.json" not in names and "mp_rank_00_model_states.pt" in names
+        assert resumed == went_on and steps == 3
+
+
 def _halves(rank: int, world_size: int, folder: str, resumes: bool) -> tuple[Seen, float]:
     from deepspeed.accelerator import get_accelerator
 

@@ -74,6 +74,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "NAdam": ("NAdam", {}),
     "SGD": ("SGD", {}),
     "SGD with momentum": ("SGD", {"momentum": 0.9}),
+    "Odd": ("Odd", {}),  # test_load_arguments.py
     "RMSprop": ("RMSprop", {"momentum": 0.5, "centered": True}),
 }
 
@@ -165,7 +166,7 @@ def test_every_stage_and_size_into(target: tuple[int, int], is_bf16: bool, saved
             assert found.losses == pytest.approx(made.seen.losses, abs=2e-2 if is_bf16 else 2e-6)
 
 
-@pytest.mark.parametrize("named", OPTIMIZERS)
+@pytest.mark.parametrize("named", sorted(set(OPTIMIZERS) - {"Odd"}))
 @pytest.mark.parametrize("installs", [True, False], ids=["saved with install", "saved by stock"])
 def test_any_optimizer_whose_state_can_be_cut(named: str, installs: bool, tmp_path):
     folder, more = tmp_path / "run", {"named": named}
