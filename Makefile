@@ -24,7 +24,7 @@ $(STAMP): setup.py pyproject.toml megatron/data/index_helpers.cpp megatron/ucp/k
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23.2"
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	# By a path, not by setuptools' finder: after that one an installed megatron-core would hide this package.
-	$(BIN)/python -m pip install --quiet -e '.[dev]' --config-settings editable_mode=compat
+	$(BIN)/python -m pip install --quiet -e '.[train,dev]' --config-settings editable_mode=compat
 	@touch $(STAMP)
 
 ex1 ex2 ex3 ex4: $(STAMP)
@@ -47,7 +47,7 @@ test-fast: $(STAMP)
 	$(PYTEST) -m "not processes and not gpu"
 
 $(VENV)/.lint: $(STAMP)
-	$(BIN)/python -m pip install --quiet -e '.[lint]' --config-settings editable_mode=compat
+	$(BIN)/python -m pip install --quiet -e '.[train,lint]' --config-settings editable_mode=compat
 	@touch $@
 
 lint: $(STAMP) $(VENV)/.lint

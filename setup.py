@@ -38,20 +38,19 @@ setup(
         cpp_extension("megatron.ucp._kernel", "megatron/ucp/kernel.cpp"),
     ],
     cmdclass={"build_ext": build_ext},
+    # What the checkpoint library and ucp_deepspeed need, in programs of others.
     install_requires=[
         "torch==2.13.0",
         "deepspeed==0.19.8",
-        "transformers==5.23.0",
-        "tokenizers==0.23.3",
-        "tensorboard==2.21.0",
         "numpy==2.4.6",
         "safetensors==0.8.0",
         "pybind11==3.1.0",
         "ninja==1.13.2",
-        "matplotlib==3.11.2",
         "tqdm==4.70.1",
     ],
     extras_require={
+        # What training here needs beside that.
+        "train": ["transformers==5.23.0", "tokenizers==0.23.3", "tensorboard==2.21.0", "matplotlib==3.11.2"],
         # Triton comes with torch's CUDA build (2.13.0 asks for 3.7.1); with the CPU build the tests need it too.
         "dev": [
             *("pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15", "ruff==0.17.6", "triton>=3.7.1,<4"),

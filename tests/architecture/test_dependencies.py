@@ -12,10 +12,13 @@ WITHOUT_IMPORT = {
 
 
 def required(source: str) -> set[str]:
-    """Names in install_requires."""
+    """Names in install_requires and in the extra `train`."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    (value,) = (k.value for call in calls for k in call.keywords if k.arg == "install_requires")
-    return {re.split(r"[=<>]", ast.literal_eval(entry))[0] for entry in value.elts}
+    by_name = {k.arg: k.value for call in calls for k in call.keywords}
+    extras = by_name["extras_require"]
+    (train,) = (v for k, v in zip(extras.keys, extras.values, strict=True) if ast.literal_eval(k) == "train")
+    entries = [*by_name["install_requires"].elts, *train.elts]
+    return {re.split(r"[=<>]", ast.literal_eval(entry))[0] for entry in entries}
 
 
 def imported(sources: list[str]) -> set[str]:
@@ -43,6 +46,14 @@ def test_every_dependency_is_used():
     sources = _sources()
     assert len(sources) > 100
     assert unused((ROOT / "setup.py").read_text(), sources) == set()
+
+
+def test_what_programs_of_others_must_install_is_little():
+    """Neither plots nor tokenizers: what ucp_deepspeed needs, and what builds it."""
+    assert required((ROOT / "setup.py").read_text()) - {"transformers", "tokenizers", "tensorboard", "matplotlib"} == {
+        *("torch", "deepspeed", "numpy", "safetensors", "tqdm"),
+        *("pybind11", "ninja"),
+    }
 
 
 def test_planted_fault_a_dependency_that_nothing_imports():
