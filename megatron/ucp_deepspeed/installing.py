@@ -19,7 +19,7 @@ from megatron.checkpoint.errors import CheckpointError, on_rank_0
 from megatron.engine.deepspeed_names import require_names
 from megatron.ucp.pointers import LATEST, read_pointer
 from megatron.ucp_deepspeed.engine_view import left_to_deepspeed
-from megatron.ucp_deepspeed.loading import Wanted, load
+from megatron.ucp_deepspeed.loading import LoadArguments, load
 from megatron.ucp_deepspeed.replacing import Replaced, Replacement
 from megatron.ucp_deepspeed.saving import save
 from megatron.ucp_deepspeed.trainer import trainer_replacements
@@ -99,7 +99,7 @@ def _loading(stock: Callable[..., Any]) -> Callable[..., Any]:
                 load_module_only=load_module_only,
                 custom_load_fn=custom_load_fn,
             )
-        wanted = Wanted(load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only)
+        wanted = LoadArguments(load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only)
         return load(self, folder, wanted)
 
     return load_checkpoint

@@ -1,6 +1,6 @@
 """Place a checkpoint of any data-parallel size and ZeRO stage into a live DeepSpeed engine.
 
-    path, client_state = load(engine, Path("run/global_step100"), Wanted())       # collective over the world
+    path, client_state = load(engine, Path("run/global_step100"), LoadArguments())       # collective over the world
 
 What DeepSpeed's own `load_checkpoint` restores is restored, from the same files, in the same order: weights, masters
 and the optimizer's states; the groups' hyper-parameters; buffers; the learning-rate schedule; counters and the loss
@@ -55,7 +55,7 @@ _DEEPSPEEDS = (
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LoadArguments:
     """`load_checkpoint`'s arguments."""
 
     strict: bool = True
@@ -69,7 +69,7 @@ class Wanted:
         return self.optimizer_states and not self.module_only
 
 
-def load(engine: ForeignEngine, folder: Path, wanted: Wanted) -> tuple[str, dict[str, Any]]:
+def load(engine: ForeignEngine, folder: Path, wanted: LoadArguments) -> tuple[str, dict[str, Any]]:
     """Returns the path of the model states, and what the program had saved beside the engine's state.
 
     Collective over the world. Raises SourceMismatchError before anything is placed, CheckpointError on every rank
@@ -109,7 +109,7 @@ def _model_states(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     return path, load_file(path)
 
 
-def _fitting_state(engine: ForeignEngine, source: Source, wanted: Wanted) -> tuple[EngineState, list[str]]:
+def _fitting_state(engine: ForeignEngine, source: Source, wanted: LoadArguments) -> tuple[EngineState, list[str]]:
     """The engine's state, and the frozen parameters that the checkpoint leaves out. Raises SourceMismatchError with
     everything that does not fit."""
     state = engine_state(engine)
@@ -187,7 +187,7 @@ def _load_buffers(engine: ForeignEngine, content: Mapping[str, Any], strict: boo
 
 
 def _restore_counters(
-    engine: ForeignEngine, state: EngineState, opened: OpenCheckpoint, content: Mapping[str, Any], wanted: Wanted
+    engine: ForeignEngine, state: EngineState, opened: OpenCheckpoint, content: Mapping[str, Any], wanted: LoadArguments
 ) -> None:
     engine.loaded_checkpoint_dp_world_size = content["dp_world_size"]
     if wanted.module_only:
@@ -205,7 +205,7 @@ def _restore_counters(
         set_loss_scaler_state(state.loss_scaler, saved)
 
 
-def _client_state(content: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+def _client_state(content: Mapping[str, Any], wanted: LoadArguments) -> dict[str, Any]:
     taken = {*_DEEPSPEEDS} if not wanted.module_only else {"module"}
     taken |= {"lr_scheduler"} if wanted.schedule else set()
     taken |= {"optimizer"} if wanted.optimizer_states else set()

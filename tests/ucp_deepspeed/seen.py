@@ -66,3 +66,16 @@ def seen_in(engine) -> Seen:
     seen.numbers = {float(state[key]) for state in base.state.values() for key in ("mu_product",) if key in state}
     seen.counters = engine.global_steps, engine.global_samples, engine.skipped_steps
     return seen
+
+
+def raised_by_deepspeed(error: Exception) -> bool:
+    """Of a RankFailure: its first traceback ends in DeepSpeed's code, not in a test's or in the harness."""
+    frames, is_traceback = [], False
+    for line in str(error).splitlines():
+        if line.startswith("Traceback"):
+            is_traceback = True
+        elif is_traceback and line.startswith("  File "):
+            frames.append(line)
+        elif is_traceback and not line.startswith(" "):
+            break
+    return bool(frames) and "/site-packages/deepspeed/" in frames[-1]

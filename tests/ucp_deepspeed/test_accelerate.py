@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from ucp_deepspeed.seen import Seen, seen_in
+from ucp_deepspeed.seen import Seen, raised_by_deepspeed, seen_in
 from ucp_deepspeed.test_hf_trainer import on_the_cpu
 
 from harness.ranks import RankFailure, run_ranks
@@ -118,6 +118,7 @@ def test_stock_accelerate_beside_it(source: tuple[int, int], target: tuple[int, 
     folder, before = saved(*source, False)
     try:
         [found] = run_ranks(target[1], program, "", target[0], [str(folder)], False)[0]
-    except RankFailure:
+    except RankFailure as error:
+        assert raised_by_deepspeed(error)
         return
     assert differences(found, before)

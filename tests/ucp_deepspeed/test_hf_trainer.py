@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from ucp_deepspeed.seen import Seen, seen_in
+from ucp_deepspeed.seen import Seen, raised_by_deepspeed, seen_in
 
 from harness.ranks import RankFailure, run_ranks
 
@@ -215,7 +215,8 @@ def test_stock_trainer_beside_it(source: tuple[int, int], target: tuple[int, int
     folder, whole = saved(*source, False)
     try:
         found = run_ranks(target[1], resume, str(tmp_path), target[0], [str(folder)], {}, False, timeout=300)
-    except RankFailure:
+    except RankFailure as error:
+        assert raised_by_deepspeed(error)
         return
     assert differences([ran for [ran] in found], whole)
 

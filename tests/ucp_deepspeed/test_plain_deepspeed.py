@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
-from ucp_deepspeed.seen import Seen, seen_in
+from ucp_deepspeed.seen import Seen, raised_by_deepspeed, seen_in
 
 from harness.ranks import RankFailure, run_ranks
 
@@ -206,7 +206,8 @@ def test_stock_deepspeed_beside_it(source: tuple[int, int], target: tuple[int, i
     made = saved(*source)
     try:
         [found] = run_ranks(target[1], resume, [str(made.folder)], target[0], {}, False)[0]
-    except RankFailure:
+    except RankFailure as error:
+        assert raised_by_deepspeed(error)
         return
     assert differences(found, made.seen)
 
@@ -239,15 +240,27 @@ def test_planted_fault_is_found_by_the_comparison(saved):
     assert differences(other, made.seen) == ["state ('norm.weight', 'exp_avg')"]
 
 
+def test_planted_fault_raised_by_deepspeed():
+    story = "rank 0 raised: X\nTraceback (most recent call last):\n{}\nX: no\n--- end"
+    ours, stock = '  File "/a/tests/b.py", line 1, in f', '  File "/a/site-packages/deepspeed/c.py", line 2, in g'
+    assert raised_by_deepspeed(RankFailure(story.format(f"{ours}\n{stock}")))
+    assert not raised_by_deepspeed(RankFailure(story.format(f"{stock}\n{ours}")))
+    assert not raised_by_deepspeed(RankFailure("did not end in time"))
+
+
 def test_planted_fault_a_changed_checkpoint_is_refused(saved, tmp_path):
-    """One moment is changed in the file, and its checksum is not known to have: the digest of the state says which."""
+    """One byte of one moment is another in the file, whose size and form are as they were: the digest of the state
+    says which."""
     made = saved(1, 2)
     folder = tmp_path / TAG
     shutil.copytree(made.folder / TAG, folder)
     path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    content = torch.load(path, weights_only=False)
-    content["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg"][5] += 1e-3
-    torch.save(content, path)
+    content = torch.load(path, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]
+    moment = content.get("state", content)[0]["exp_avg"].numpy().tobytes()
+    raw = bytearray(path.read_bytes())
+    assert raw.count(moment) == 1
+    raw[raw.index(moment) + 21] ^= 1
+    path.write_bytes(raw)
     (tmp_path / "latest").write_text(TAG)
-    with pytest.raises(RankFailure, match=r"exp_avg|bytes"):
+    with pytest.raises(RankFailure, match=r"1 digests differ: \S+ \(exp_avg\).*Files changed since .*: zero_pp"):
         run_ranks(1, resume, [str(tmp_path)], 1, {})
