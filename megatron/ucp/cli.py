@@ -7,6 +7,7 @@ Five questions about any checkpoint folder, DeepSpeed's or universal, of any top
     diff A B                 the same state?        exit 0 equal, 1 not
     plan DIR --tp 2 --dp 2   what would each rank of that topology read
     convert DIR OUT          make a universal folder
+    convert DIR OUT --to zero2 --dp 3      make DeepSpeed's own files of ZeRO-2 on 3 ranks
 
 --json prints one JSON object instead of text. Exit code 2: wrong usage, or a folder that is no checkpoint.
 """
@@ -20,23 +21,29 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron.ucp.convert import convert
+from megatron.ucp.convert import Conversion, convert
 from megatron.ucp.diff import diff
 from megatron.ucp.digest import total
 from megatron.ucp.errors import NotACheckpointError, UcpError
 from megatron.ucp.manifest import Manifest
 from megatron.ucp.plan import plan
 from megatron.ucp.progress_line import ProgressLine
+from megatron.ucp.reshape import Reshaped, reshape
 from megatron.ucp.sources import open_source
+from megatron.ucp.targets.native_target import NAMES, NativeTarget
 from megatron.ucp.targets.universal import tensor_bytes
 from megatron.ucp.topology import Topology
 from megatron.ucp.verify import verify
 
 OK, NOT, USAGE = 0, 1, 2
+_MAX_RANKS = 1 << 16
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.run is _convert and (arguments.to is None) != (arguments.dp is None):
+        parser.error("--to and --dp belong together: the ZeRO stage, and the ranks that are to load it")
     try:
         code, data, text = arguments.run(arguments)
     except NotACheckpointError as error:
@@ -76,7 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     for axis in ("dp", "tp", "pp", "sp", "ep"):
         p.add_argument(f"--{axis}", type=int, default=1, help=f"{axis}_size of the Target")
     p.add_argument("--zero", type=int, default=1, help="ZeRO stage of the Target (0, 1 or 2)")
-    command("convert", _convert, "folder", "output").add_argument("--num_workers", type=int, default=2)
+    p = command("convert", _convert, "folder", "output")
+    p.add_argument("--num_workers", type=int, default=2)
+    p.add_argument("--to", choices=NAMES, help="DeepSpeed's own files of this ZeRO stage, which stock DeepSpeed loads")
+    p.add_argument("--dp", type=_num_ranks, help="data-parallel ranks that they are for")
     return parser
 
 
@@ -151,14 +161,28 @@ def _plan(arguments: argparse.Namespace) -> tuple[int, Any, str]:
     return OK, data, head + _table(("rank", "MiB", "files", "copies"), rows)
 
 
+def _num_ranks(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= _MAX_RANKS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks from 1 to {_MAX_RANKS}")
+    return int(text)
+
+
 def _convert(arguments: argparse.Namespace) -> tuple[int, Any, str]:
-    result = convert(
-        arguments.folder,
-        arguments.output,
-        num_workers=arguments.num_workers,
-        column_parallel=tuple(arguments.column_parallel),
-        progress=None if arguments.json else ProgressLine(),
-    )
+    progress = None if arguments.json else ProgressLine()
+    result: Conversion
+    if arguments.to is None:
+        result = convert(
+            arguments.folder,
+            arguments.output,
+            num_workers=arguments.num_workers,
+            column_parallel=tuple(arguments.column_parallel),
+            progress=progress,
+        )
+    else:
+        target = NativeTarget.parse(arguments.to, arguments.dp)
+        result = reshape(
+            arguments.folder, arguments.output, target, num_workers=arguments.num_workers, progress=progress
+        )
     data = {
         "source": str(result.source),
         "output": str(result.output),
@@ -166,7 +190,13 @@ def _convert(arguments: argparse.Namespace) -> tuple[int, Any, str]:
         "bytes": result.num_bytes,
         "seconds": result.seconds,
     }
-    return OK, data, f"{result.source} -> {result.output}; state digest {result.digest}"
+    text = f"{result.source} -> {result.output}; state digest {result.digest}"
+    if isinstance(result, Reshaped) and result.global_batch:
+        data["global_batch"] = result.global_batch
+        text += (
+            f"\nIt was trained with {result.global_batch} samples a step: go on with as many, on {arguments.dp} ranks"
+        )
+    return OK, data, text
 
 
 def _kind(manifest: Manifest) -> str:

@@ -75,7 +75,7 @@ def commit(staging: str | Path, final: str | Path, replace: bool = False) -> Non
 
     With `replace` an older `final` is moved aside first and removed last, so that a whole one always exists."""
     staging, final = Path(staging), Path(final)
-    if not (staging / MANIFEST_NAME).is_file():
+    if not any(staging.rglob(MANIFEST_NAME)):  # of a run folder that is written as one, in the checkpoint inside
         raise NotACheckpointError(f"nothing to commit: {MANIFEST_NAME} was not written", where=staging)
     if os.path.lexists(final) and not replace:
         raise OutputExistsError("the output is already there", where=final)

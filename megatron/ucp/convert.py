@@ -6,7 +6,7 @@ in one pass, prove it by the digests of the save, and make it appear at once.
     result = convert("run/global_step100", "run/global_step100_universal", num_workers=2)
     result.digest                                     # one line for the whole state
 
-Its command line is convert_command.py.
+Its command line is convert_command.py. DeepSpeed's own files for other ranks are made by reshape.py.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def convert(
     # A trailing slash must not put the pointer inside the folder.
     output = Path(str(output_folder).rstrip("/") or "/")
     folder = find_checkpoint(input_folder)
-    _require_apart(folder, output)
+    require_apart(folder, output)
     identity = Identity.of(folder)
     source = open_source(folder, column_parallel=column_parallel)
     num_bytes = tensor_bytes(source.manifest)
@@ -68,7 +68,7 @@ def convert(
     staging = stage(output)
     try:
         with disk_errors(staging):
-            manifest = _written(source, staging, num_workers, _counter(progress, num_bytes))
+            manifest = write_proven(write_universal, source, staging, num_workers, byte_counter(progress, num_bytes))
         identity.require_unchanged()
         commit(staging, output)
     except BaseException:
@@ -80,10 +80,13 @@ def convert(
     return Conversion(source.folder, output, manifest, total(manifest.digests), num_bytes, seconds)
 
 
-def _written(source: Source, staging: Path, num_workers: int, count: Callable[[int], None] | None) -> Manifest:
-    """The whole universal folder but for its name. Raises what was found wrong with the files, by their names."""
+def write_proven(
+    write: Callable[..., Manifest], source: Source, staging: Path, num_workers: int, count: Callable[[int], None] | None
+) -> Manifest:
+    """The whole folder but for its name. `write`: fills it with all but ucp.json, as write_universal does. Raises what
+    was found wrong with the Source's files, by their names."""
     try:
-        manifest = write_universal(source, staging, num_workers=num_workers, progress=count or (lambda n: None))
+        manifest = write(source, staging, num_workers=num_workers, progress=count or (lambda n: None))
     except (DigestMismatchError, SourceError, CorruptFileError) as error:
         raise _naming_files(error, source) from error
     # The digests prove the tensors; what else was copied or read out of the files is proven by their checksums.
@@ -92,7 +95,7 @@ def _written(source: Source, staging: Path, num_workers: int, count: Callable[[i
     return manifest
 
 
-def _require_apart(folder: Path, output: Path) -> None:
+def require_apart(folder: Path, output: Path) -> None:
     source, target = folder.resolve(), output.resolve()
     if source == target or source in target.parents or target in source.parents:
         raise OutputExistsError(
@@ -119,7 +122,8 @@ def _naming_files(error: UcpError, source: Source) -> UcpError:
     )
 
 
-def _counter(progress: Callable[[int, int], None] | None, total_bytes: int) -> Callable[[int], None] | None:
+def byte_counter(progress: Callable[[int, int], None] | None, total_bytes: int) -> Callable[[int], None] | None:
+    """What adds up bytes for `progress(done, total)`, from any thread."""
     if progress is None:
         return None
     lock, done = threading.Lock(), 0

@@ -20,3 +20,13 @@ LAYER_FILE = re.compile(r"^layer_(\d+)(?:-model_(\d+))?-model_states\.pt$")
 
 def dealt_file(ep_rank: int, mp_rank: int) -> str:
     return f"expp_rank_{ep_rank}_mp_rank_{mp_rank:02d}_expert_states.pt"
+
+
+def optimizer_file(zero_rank: int, mp_rank: int, is_bf16: bool) -> str:
+    return f"{'bf16_' if is_bf16 else ''}zero_pp_rank_{zero_rank}_mp_rank_{mp_rank:02d}_optim_states.pt"
+
+
+def model_file(zero_rank: int, mp_rank: int, zero_stage: int) -> str:
+    """Under ZeRO-3 each rank has one."""
+    prefix = f"zero_pp_rank_{zero_rank}_" if zero_stage == 3 else ""
+    return f"{prefix}mp_rank_{mp_rank:02d}_model_states.pt"

@@ -37,11 +37,17 @@ class Inert:
 
 
 class FragmentAddress(Inert):
-    """`start` and `numel` of a parameter's fragment in a flat partition."""
+    """A parameter's fragment in a flat partition."""
+
+    start: int
+    numel: int
 
 
 class LossScaler(Inert):
-    """cur_scale, and for the dynamic one cur_iter, last_overflow_iter, cur_hysteresis, ..."""
+    """For the dynamic one also cur_iter, last_overflow_iter, cur_hysteresis, ..."""
+
+    cur_scale: float
+    dynamic: bool
 
 
 class DynamicLossScaler(LossScaler):

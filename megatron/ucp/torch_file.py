@@ -1,12 +1,12 @@
-"""Writes .pt files: torch.save for small things, and a streaming form for one large tensor.
+"""Writes .pt files: torch.save for small things, and a streaming form for what is larger than memory should hold.
 
 A .pt file is an uncompressed zip with a pickle that describes tensors and one record of bytes for each.
-So a parameter's file can be written front to back from a small buffer, its zip CRC and the checksum of the whole file
-coming out of the same pass; torch.load, with mmap too, reads it as any other.
+So a file can be written front to back from a small buffer, its zip CRCs and the checksum of the whole file coming out
+of the same pass; torch.load, with mmap too, reads it as any other.
 
-    with TensorFile(path, {"cat_dim": 0}, shape) as file:
-        file.write(chunk)                      # flat float32, in order
-    file.info                                  # size and CRC-32 of the whole file
+    stretches = lambda: (torch.zeros(1000) for _ in range(6))
+    info = save_streamed({"cat_dim": 0, "param": StreamedTensor((2, 3000), torch.float32, stretches)}, "fp32.pt")
+    info.bytes, info.crc32                     # of the whole file
 
 Classes of DeepSpeed's for which safe_load has stand-ins are written under DeepSpeed's names.
 """
@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import pickle
 import types
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -33,6 +35,9 @@ from megatron.ucp.safe_load import STAND_INS
 _ALIGNMENT = 64
 _HEADER = 30
 _ZIP64_EXTRA = 20
+_BLOCK = 1 << 20
+_READ_AGAIN = 1 << 16
+"""Bytes of a record up to which reading it again costs less than joining its checksum to the others."""
 _FOREIGN_NAMES = {cls: name for cls, name in STAND_INS if isinstance(cls, type)}
 
 
@@ -52,31 +57,8 @@ class _Pickler(pickle._Pickler):
 
     dispatch[type] = _save_type
 
-    def persistent_id(self, value: Any) -> Any:
-        return value.identity if isinstance(value, _Storage) else None
-
 
 _PICKLE_MODULE = types.SimpleNamespace(Pickler=_Pickler, __name__="pickle")
-
-
-class _Storage:
-    """The one storage of a TensorFile, in the form torch's unpickler asks for."""
-
-    def __init__(self, numel: int):
-        self.identity = ("storage", torch.FloatStorage, "0", "cpu", numel)
-
-
-class _Tensor:
-    def __init__(self, shape: Sequence[int]):
-        self.shape = tuple(int(n) for n in shape)
-
-    def __reduce__(self):
-        strides, numel = [], 1
-        for extent in reversed(self.shape):
-            strides.append(numel)
-            numel *= extent
-        arguments: tuple[Any, ...] = (_Storage(numel), 0, self.shape, tuple(reversed(strides)), False, OrderedDict())
-        return torch._utils._rebuild_tensor_v2, arguments
 
 
 def save(value: Any, path: str | Path) -> None:
@@ -85,86 +67,136 @@ def save(value: Any, path: str | Path) -> None:
         torch.save(value, path, pickle_module=_PICKLE_MODULE, pickle_protocol=2)
 
 
-class TensorFile:
-    """{**metadata, "param": tensor} as a .pt file, the float32 tensor's elements coming in order through `write`."""
+@dataclass(frozen=True, eq=False)
+class StreamedTensor:
+    """A tensor in a content that is to be saved, whose values are made while they are written. One that stands in two
+    places is one tensor in the file too."""
 
-    def __init__(self, path: str | Path, metadata: dict[str, Any], shape: Sequence[int]):
-        self.path = Path(path)
-        self.info: FileInfo
-        """Of the whole file, once it is closed."""
-        buffer = io.BytesIO()
-        _Pickler(buffer, protocol=2).dump({**metadata, "param": _Tensor(shape)})
-        self._pickle = buffer.getvalue()
-        self._numel = 1
-        for extent in shape:
-            self._numel *= extent
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stretches: Callable[[], Iterable[torch.Tensor]]
+    """Gives the flattened values in order, in contiguous CPU tensors of any length; each is written before the next is
+    asked for."""
 
-    def __enter__(self) -> TensorFile:
-        self._file = open(self.path, "wb")
-        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_streamed(content: Any, path: str | Path) -> FileInfo:
+    """torch.save of dicts, lists and plain values in which tensors may be StreamedTensors. Returns size and checksum of
+    the file. Raises NotEnoughSpaceError, and ValueError where stretches are not as long as their tensor."""
+    path = Path(path)
+    buffer = io.BytesIO()
+    pickler = _StreamPickler(buffer)
+    pickler.dump(content)
+    with disk_errors(path), open(path, "wb") as file:
+        archive = _Archive(file, path.stem)
         try:
-            self._begin()
+            archive.add("data.pkl", buffer.getvalue())
+            archive.add("byteorder", b"little")
+            for number, tensor in enumerate(pickler.tensors):
+                archive.add_tensor(f"data/{number}", tensor)
+            archive.add("version", b"3\n")
+            archive.add(".data/serialization_id", b"0" * 40)
+            archive.close()
         except BaseException:
-            self._abandon()
+            archive.abandon()
             raise
-        return self
+    return archive.checksum(path)
 
-    def _begin(self) -> None:
-        self._stem = self.path.stem
-        self._record("data.pkl", self._pickle)
-        self._record("byteorder", b"little")
-        info = zipfile.ZipInfo(f"{self._stem}/data/0", (1980, 1, 1, 0, 0, 0))
-        num_bytes = 4 * self._numel
+
+class _Storage:
+    def __init__(self, tensor: StreamedTensor, number: int):
+        name = torch.storage._dtype_to_storage_type_map().get(tensor.dtype)
+        if name is None:
+            raise TypeError(f"tensors of {tensor.dtype} have no storage class in the format of .pt files")
+        self.identity = "storage", getattr(torch, name), str(number), "cpu", math.prod(tensor.shape)
+
+
+class _StreamPickler(_Pickler):
+    def __init__(self, file: BinaryIO):
+        super().__init__(file, protocol=2)
+        self.tensors: list[StreamedTensor] = []
+
+    def persistent_id(self, value: Any) -> Any:
+        return value.identity if isinstance(value, _Storage) else None
+
+    def reducer_override(self, value: Any) -> Any:
+        tensor = _streamed(value) if isinstance(value, torch.Tensor) else value
+        if not isinstance(tensor, StreamedTensor):
+            return NotImplemented
+        strides, numel = [], 1
+        for extent in reversed(tensor.shape):
+            strides.append(numel)
+            numel *= extent
+        storage = _Storage(tensor, len(self.tensors))
+        self.tensors.append(tensor)
+        arguments: tuple[Any, ...] = storage, 0, tensor.shape, tuple(reversed(strides)), False, OrderedDict()
+        return torch._utils._rebuild_tensor_v2, arguments
+
+
+def _streamed(values: torch.Tensor) -> StreamedTensor:
+    if values.layout != torch.strided or values.is_quantized:
+        raise TypeError(f"a {values.layout} tensor cannot be written as its elements")
+    whole = values.detach()
+    return StreamedTensor(tuple(whole.shape), whole.dtype, lambda: [whole.cpu().contiguous().view(-1)])
+
+
+class _Archive:
+    """The zip: records one after the other, those of tensors at multiples of 64 bytes, as torch's own."""
+
+    def __init__(self, file: BinaryIO, stem: str):
+        self._zip = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self._stem = stem
+        self._record: Any = None
+        self._joined: list[tuple[int, int, int]] = []
+        """(start, bytes, CRC-32) of large records."""
+
+    def add(self, name: str, content: bytes) -> None:
+        self._zip.writestr(zipfile.ZipInfo(f"{self._stem}/{name}", (1980, 1, 1, 0, 0, 0)), content)
+
+    def add_tensor(self, name: str, tensor: StreamedTensor) -> None:
+        info = zipfile.ZipInfo(f"{self._stem}/{name}", (1980, 1, 1, 0, 0, 0))
+        num_bytes = tensor.num_bytes
         is_large = num_bytes >= zipfile.ZIP64_LIMIT
-        # The data has to start at a multiple of 64, as torch's own: padding goes into an extra field of the header.
+        # Padding goes into an extra field of the header.
         start = self._zip.start_dir + _HEADER + len(info.filename) + (_ZIP64_EXTRA if is_large else 0) + 4
         padding = -start % _ALIGNMENT
         info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
         info.file_size = num_bytes
-        self._data_info, self._data_start = info, start + padding
-        self._data = self._zip.open(info, "w", force_zip64=is_large)
+        with self._zip.open(info, "w", force_zip64=is_large) as self._record:
+            for values in tensor.stretches():
+                if values.dtype != tensor.dtype:
+                    raise ValueError(f"{name}: values of {values.dtype} for a tensor of {tensor.dtype}")
+                self._record.write(memoryview(values.view(torch.uint8).numpy()))
+        if info.file_size != num_bytes:
+            raise ValueError(f"{name}: {info.file_size} bytes written of {num_bytes}")
+        if num_bytes > _READ_AGAIN:
+            self._joined.append((start + padding, num_bytes, info.CRC))
 
-    def write(self, values: torch.Tensor) -> None:
-        assert values.dtype == torch.float32 and values.is_contiguous()
-        self._data.write(memoryview(values.numpy()).cast("B"))
+    def close(self) -> None:
+        self._zip.close()
 
-    def __exit__(self, error_type, value, traceback) -> None:
-        if error_type is not None:
-            self._abandon()
-            return
-        try:
-            self._data.close()
-            self._record("version", b"3\n")
-            self._record(".data/serialization_id", b"0" * 40)
-            self._zip.close()
-            self._file.close()
-        except BaseException:
-            self._abandon()
-            raise
-        if self._data_info.file_size != 4 * self._numel:
-            raise ValueError(f"{self.path}: {self._data_info.file_size} bytes written of {4 * self._numel}")
-        self.info = self._checksum()
-
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Closed, whatever that says: each would try again to write what the disk did not take, and Python would print
         that when it is collected."""
-        for part in (getattr(self, "_data", None), self._zip, self._file):
+        for part in (self._record, self._zip):
             with contextlib.suppress(OSError, ValueError):
                 if part is not None:
                     part.close()
 
-    def _record(self, name: str, content: bytes) -> None:
-        self._zip.writestr(zipfile.ZipInfo(f"{self._stem}/{name}", (1980, 1, 1, 0, 0, 0)), content)
-
-    def _checksum(self) -> FileInfo:
-        """The file's CRC from that of the data, which the zip needed anyway, and the few bytes around it."""
-        size = self.path.stat().st_size
-        with open(self.path, "rb") as file:
-            head = zlib.crc32(file.read(self._data_start))
-            file.seek(self._data_start + 4 * self._numel)
-            tail = file.read()
-        crc = crc32_join(head, self._data_info.CRC, 4 * self._numel)
-        return FileInfo(size, f"{crc32_join(crc, zlib.crc32(tail), len(tail)):08x}")
+    def checksum(self, path: Path) -> FileInfo:
+        """The file's CRC from those of large records, which the zip needed anyway, and the bytes around them."""
+        crc, position, size = 0, 0, path.stat().st_size
+        with open(path, "rb") as file:
+            for start, num_bytes, record in (*self._joined, (size, 0, 0)):
+                file.seek(position)
+                for begin in range(position, start, _BLOCK):
+                    crc = zlib.crc32(file.read(min(_BLOCK, start - begin)), crc)
+                crc = crc32_join(crc, record, num_bytes) if num_bytes else crc
+                position = start + num_bytes
+        return FileInfo(size, f"{crc:08x}")
 
 
 def crc32_join(first: int, second: int, second_length: int) -> int:

@@ -22,7 +22,7 @@ from megatron.ucp.runs import shard_runs
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import open_source
 from megatron.ucp.topology import Topology
-from megatron.ucp.torch_file import TensorFile
+from megatron.ucp.torch_file import StreamedTensor, save_streamed
 from megatron.ucp.verify import verify
 
 STATE = make_state(model(), seed=3)
@@ -199,18 +199,35 @@ def test_frozen_parameters_are_carried(tmp_path, case):
 
 
 def test_files_beyond_the_zip_limit_stay_aligned_and_readable(tmp_path, monkeypatch):
-    """Over 2 GiB the zip's headers change; the limit is lowered here instead of writing so much."""
+    """Over 2 GiB the zip's headers change; the limit is lowered here instead of writing so much. Of several tensors,
+    of other types, one of them in two places, and one that torch made."""
 
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
-    values = torch.arange(5000.0)
-    with TensorFile(tmp_path / "big.pt", {"cat_dim": 0}, (50, 100)) as file:
-        for chunk in values.split(999):
-            file.write(chunk)
-    assert checksum_file(tmp_path / "big.pt") == file.info
+    values, small = torch.arange(50000.0), torch.arange(7)
+    large = StreamedTensor((50, 1000), torch.float32, lambda: values.split(999))
+    half = StreamedTensor((3, 0, 2), torch.bfloat16, list)
+    scalar, turned = torch.tensor(2.5, dtype=torch.float64), torch.arange(6).view(2, 3).t()
+    content = {"cat_dim": 0, "param": large, "more": [half, large, small, scalar, turned, torch.tensor([True, False])]}
+    info = save_streamed(content, tmp_path / "big.pt")
+    assert checksum_file(tmp_path / "big.pt") == info
     for is_mapped in (False, True):
-        content = torch.load(tmp_path / "big.pt", weights_only=True, mmap=is_mapped)
-        assert torch.equal(content["param"], values.view(50, 100))
+        found = torch.load(tmp_path / "big.pt", weights_only=True, mmap=is_mapped)
+        assert torch.equal(found["param"], values.view(50, 1000)) and found["param"].data_ptr() % 64 == 0
+        assert found["more"][1].data_ptr() == found["param"].data_ptr()
+        assert found["more"][0].shape == (3, 0, 2) and found["more"][0].dtype == torch.bfloat16
+        for value, saved in zip(found["more"][2:], content["more"][2:], strict=True):
+            assert torch.equal(value, saved) and value.dtype == saved.dtype
     assert zipfile.ZipFile(tmp_path / "big.pt").testzip() is None
+
+
+@pytest.mark.parametrize("lengths", [(3, 4), (3, 6), ()])
+def test_stretches_of_another_length_than_their_tensor_are_refused(lengths: tuple[int, ...], tmp_path):
+    tensor = StreamedTensor((2, 4), torch.float32, lambda: [torch.zeros(n) for n in lengths])
+    with pytest.raises(ValueError, match="bytes written of 32"):
+        save_streamed({"param": tensor}, tmp_path / "x.pt")
+    tensor = StreamedTensor((8,), torch.float32, lambda: [torch.zeros(8, dtype=torch.bfloat16)])
+    with pytest.raises(ValueError, match="bfloat16 for a tensor of torch.float32"):
+        save_streamed({"param": tensor}, tmp_path / "x.pt")
 
 
 def test_a_copy_outside_its_tensor_is_refused(tmp_path):

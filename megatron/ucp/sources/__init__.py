@@ -22,7 +22,7 @@ from megatron.ucp.sources.foreign import open_foreign
 from megatron.ucp.sources.source import Piece, Source
 from megatron.ucp.sources.universal import UniversalSource
 
-__all__ = ["Piece", "Source", "find_checkpoint", "open_source"]
+__all__ = ["Piece", "Source", "find_checkpoint", "is_checkpoint", "open_source"]
 
 _COUNTED = re.compile(r"(checkpoint[-_]|step[-_])([0-9]{1,18})")
 """Names of the run folders of Trainer ("checkpoint-500"), Accelerate ("checkpoint_3") and its examples ("step_500")."""
@@ -36,7 +36,7 @@ def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
         raise NotACheckpointError("no such folder", where=folder)
     if tag is not None:
         return find_checkpoint(folder / tag)
-    if _is_checkpoint(folder):
+    if is_checkpoint(folder):
         if folder.name.endswith(STAGING_SUFFIX):
             raise NotACheckpointError(
                 "this is the left-over of a save or conversion that did not finish",
@@ -44,10 +44,10 @@ def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
                 do="use an earlier checkpoint; the next save or conversion removes this folder",
             )
         return folder
-    inside = [p.name for p in folder.iterdir() if p.is_dir() and _is_checkpoint(p)]
+    inside = [p.name for p in folder.iterdir() if p.is_dir() and is_checkpoint(p)]
     for pointer in POINTERS:
         named = read_pointer(folder, pointer)
-        if named.folder is not None and _is_checkpoint(named.folder):
+        if named.folder is not None and is_checkpoint(named.folder):
             return named.folder
         if named.folder is not None or named.fault:
             raise NotACheckpointError(
@@ -76,7 +76,7 @@ def _runs_inside(folder: Path) -> dict[str, Path]:
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
         for pointer in POINTERS:
             named = read_pointer(path, pointer).folder
-            if named is not None and _is_checkpoint(named):
+            if named is not None and is_checkpoint(named):
                 runs.setdefault(path.name, named)
     return runs
 
@@ -116,7 +116,7 @@ def _open_listed(folder: Path, manifest: Manifest) -> Source:
     return source
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
     return (
         (folder / MANIFEST_NAME).is_file()
         or (folder / "zero").is_dir()

@@ -20,6 +20,7 @@ Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dic
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,14 @@ class DeepSpeedSource:
         """Of the flat tensor of masters, as it is there and with its padding, which DeepSpeed may leave out."""
         size = self._cache.tensor(file, self._first.key(group, "fp32")).numel()
         return size, size + self._optimizer(file).padding(group)
+
+    def model_states(self, mp_rank: int, zero_rank: int = 0) -> Mapping[str, Any]:
+        """Under ZeRO-3 each rank's, else one file's for all of them."""
+        key = (zero_rank if self.manifest.zero_stage == 3 else 0, mp_rank)
+        return self._cache.load(self.files.models[key])
+
+    def optimizer_file(self, mp_rank: int, zero_rank: int = 0) -> OptimizerFile:
+        return self._optimizer(self.files.zeros[zero_rank, mp_rank])
 
     def _optimizer(self, file: Path) -> OptimizerFile:
         return OptimizerFile.open(self._cache, file, self.manifest.zero_stage)

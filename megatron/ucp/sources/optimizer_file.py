@@ -1,4 +1,5 @@
-"""DeepSpeed's files of optimizer states (`*_optim_states.pt`): the one place that knows what is where in them.
+"""DeepSpeed's files of optimizer states (`*_optim_states.pt`): the one place that knows what is where in them, for
+reading and for writing.
 
 ZeRO-1, ZeRO-2 and BF16_Optimizer keep one flat tensor of masters for each parameter group, and a table that says which
 parameters lie where in it. ZeRO-3 keeps several for each group and no table. Beside each lie the base optimizer's
@@ -7,6 +8,7 @@ states, in torch's own form or, under `elastic_checkpoint`, as a list without th
     file = OptimizerFile.open(FileCache(), path)
     file.tables[0]["final_norm.weight"]               # (offset in the flat tensor of group 0, number of elements)
     file.masters()[0], file.state(0), file.key(0, "exp_avg")
+    save_streamed(file_content(flats, groups, file.common(), zero_stage=2, num_ranks=3), path)
 
 Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dict, _get_base_optimizer_state,
 _create_param_mapping), stage3.py (_rigid_state_dict), runtime/bf16_optimizer.py (state_dict).
@@ -15,7 +17,7 @@ _create_param_mapping), stage3.py (_rigid_state_dict), runtime/bf16_optimizer.py
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 from megatron.ucp.errors import CorruptFileError
 from megatron.ucp.json_checks import shown
 from megatron.ucp.manifest_schema import MAX_ELEMENTS
+from megatron.ucp.safe_load import FragmentAddress, LossScaler
 from megatron.ucp.sources.source import FileCache
 
 _INSIDE = "optimizer_state_dict"
@@ -32,6 +35,10 @@ _BASE, _BASE_STAGE3 = "base_optimizer_state", "optimizer_state_dict"
 _MASTERS, _MASTERS_STAGE3 = "single_partition_of_fp32_groups", "fp32_flat_groups"
 _TABLES = "param_slice_mappings"
 PARTITION_COUNT = "partition_count"
+
+_STAGE = "zero_stage"
+_PADDINGS, _PARAM_PADDINGS = "group_paddings", "param_alignment_paddings"
+_COMMON = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "ds_version")
 
 Table = dict[str, tuple[int, int]]
 """Parameter -> (offset in the flat tensor, number of elements there)."""
@@ -63,7 +70,11 @@ class OptimizerFile:
     @property
     def zero_stage(self) -> int:
         """BF16_Optimizer, which partitions as ZeRO-1 does, does not say one."""
-        return int(self.content.get("zero_stage", 1))
+        return int(self.content.get(_STAGE, 1))
+
+    @property
+    def is_of_bf16_optimizer(self) -> bool:
+        return _STAGE not in self.content
 
     # -- the base optimizer ---------------------------------------------------------------------------------------
 
@@ -81,6 +92,11 @@ class OptimizerFile:
     def param_groups(self) -> list[dict[str, Any]]:
         """torch's, where `params` number the flat tensors; none under `elastic_checkpoint`."""
         return [] if self.is_elastic else self._base["param_groups"]
+
+    def flat_groups(self, num_flats: int) -> list[int]:
+        """The parameter group of each flat tensor: ZeRO-3 has several to a group, ZeRO-1 and 2 one."""
+        owner = {flat: index for index, group in enumerate(self.param_groups()) for flat in group["params"]}
+        return [owner.get(flat, flat) for flat in range(num_flats)]
 
     def is_muon(self, group: int) -> bool:
         groups = self.param_groups()
@@ -108,16 +124,16 @@ class OptimizerFile:
     def padding(self, group: int) -> int:
         """Elements at the end of the partition that belong to no parameter. Raises CorruptFileError."""
         try:
-            paddings = self.content.get("group_paddings") or []
+            paddings = self.content.get(_PADDINGS) or []
             return count(paddings[group]) if group < len(paddings) else 0
         except (LookupError, TypeError, ValueError) as error:
             raise CorruptFileError(
-                "group_paddings is no list of sizes", found=repr(error)[:200], where=self.path
+                f"{_PADDINGS} is no list of sizes", found=repr(error)[:200], where=self.path
             ) from error
 
     def alignment_paddings(self, group: int, num_parameters: int) -> list[int]:
         """Elements after each parameter of ZeRO-1 and 2 that belong to none; older DeepSpeeds have none."""
-        return self.content.get("param_alignment_paddings", {group: [0] * num_parameters})[group]
+        return self.content.get(_PARAM_PADDINGS, {group: [0] * num_parameters})[group]
 
     @property
     def has_partitions_of_its_own(self) -> bool:
@@ -142,6 +158,10 @@ class OptimizerFile:
         of_parameters = {_BASE_STAGE3 if self.is_stage3 else _BASE, _TABLES, _MASTERS, _MASTERS_STAGE3}
         return {key: value for key, value in self.content.items() if key not in of_parameters}
 
+    def common(self) -> dict[str, Any]:
+        """What of that does not depend on the ZeRO stage or the number of ranks."""
+        return {key: self.content[key] for key in _COMMON if key in self.content}
+
     @property
     def _base(self) -> Any:
         name = _BASE_STAGE3 if self.is_stage3 else _BASE
@@ -155,6 +175,61 @@ class OptimizerFile:
                 do="use another checkpoint",
             )
         return base
+
+
+@dataclass(frozen=True)
+class FlatContent:
+    """One flat tensor as it goes into a file. Tensors may be torch's or those of torch_file.StreamedTensor."""
+
+    group: int
+    masters: Any
+    state: Mapping[str, Any]
+    """Beside the masters: tensors of as many elements and `padding` more, and numbers."""
+    padding: int = 0
+    param_paddings: Sequence[int] = ()
+    """Of all parameters of the group, those of other ranks too."""
+    table: Table = field(default_factory=dict)
+
+
+def file_content(
+    flats: Sequence[FlatContent],
+    param_groups: Sequence[Mapping[str, Any]],
+    common: Mapping[str, Any],
+    *,
+    zero_stage: int,
+    num_ranks: int,
+) -> dict[str, Any]:
+    """What one rank's file holds, as the `load_state_dict` of its stage reads it. `param_groups`: torch's, whose
+    `params` are filled in here. `common`: what OptimizerFile.common gives; ZeRO-3 takes no file without a scaler."""
+    numbers: list[list[int]] = [[] for _ in param_groups]
+    for index, flat in enumerate(flats):
+        numbers[flat.group].append(index)
+    base = {
+        "state": {index: dict(flat.state) for index, flat in enumerate(flats) if flat.state},
+        "param_groups": [{**group, "params": held} for group, held in zip(param_groups, numbers, strict=True)],
+    }
+    scaler = LossScaler()
+    scaler.cur_scale, scaler.dynamic = 1.0, False
+    content = {"loss_scaler": scaler, "dynamic_loss_scale": False, "overflow": False, **common, _STAGE: zero_stage}
+    masters = [flat.masters for flat in flats]
+    if zero_stage == 3:
+        content |= {PARTITION_COUNT: num_ranks, _BASE_STAGE3: base, _MASTERS_STAGE3: masters}
+    else:
+        content |= {
+            _BASE: base,
+            _MASTERS: masters,
+            _PADDINGS: [flat.padding for flat in flats],
+            _PARAM_PADDINGS: [list(flat.param_paddings) for flat in flats],
+            PARTITION_COUNT: [num_ranks] * len(flats),
+            _TABLES: [{name: _address(*place) for name, place in flat.table.items()} for flat in flats],
+        }
+    return {_INSIDE: content, "ds_version": common.get("ds_version")}
+
+
+def _address(offset: int, numel: int) -> FragmentAddress:
+    address = FragmentAddress()
+    address.numel, address.start = numel, offset
+    return address
 
 
 def numbers_in(state: Mapping[str, Any]) -> dict[str, float]:

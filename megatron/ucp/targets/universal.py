@@ -15,26 +15,26 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron.ucp.commit import checksum_file
 from megatron.ucp.digest import Digest, digest_runs
-from megatron.ucp.disk import disk_errors
-from megatron.ucp.errors import DigestMismatchError, UcpError
+from megatron.ucp.errors import UcpError
 from megatron.ucp.execute import chunks
-from megatron.ucp.expert_digests import changed_experts
-from megatron.ucp.expert_labels import label_of
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import FORMAT_VERSION, FileInfo, Manifest
 from megatron.ucp.safe_load import SubparamShape
 from megatron.ucp.sources.source import Source
 from megatron.ucp.targets.loader_files import loader_files
+from megatron.ucp.targets.proof import require_saved
 from megatron.ucp.topology import Topology
-from megatron.ucp.torch_file import TensorFile, save
+from megatron.ucp.torch_file import StreamedTensor, save, save_streamed
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,20 @@ def _write_tensor(
     relative = f"zero/{name}/{state}.pt"
     try:
         digest = Digest()
-        path = folder / relative
-        with disk_errors(path), TensorFile(path, file_keys(layout, name), layout.shape) as file:
+
+        def stretches() -> Iterator[torch.Tensor]:
+            nonlocal digest
             for runs, values in chunks(source, name, state, compares_replicas=True):
                 if stop.is_set():
                     raise _Stopped
                 digest += digest_runs(values, runs, name=name, state=state, shape=layout.shape)
-                file.write(values)
+                yield values
                 progress(4 * len(values))
-        _compare(source, name, state, digest)
-        return _Written(relative, file.info, name, state, digest)
+
+        tensor = StreamedTensor(layout.shape, torch.float32, stretches)
+        info = save_streamed({**file_keys(layout, name), "param": tensor}, folder / relative)
+        require_saved(source, name, state, digest)
+        return _Written(relative, info, name, state, digest)
     except _Stopped:
         return None
     except UcpError:
@@ -141,18 +145,6 @@ def _write_tensor(
     except Exception as error:
         stop.set()
         raise UcpError(f"writing {name} ({state}) failed: {type(error).__name__}: {error}", where=folder) from error
-
-
-def _compare(source: Source, name: str, state: str, digest: Digest) -> None:
-    saved = source.manifest.digests.get(name, {}).get(state)
-    if saved is not None and saved != digest.hex():
-        raise DigestMismatchError(
-            f"{name} ({state}){label_of(changed_experts(source, name, state))} is not what was saved",
-            found=digest.hex(),
-            expected=saved,
-            where=source.folder,
-            do="the files changed since the save: run `python -m megatron.ucp verify` on the folder",
-        )
 
 
 def file_keys(layout: Layout, name: str) -> dict[str, Any]:

@@ -188,7 +188,7 @@ class DenseReader:
         parameters: dict[str, ParameterInfo] = {}
         for mp, tables in order.items():
             file = self._first(mp)
-            group_of = _flat_to_group(file, len(tables))
+            group_of = file.flat_groups(len(tables))
             names_of_groups = self.group_names[mp] or [str(index) for index in range(len(tables))]
             for flat, names in enumerate(tables):
                 state = file.state(flat)
@@ -302,16 +302,10 @@ def _trainable_shapes(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for table in content["param_shapes"] for name, shape in table.items()}
 
 
-def _flat_to_group(file: OptimizerFile, num_flats: int) -> list[int]:
-    """The parameter group of each flat tensor: ZeRO-3 has several to a group, ZeRO-1 and 2 one."""
-    owner = {flat: index for index, group in enumerate(file.param_groups()) for flat in group["params"]}
-    return [owner.get(flat, flat) for flat in range(num_flats)]
-
-
 def _odd_states(file: OptimizerFile, sizes: Sequence[int]) -> list[int]:
     """Flat tensors of ZeRO-3 whose optimizer states are of another size, or not those that the others have. Muon has
     groups of its own, with other states than the groups that it leaves to Adam."""
-    is_muon = [file.is_muon(group) for group in _flat_to_group(file, len(sizes))]
+    is_muon = [file.is_muon(group) for group in file.flat_groups(len(sizes))]
     names = [set(file.state(flat)) for flat in range(len(sizes))]
     usual = {muon: names[is_muon.index(muon)] for muon in set(is_muon)}
     return [
