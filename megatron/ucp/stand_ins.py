@@ -40,21 +40,31 @@ _NUMPY_SCALARS = {
 """numpy's type codes -> struct's."""
 
 
+_MODULE = "inert"
+"""Of the classes that are made here."""
+
+
 class Stranger:
     """What stands for an object of an unknown class: the values it was made of and the state it was given."""
 
     values: tuple[Any, ...]
     name = ""
     """Of the class or function that the file asked for."""
+    state: Any
+    """What it was given after it was made; None where it was given nothing."""
+    is_called: bool
+    """Made by a call; else by its class's __new__ alone."""
 
     def __new__(cls, *values: Any) -> Stranger:
         stranger = super().__new__(cls)
         stranger.values = values
         stranger.state = None
+        stranger.is_called = False
         return stranger
 
     def __init__(self, *values: Any):
-        pass
+        # Pickle calls a function or class; of an object made by __new__ alone it does not get here.
+        self.is_called = True
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -64,6 +74,11 @@ class Stranger:
 
     def __hash__(self) -> int:
         return id(self)
+
+
+def global_of(cls: type) -> str | None:
+    """The name by which the file asked for what this class stands for; None where it stands for nothing."""
+    return cls.__qualname__ if issubclass(cls, Stranger) and cls.__module__ == _MODULE else None
 
 
 def is_dangerous(name: str) -> bool:
@@ -91,7 +106,7 @@ def _stand_in(name: str, container: type | None) -> Callable:
     if name == "collections.defaultdict":
         return _new_dict
     # Named in full, so that two classes called alike are told apart in torch's messages.
-    names = {"name": "numpy.ndarray" if leaf == "_reconstruct" else name, "__module__": "inert", "__qualname__": name}
+    names = {"name": "numpy.ndarray" if leaf == "_reconstruct" else name, "__module__": _MODULE, "__qualname__": name}
     kind = type(leaf, (Stranger,), names)
     if container is not None:
         kind.__new__ = staticmethod(lambda cls, *values: container())  # type: ignore[method-assign, assignment]

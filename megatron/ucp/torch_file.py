@@ -14,6 +14,7 @@ Classes of DeepSpeed's for which safe_load has stand-ins are written under DeepS
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import io
 import math
 import pickle
@@ -31,6 +32,7 @@ import torch
 from megatron.ucp.disk import disk_errors
 from megatron.ucp.manifest import FileInfo
 from megatron.ucp.safe_load import STAND_INS
+from megatron.ucp.stand_ins import Stranger, global_of
 
 _ALIGNMENT = 64
 _HEADER = 30
@@ -47,7 +49,7 @@ class _Pickler(pickle._Pickler):
     dispatch = dict(pickle._Pickler.dispatch)
 
     def _save_type(self, cls: type) -> None:
-        name = _FOREIGN_NAMES.get(cls)
+        name = _FOREIGN_NAMES.get(cls) or global_of(cls)
         if name is None:
             self.save_type(cls)
             return
@@ -84,8 +86,11 @@ class StreamedTensor:
 
 
 def save_streamed(content: Any, path: str | Path) -> FileInfo:
-    """torch.save of dicts, lists and plain values in which tensors may be StreamedTensors. Returns size and checksum of
-    the file. Raises NotEnoughSpaceError, and ValueError where stretches are not as long as their tensor."""
+    """torch.save of a content in which tensors may be StreamedTensors. What safe_load put in the place of objects of
+    unknown classes is written as those objects, so that a program that knows their classes has them again.
+
+    Returns size and checksum of the file. Raises NotEnoughSpaceError, and ValueError where stretches are not as long as
+    their tensor."""
     path = Path(path)
     buffer = io.BytesIO()
     pickler = _StreamPickler(buffer)
@@ -115,6 +120,8 @@ class _Storage:
 
 
 class _StreamPickler(_Pickler):
+    """Tensors become records of the archive, and inert stand-ins what they stand for."""
+
     def __init__(self, file: BinaryIO):
         super().__init__(file, protocol=2)
         self.tensors: list[StreamedTensor] = []
@@ -123,6 +130,11 @@ class _StreamPickler(_Pickler):
         return value.identity if isinstance(value, _Storage) else None
 
     def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Stranger):  # inert here, and written as what the file had asked for
+            made = (
+                (type(value), value.values) if value.is_called else (copyreg.__newobj__, (type(value), *value.values))
+            )
+            return made if value.state is None else (*made, value.state)
         tensor = _streamed(value) if isinstance(value, torch.Tensor) else value
         if not isinstance(tensor, StreamedTensor):
             return NotImplemented

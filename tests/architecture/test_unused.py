@@ -17,7 +17,8 @@ CALLED_FROM_OUTSIDE = {
     *("get_data_parallel_src_rank", "get_pipeline_model_parallel_rank", "get_pipeline_model_parallel_world_size"),
     "get_pipeline_model_parallel_group",
     "get_last_lr",  # torch's schedulers
-    "persistent_id",  # pickle
+    "persistent_id",
+    "reducer_override",  # pickle
     "filter",  # logging
     # The library's, for programs that are not ours.
     *("read_into", "digest_tensor", "of_preset", "merge", "detokenize"),

@@ -19,6 +19,8 @@ class Seen:
     numbers: set[float] = field(default_factory=set)
     """NAdam's mu_product."""
     counters: tuple = ()
+    scale: float = 1.0
+    """Of the loss."""
     client_state: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     """Of the steps that follow."""
@@ -28,6 +30,16 @@ def _states_of(base: torch.optim.Optimizer) -> list[str]:
     """Names of its tensors."""
     state = next(iter(base.state.values()), {})
     return sorted(key for key, value in state.items() if torch.is_tensor(value) and value.dim() > 0)
+
+
+def _flats_of(optimizer) -> list[tuple[torch.Tensor, list, list[int]]]:
+    """Of ZeRO-1 and 2: (this rank's partition, the parameters as they lie, where each begins in the whole)."""
+    if not hasattr(optimizer, "round_robin_bit16_groups"):  # BF16_Optimizer
+        groups = optimizer.bf16_groups
+        offsets = [[sum(p.numel() for p in group[:i]) for i in range(len(group))] for group in groups]
+        return list(zip(optimizer.fp32_groups_flat_partition, groups, offsets, strict=True))
+    groups, offsets = optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets
+    return list(zip(optimizer.single_partition_of_fp32_groups, groups, offsets, strict=True))
 
 
 def seen_in(engine) -> Seen:
@@ -51,19 +63,20 @@ def seen_in(engine) -> Seen:
                 seen.state[name, key] = base.state[param][key].clone()
     if stage in (1, 2):  # DeepSpeed's accessors know the moments of the first parameter group only
         names = {param: name for name, param in engine.module.named_parameters()}
-        in_order = engine.optimizer.round_robin_bit16_groups  # as they lie; without round_robin_gradients as they are
-        for flat, group in zip(engine.optimizer.single_partition_of_fp32_groups, in_order):
+        for flat, params, offsets in _flats_of(engine.optimizer):
             for key in ("fp32", *_states_of(base)):
                 part = flat.detach() if key == "fp32" else base.state[flat][key]
                 parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
                 torch.distributed.all_gather(parts, part.contiguous())
-                whole = torch.cat(parts)[: sum(p.numel() for p in group)]
-                for param, values in zip(group, whole.split([p.numel() for p in group])):
-                    seen.state[names[param], key] = values.view(param.shape).clone()
+                whole = torch.cat(parts)
+                for param, offset in zip(params, offsets, strict=True):
+                    values = whole[offset : offset + param.numel()].view(param.shape)
+                    seen.state[names[param], key] = values.float().clone()
     seen.buffers = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
     seen.groups = [(group["lr"], group["weight_decay"]) for group in base.param_groups]
     seen.steps = {float(state["step"]) for state in base.state.values() if "step" in state}
     seen.numbers = {float(state[key]) for state in base.state.values() for key in ("mu_product",) if key in state}
+    seen.scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
     seen.counters = engine.global_steps, engine.global_samples, engine.skipped_steps
     return seen
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from ucp_deepspeed.plain_program import TAG, Net, engine_of, save, step
 from ucp_deepspeed.seen import Seen, seen_in
-from ucp_deepspeed.test_plain_deepspeed import TAG, Net, engine_of, save, step
 
 from harness.ranks import RankFailure, run_ranks
 
@@ -134,9 +134,6 @@ def test_what_is_left_to_deepspeed_works_as_without_us(case: str, tmp_path):
 
 
 def _with_a_dynamic_scale(rank: int, world_size: int, folder: str, resumes: bool) -> tuple[Seen, float]:
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().is_fp16_supported = lambda: True  # the CPU can add in it
     more = {"fp16": {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 2}}
     engine = engine_of(2 if not resumes else 1, world_size, 7 if resumes else 0, more, True)
     for number in range(1 if resumes else 3):

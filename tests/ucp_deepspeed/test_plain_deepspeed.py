@@ -1,8 +1,7 @@
 """Programs of plain DeepSpeed with `install()`: every ZeRO stage to every other, on other numbers of ranks.
 
-The programs are `deepspeed.initialize` over a `torch.nn.Module`, and know nothing of us but the one line. The truth is
-the state of the saving engine, gathered from the live tensors before the save, and the run that never stopped. Beside
-it stands what stock DeepSpeed does with the same folder: it refuses, or goes on with something else.
+The truth is the state of the saving engine, gathered from the live tensors before the save, and the run that never
+stopped. Beside it stands what stock DeepSpeed does with the same folder: it refuses, or goes on with something else.
 """
 
 from __future__ import annotations
@@ -12,118 +11,14 @@ import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import nn
-from ucp_deepspeed.seen import Seen, raised_by_deepspeed, seen_in
+from ucp_deepspeed.plain_program import OPTIMIZERS, TAG, differences, engine_of, resume, save, step
+from ucp_deepspeed.seen import Seen, raised_by_deepspeed
 
 from harness.ranks import RankFailure, run_ranks
-
-BATCH, WIDTH, STEPS = 12, 20, 3
-TAG = f"global_step{STEPS}"
-
-
-class Net(nn.Module):
-    """With a tied weight, a frozen layer, a buffer, and sizes that the ranks do not divide."""
-
-    def __init__(self, seed: int):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.inner = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-        self.frozen = nn.Linear(WIDTH, WIDTH)
-        self.frozen.requires_grad_(False)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.register_buffer("num_calls", torch.zeros(1))
-        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.out.weight = self.inner[0].weight
-
-    def forward(self, x):
-        for layer in (*self.inner, self.frozen):
-            x = torch.tanh(layer(x))
-        self.num_calls += 1
-        return self.out(self.norm(x))
-
-
-def engine_of(stage: int, world_size: int, seed: int, more: dict, installs: bool):
-    import deepspeed
-
-    if installs:
-        from megatron import ucp_deepspeed
-
-        ucp_deepspeed.install()
-    net = Net(seed)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    name, flags = OPTIMIZERS[more.get("named", "AdamW")]
-    optimizer = getattr(torch.optim, name)(groups, lr=1e-2, **flags)
-    config = {"train_micro_batch_size_per_gpu": BATCH // world_size, **more}
-    config["zero_allow_untested_optimizer"] = config.pop("named", None) is not None
-    config["zero_optimization"] = {"stage": stage, **more.get("zero_optimization", {})}
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
-    return deepspeed.initialize(model=net, optimizer=optimizer, lr_scheduler=schedule, config=config)[0]
-
-
-OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "AdamW": ("AdamW", {}),
-    "AMSGrad": ("AdamW", {"amsgrad": True}),
-    "NAdam": ("NAdam", {}),
-    "SGD": ("SGD", {}),
-    "SGD with momentum": ("SGD", {"momentum": 0.9}),
-    "Odd": ("Odd", {}),  # test_load_arguments.py
-    "RMSprop": ("RMSprop", {"momentum": 0.5, "centered": True}),
-}
-
-
-def step(engine, number: int, rank: int, world_size: int) -> float:
-    batch = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(number)).chunk(world_size)[rank]
-    loss = (engine(batch.to(next(engine.module.parameters()).dtype)).float() - 1).square().mean()
-    engine.backward(loss)
-    engine.step()
-    mean = loss.detach().clone()
-    torch.distributed.all_reduce(mean)
-    return float(mean) / world_size
-
-
-def save(rank: int, world_size: int, folder: str, stage: int, more: dict, installs: bool = True) -> Seen:
-    engine = engine_of(stage, world_size, 0, more, installs)
-    for number in range(STEPS):
-        step(engine, number, rank, world_size)
-    seen = seen_in(engine)
-    engine.save_checkpoint(folder, client_state={"epoch": 4, "note": ["a", 1.5]})
-    seen.losses = [step(engine, STEPS + i, rank, world_size) for i in range(3)]
-    return seen
-
-
-def resume(rank: int, world_size: int, folders: list[str], stage: int, more: dict, installs: bool = True) -> list[Seen]:
-    """One after the other, into an engine of other weights that has taken a step each time."""
-    engine, found = engine_of(stage, world_size, 7, more, installs), []
-    for folder in folders:
-        step(engine, 50, rank, world_size)
-        path, client_state = engine.load_checkpoint(folder)
-        assert path is not None and Path(path).is_file()
-        seen = seen_in(engine)
-        seen.client_state = {key: client_state[key] for key in ("epoch", "note")}
-        seen.losses = [step(engine, STEPS + i, rank, world_size) for i in range(3)]
-        found.append(seen)
-    return found
-
-
-def differences(found: Seen, saved: Seen) -> list[str]:
-    """Bitwise."""
-    lines = []
-    for table in ("state", "frozen", "buffers"):
-        here, there = getattr(found, table), getattr(saved, table)
-        assert here.keys() == there.keys() and here
-        lines += [f"{table} {key}" for key in here if not torch.equal(here[key], there[key])]
-    for value in ("groups", "steps", "numbers", "counters"):
-        lines += [value] if getattr(found, value) != getattr(saved, value) else []
-    return lines + (["client state"] if found.client_state != {"epoch": 4, "note": ["a", 1.5]} else [])
-
 
 BF16 = {"bf16": {"enabled": True}}
 CELLS = [(stage, ranks) for stage in (0, 1, 2, 3) for ranks in (1, 2, 3)]
@@ -178,6 +73,7 @@ def test_any_optimizer_whose_state_can_be_cut(named: str, installs: bool, tmp_pa
 
 
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
+ALIGNED = {"zero_optimization": {"parameter_alignment": True}, "width": 21}
 SETTINGS = {
     "from CPU offload": ((2, 2, OFFLOAD), (1, 3, {})),
     "to CPU offload": ((1, 2, {}), (2, 3, OFFLOAD)),
@@ -185,6 +81,8 @@ SETTINGS = {
     "to small sub-groups": ((3, 2, {}), (3, 1, {"zero_optimization": {"sub_group_size": 500}})),
     "from round_robin_gradients": ((2, 3, {"zero_optimization": {"round_robin_gradients": True}}), (2, 2, {})),
     "to round_robin_gradients": ((2, 2, {}), (2, 3, {"zero_optimization": {"round_robin_gradients": True}})),
+    "from parameter_alignment": ((2, 3, ALIGNED), (1, 2, {"width": 21})),
+    "to parameter_alignment": ((3, 2, {"width": 21}), (2, 3, ALIGNED)),
     "gathered weights": ((3, 2, {"zero_optimization": {"stage3_param_persistence_threshold": 0}}), (1, 1, {})),
 }
 

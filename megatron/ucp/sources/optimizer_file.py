@@ -8,7 +8,7 @@ states, in torch's own form or, under `elastic_checkpoint`, as a list without th
     file = OptimizerFile.open(FileCache(), path)
     file.tables[0]["final_norm.weight"]               # (offset in the flat tensor of group 0, number of elements)
     file.masters()[0], file.state(0), file.key(0, "exp_avg")
-    save_streamed(file_content(flats, groups, file.common(), zero_stage=2, num_ranks=3), path)
+    content = file_content(flats, groups, file.common(), zero_stage=2, num_ranks=3, config=None)
 
 Sources of these conventions: deepspeed/runtime/zero/stage_1_and_2.py (state_dict, _get_base_optimizer_state,
 _create_param_mapping), stage3.py (_rigid_state_dict), runtime/bf16_optimizer.py (state_dict).
@@ -38,6 +38,7 @@ PARTITION_COUNT = "partition_count"
 
 _STAGE = "zero_stage"
 _PADDINGS, _PARAM_PADDINGS = "group_paddings", "param_alignment_paddings"
+_NOT_OF_STAGE3 = ("clip_grad", "ds_version")
 _COMMON = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "ds_version")
 
 Table = dict[str, tuple[int, int]]
@@ -198,9 +199,11 @@ def file_content(
     *,
     zero_stage: int,
     num_ranks: int,
+    config: Any,
 ) -> dict[str, Any]:
     """What one rank's file holds, as the `load_state_dict` of its stage reads it. `param_groups`: torch's, whose
-    `params` are filled in here. `common`: what OptimizerFile.common gives; ZeRO-3 takes no file without a scaler."""
+    `params` are filled in here. `common`: what OptimizerFile.common gives; ZeRO-3 takes no file without a scaler.
+    `config`: DeepSpeed's."""
     numbers: list[list[int]] = [[] for _ in param_groups]
     for index, flat in enumerate(flats):
         numbers[flat.group].append(index)
@@ -210,7 +213,8 @@ def file_content(
     }
     scaler = LossScaler()
     scaler.cur_scale, scaler.dynamic = 1.0, False
-    content = {"loss_scaler": scaler, "dynamic_loss_scale": False, "overflow": False, **common, _STAGE: zero_stage}
+    kept = {key: value for key, value in common.items() if zero_stage < 3 or key not in _NOT_OF_STAGE3}
+    content = {"loss_scaler": scaler, "dynamic_loss_scale": False, "overflow": False, **kept, _STAGE: zero_stage}
     masters = [flat.masters for flat in flats]
     if zero_stage == 3:
         content |= {PARTITION_COUNT: num_ranks, _BASE_STAGE3: base, _MASTERS_STAGE3: masters}
@@ -223,7 +227,7 @@ def file_content(
             PARTITION_COUNT: [num_ranks] * len(flats),
             _TABLES: [{name: _address(*place) for name, place in flat.table.items()} for flat in flats],
         }
-    return {_INSIDE: content, "ds_version": common.get("ds_version")}
+    return {_INSIDE: content, "ds_config": config, "ds_version": common.get("ds_version")}
 
 
 def _address(offset: int, numel: int) -> FragmentAddress:

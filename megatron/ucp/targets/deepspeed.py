@@ -14,7 +14,6 @@ _get_zero_frozen_param_attributes), runtime/zero/stage_1_and_2.py and stage3.py 
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,21 +25,17 @@ from typing import Any
 import torch
 
 from megatron.ucp.digest import Digest, digest_runs
-from megatron.ucp.errors import listed
 from megatron.ucp.execute import CHUNK, chunks
 from megatron.ucp.file_names import model_file, optimizer_file
 from megatron.ucp.manifest import FORMAT_VERSION, FileInfo, Manifest
 from megatron.ucp.sources.deepspeed import FROZEN, DeepSpeedSource
 from megatron.ucp.sources.optimizer_file import FlatContent, file_content
 from megatron.ucp.sources.optimizer_groups import OptimizerGroup, round_robin
-from megatron.ucp.stand_ins import without_strangers
 from megatron.ucp.targets.flat_layout import Flat, Segment, param_paddings, stage3_flats, stage3_slice, stage12_flats
 from megatron.ucp.targets.native_target import NativeTarget, ZeroSettings
 from megatron.ucp.targets.proof import require_saved
 from megatron.ucp.topology import Topology
 from megatron.ucp.torch_file import StreamedTensor, save_streamed
-
-log = logging.getLogger(__name__)
 
 
 def write_native(
@@ -64,8 +59,6 @@ def write_native(
             raise
     if errors:
         raise next((error for error in errors if not isinstance(error, _Stopped)), errors[0])
-    if writer.left_out:
-        log.warning("warning: left out of the model states: %s", listed(writer.left_out))
     return writer.manifest({name: future.result() for name, future in futures.items()})
 
 
@@ -91,7 +84,6 @@ class _Writer:
         self.frozen = [name for name, info in self.parameters.items() if not info.is_trainable]
         self.flats = self._laid_out()
         self.digests: dict[tuple[str, str], Digest] = {}
-        self.left_out: set[str] = set()
         self.stop = threading.Event()
         self._lock = threading.Lock()
         if source.manifest.is_partitioned:
@@ -124,17 +116,10 @@ class _Writer:
 
     def write(self, make: Callable[[], Any], path: Path) -> FileInfo:
         try:
-            return save_streamed(self._readable(make()), path)
+            return save_streamed(make(), path)
         except BaseException:
             self.stop.set()
             raise
-
-    def _readable(self, content: Any) -> Any:
-        """Without objects of unknown classes, which whoever reads the file could not load either."""
-        kept, left_out = without_strangers(content)
-        with self._lock:
-            self.left_out |= set(left_out)
-        return kept
 
     # -- values -------------------------------------------------------------------------------------------------
 
@@ -185,7 +170,8 @@ class _Writer:
         common.setdefault("ds_version", self.source.model_states(0).get("ds_version"))
         flats = [self._flat_content(flat) for flat in self.flats[rank]]
         groups = [group.values for group in self.groups]
-        return file_content(flats, groups, common, zero_stage=stage, num_ranks=self.target.dp_size)
+        config = self.settings.for_stage(stage)
+        return file_content(flats, groups, common, zero_stage=stage, num_ranks=self.target.dp_size, config=config)
 
     def _flat_content(self, flat: Flat) -> FlatContent:
         group = self.groups[flat.group]
@@ -211,7 +197,7 @@ class _Writer:
         stage, manifest = self.target.zero_stage, self.source.manifest
         theirs = rank if manifest.zero_stage == 3 and rank < manifest.topology.zero_size else 0
         content = dict(self.source.model_states(0, theirs))
-        shared = aliases(content, manifest)
+        shared = aliases(self.source.model_states(0), manifest)
         module, frozen = self._weights(content["module"], shared, rank)
         shapes = {name: torch.Size(self.parameters[name].layout.shape) for name in self.parameters}
         lists_frozen = stage >= 2 and bool(self.frozen)
@@ -219,7 +205,7 @@ class _Writer:
             "module": module,
             "optimizer": None if stage else self._whole_optimizer(),
             "param_shapes": self._param_shapes(shapes) if stage else None,
-            "shared_params": shared if stage else None,
+            "shared_params": (shared if rank == 0 else {}) if stage else None,  # as DeepSpeed has it
             "frozen_param_shapes": OrderedDict((n, shapes[n]) for n in self.frozen) if lists_frozen else None,
             FROZEN: OrderedDict((name, frozen[name]) for name in self.frozen) if lists_frozen else None,
             "dp_world_size": self.target.dp_size,

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from megatron.ucp.errors import UnsupportedCheckpointError
+from megatron.ucp.errors import UcpError, UnsupportedCheckpointError
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.foreign.expert_files import has_experts
 from megatron.ucp.sources.optimizer_groups import OptimizerGroup, is_round_robin, optimizer_groups
 from megatron.ucp.sources.source import Source
+from megatron.ucp.topology import Topology
 
 _SUB_GROUP_SIZE = 1_000_000_000
 _ALIGNED_BYTES = 16
@@ -33,6 +34,11 @@ NAMES = ("zero0", "zero1", "zero2", "zero3")
 class NativeTarget:
     zero_stage: int
     dp_size: int
+
+    def __post_init__(self) -> None:
+        Topology(dp_size=self.dp_size)  # raises UcpError where it is no number of ranks
+        if self.zero_stage not in range(len(NAMES)):
+            raise UcpError("no such ZeRO stage", found=self.zero_stage, expected=NAMES)
 
     @classmethod
     def parse(cls, name: str, dp_size: int) -> NativeTarget:
