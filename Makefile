@@ -36,9 +36,10 @@ hf_trainer: $(STAMP)
 fig7 fig9: $(STAMP)
 	GALLERY_DIR=gallery bash examples/$@/run.sh
 
-# Two test modules at a time, each with up to eight ranks of its own; WORKERS=0 for one after the other.
+# Two test modules at a time, each with up to eight ranks of its own; WORKERS=0 for one after the other. In the order of
+# tests/conftest.py, not by the number of tests.
 WORKERS ?= 2
-PYTEST  := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST  := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 	$(PYTEST) --durations=25

@@ -55,7 +55,7 @@ setup(
         "dev": [
             *("pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15", "ruff==0.17.6", "triton>=3.7.1,<4"),
             # Programs of others whose checkpoints are resumed (tests/ucp_deepspeed).
-            *("accelerate==1.15.0", "peft==0.21.2"),
+            *("accelerate==1.15.0", "peft==0.21.2", "pytorch-lightning==2.6.6"),
         ],
         # What `make lint` and pre-commit need beside dev's; the tests do not.
         "lint": ["mypy==2.4.1", "codespell==2.4.3", "pre-commit>=4"],

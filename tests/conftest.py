@@ -30,7 +30,19 @@ def starts_processes(module: ModuleType) -> bool:
     return any(name in vars(m) for m in ours for name in STARTERS)
 
 
+LONGEST_FIRST = (
+    *("matrix/test_any_to_any.py", "matrix/test_any_to_any_families.py", "ucp_deepspeed/test_hf_trainer.py"),
+    *("ucp_deepspeed/test_reshape.py", "matrix/test_experts_continuity.py", "fuzz/test_fuzz.py"),
+    *("matrix/test_continuity.py", "ucp_deepspeed/test_accelerate.py", "ucp_deepspeed/test_plain_deepspeed.py"),
+)
+"""Modules that take more than two minutes, so that no worker is left alone with one at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if starts_processes(item.module):
             item.add_marker("processes")
+    folder = Path(__file__).parent
+    order = {folder / name: place for place, name in enumerate(LONGEST_FIRST)}
+    assert all(path.is_file() for path in order), "a module of LONGEST_FIRST is not there"
+    items.sort(key=lambda item: order.get(item.path, len(order)))
