@@ -128,6 +128,11 @@ def layout_from_patterns(
     return Layout.unique(shape) if tp_size == 1 else None
 
 
+def refused_by_patterns(name: str, info: Mapping[str, Any]) -> str | None:
+    """Why DeepSpeed's converter is to refuse the parameter, where it is."""
+    return next((str(why) for pattern, why in (info.get(REFUSED) or {}).items() if re.match(pattern, name)), None)
+
+
 def _patterns(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
     """Regular expressions, one for all layers where they agree, else one per name."""
     general: dict[str, list[str]] = {}

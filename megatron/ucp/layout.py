@@ -14,6 +14,7 @@ shard_nc. Shards of shard_v are rows of the stored matrix, i.e. of torch's [out,
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Mapping
@@ -55,6 +56,9 @@ class Cut:
     padded: int | None = None
     """Extent of the dimension on the shards' side, summed over ranks. What exceeds the atomic extent is padding:
     zero in shards, never in a file."""
+    spans: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """For a cut that parts do not describe: by rank, the intervals [start, stop) of the dimension that it holds, in the
+    order of its shard. Such a cut is of that many ranks alone."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,8 @@ class Layout:
                     found=f"padded to {cut.padded}",
                     expected=f"at least {self.shape[cut.dim]}",
                 )
+            if cut.spans:
+                _check_spans(cut, self.shape[cut.dim])
             for part in cut.parts:
                 if part.unit < 1 or (cut.padded or part.size) % part.unit:
                     raise LayoutError("a part is not a whole number of units", found=part)
@@ -165,10 +171,11 @@ class Layout:
         )
 
     def without_padding(self) -> Layout:
-        """The same cut of the true extent, which is what a file of the whole parameter has."""
+        """The same cut of the true extent, which is what a file of the whole parameter has, and of any number of
+        ranks."""
         cuts = tuple(
             replace(cut, padded=None, parts=tuple(replace(p, unit=1) for p in cut.parts)) if cut.padded else cut
-            for cut in self.cuts
+            for cut in (replace(cut, spans=()) for cut in self.cuts)
         )
         return replace(self, cuts=cuts)
 
@@ -219,6 +226,7 @@ class Layout:
                 "axis": cut.axis,
                 "padded": cut.padded,
                 "parts": [[part.size, part.unit, part.replicate_when_fewer] for part in cut.parts],
+                **({"spans": [[list(span) for span in of_rank] for of_rank in cut.spans]} if cut.spans else {}),
             }
             for cut in self.cuts
         ]
@@ -227,7 +235,14 @@ class Layout:
     @classmethod
     def from_json(cls, data: dict) -> Layout:
         cuts = tuple(
-            Cut(c["dim"], tuple(Part(*part) for part in c["parts"]), c["axis"], c["padded"]) for c in data["cuts"]
+            Cut(
+                c["dim"],
+                tuple(Part(*part) for part in c["parts"]),
+                c["axis"],
+                c["padded"],
+                tuple(tuple((start, stop) for start, stop in of_rank) for of_rank in c.get("spans", ())),
+            )
+            for c in data["cuts"]
         )
         return cls(data["pattern"], tuple(data["shape"]), cuts)
 
@@ -259,7 +274,51 @@ def _units(part: Part, extent: int, index: int, size: int) -> tuple[int, int, bo
     return unit * part.unit, (unit + 1) * part.unit, index % copies == 0
 
 
+def _check_spans(cut: Cut, extent: int) -> None:
+    """Raises LayoutError unless every element of the dimension is held, and by each rank at most once."""
+    if len(cut.parts) != 1 or cut.padded is not None:
+        raise LayoutError("a cut by spans has one part and no padding", found=cut.parts)
+    for rank, spans in enumerate(cut.spans):
+        ordered = sorted(spans)
+        bounds = [0, *(edge for span in ordered for edge in span), extent]
+        if any(stop <= start for start, stop in spans) or bounds != sorted(bounds):
+            raise LayoutError(
+                f"rank {rank} holds no intervals of the dimension", found=spans, expected=f"0 to {extent}"
+            )
+    held = sorted(span for spans in cut.spans for span in spans)
+    reached = 0
+    for start, stop in held:
+        if start > reached:
+            break
+        reached = max(reached, stop)
+    if reached < extent:
+        raise LayoutError("no rank holds a part of the dimension", found=f"from element {reached}", expected=extent)
+
+
+def _intervals_of_spans(cut: Cut, index: int, size: int) -> list[_Interval]:
+    """Each cut where a lower rank begins or ends to hold the same."""
+    _require_ranks(cut, size)
+    lower = [span for spans in cut.spans[:index] for span in spans]
+    edges = sorted({edge for span in lower for edge in span})
+    intervals, shard_base = [], 0
+    for start, stop in cut.spans[index]:
+        bounds = [start, *edges[bisect.bisect_right(edges, start) : bisect.bisect_left(edges, stop)], stop]
+        for first, last in itertools.pairwise(bounds):
+            is_owned = not any(a <= first < b for a, b in lower)
+            shard = shard_base + first - start
+            intervals.append(_Interval((first, last), (shard, shard + last - first), is_owned))
+        shard_base += stop - start
+    return intervals
+
+
+def _require_ranks(cut: Cut, size: int) -> None:
+    if len(cut.spans) != size:
+        raise LayoutError(f"this cut is of {len(cut.spans)} ranks alone", found=f"{size} ranks")
+
+
 def _intervals(cut: Cut, index: int, size: int) -> list[_Interval]:
+    if cut.spans:
+        return _intervals_of_spans(cut, index, size)
     intervals, atomic_base, shard_base = [], 0, 0
     for part in cut.parts:
         extent = cut.padded or part.size
@@ -279,5 +338,8 @@ def _intervals(cut: Cut, index: int, size: int) -> list[_Interval]:
 
 
 def _shard_extent(cut: Cut, index: int, size: int) -> int:
+    if cut.spans:
+        _require_ranks(cut, size)
+        return sum(stop - start for start, stop in cut.spans[index])
     ranges = [_units(part, cut.padded or part.size, index, size) for part in cut.parts]
     return sum(stop - start for start, stop, _ in ranges)

@@ -128,6 +128,7 @@ _CUT = record(
         "axis": one_of("tp", "ep"),
         "padded": whole(0, MAX_ELEMENTS, optional=True),
         "parts": list_of(_part, low=1, high=MAX_PARTS),
+        "spans": list_of(list_of(list_of(whole(0, MAX_ELEMENTS), 2, 2), high=MAX_PARTS)),
     },
     required=("dim", "axis", "padded", "parts"),
 )

@@ -75,7 +75,7 @@ def test_stock_deepspeed_loads_every_stage_and_size(target: tuple[int, int], is_
 
 
 ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
-SMALL = {"zero_optimization": {"sub_group_size": 500}}
+SMALL = {"zero_optimization": {"sub_group_size": 100}}
 ALIGNED = {"zero_optimization": {"parameter_alignment": True}, "width": 21}
 FP32_SUMS = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}}
@@ -140,7 +140,8 @@ def unlike(ours: Any, theirs: Any, place: str = "") -> list[str]:
 
 
 FILES = [
-    ((3, 2), (0, 2), {}), ((3, 2), (1, 3), {}), ((1, 3), (2, 2), {}), ((2, 2), (3, 3), {}), ((0, 2), (3, 2), {}),
+    ((3, 2), (0, 2), {}), ((3, 2), (1, 3), {"width": 21}), ((1, 3), (2, 2), {"width": 21}),
+    ((2, 2), (3, 3), {}), ((0, 2), (3, 2), {}),
     ((3, 3), (2, 2), BF16), ((2, 3), (3, 2), BF16), ((3, 2), (2, 3), ROUND_ROBIN),
     ((1, 2), (3, 3), SMALL),
     ((3, 2), (1, 3), ALIGNED),

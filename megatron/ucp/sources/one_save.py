@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.ucp.affine_maps import AffineMaps
 from megatron.ucp.errors import CorruptFileError, SourceError, listed
 from megatron.ucp.sources.deepspeed_files import Files
 from megatron.ucp.sources.optimizer_file import PARTITION_COUNT, OptimizerFile
@@ -84,13 +85,21 @@ def model_answers(content: Mapping[str, Any], mp_rank: int, tp_size: int) -> dic
     counters = ("global_steps", "global_samples", "skipped_steps", "iteration", "dp_world_size", "mp_world_size")
     tables = content.get("param_shapes") or []
     shapes = [[(name, tuple(shape)) for name, shape in table.items()] for table in tables]
-    names = [[name for name, _ in table] for table in shapes]
+    empty = _empty_somewhere(content)
+    names = [[name for name, _ in table if name not in empty] for table in shapes]
     return {
         **_common_answers(content),
         **{key: content[key] for key in counters if isinstance(content.get(key), int)},
         f"the list of parameters of pipeline stage {mp_rank // tp_size}": _short(names),
         f"the table of shapes of mp_rank {mp_rank}": _short(shapes),
     }
+
+
+def _empty_somewhere(content: Mapping[str, Any]) -> set[str]:
+    """Parameters of which a tensor-parallel rank holds nothing, so that its file does not list them."""
+    maps = AffineMaps.of(content.get("universal_checkpoint_info") or {})
+    ranks = {rank for entry in maps.by_name.values() for rank in entry["ranks"]}
+    return {name for rank in ranks for name in maps.empty_shards(rank)}
 
 
 def optimizer_answers(content: Mapping[str, Any], file: OptimizerFile, mp_rank: int) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from megatron.ucp.deepspeed_compat import layout_from_patterns
+from megatron.ucp.affine_maps import AffineMaps
+from megatron.ucp.deepspeed_compat import layout_from_patterns, refused_by_patterns
 from megatron.ucp.errors import MissingFileError, SourceError, UnsupportedCheckpointError, listed
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
@@ -68,6 +69,8 @@ class DenseReader:
         group_names: Mapping[int, list[str]] | None = None,
     ):
         self.save, self.models, self.column_parallel = save, models, column_parallel
+        self.info = models[0].get("universal_checkpoint_info") or {}
+        self.maps = AffineMaps.of(self.info)
         self.group_names = group_names or {mp: names_or_numbers(self._first(mp).param_groups()) for mp in models}
 
     def source(self, manifest: Manifest) -> DeepSpeedSource:
@@ -78,8 +81,9 @@ class DenseReader:
         return source
 
     def manifest(self) -> Manifest:
-        trainable = self._by_stage({mp: _trainable_shapes(content) for mp, content in self.models.items()})
-        frozen = self._by_stage({mp: self._frozen_shapes(mp) for mp in self.models}) | self._frozen_in_layers(trainable)
+        trainable = self._by_stage(self._trainable_shapes())
+        frozen = self._by_stage({mp: self._frozen_shapes(mp, trainable) for mp in self.models})
+        frozen |= self._frozen_in_layers(trainable)
         layouts = self.layouts({**trainable, **frozen})
         order = {mp: self._flat_order(mp) for mp in self.models}
         parameters = self._parameters(layouts, trainable, order)
@@ -139,15 +143,25 @@ class DenseReader:
                 by_stage.setdefault(name, {}).setdefault(mp // self.save.topology.tp_size, []).append(shape)
         return by_stage
 
-    def _frozen_shapes(self, mp: int) -> dict[str, tuple[int, ...]]:
+    def _trainable_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:
+        """By mp rank; with the empty shards of what other ranks train."""
+        shapes = {mp: _trainable_shapes(content) for mp, content in self.models.items()}
+        trained = {name for table in shapes.values() for name in table}
+        for mp, table in shapes.items():
+            empty = self.maps.empty_shards(mp % self.save.topology.tp_size)
+            table |= {name: shape for name, shape in empty.items() if name in trained and name not in table}
+        return shapes
+
+    def _frozen_shapes(self, mp: int, trainable: Shapes) -> dict[str, tuple[int, ...]]:
+        """DeepSpeed lists a rank's empty shards among its frozen parameters; they are not meant."""
         content, first = self.models[mp], self.models[0]
         if content.get("frozen_param_shapes") is not None:
-            return {name: tuple(shape) for name, shape in content["frozen_param_shapes"].items()}
+            return {n: tuple(shape) for n, shape in content["frozen_param_shapes"].items() if n not in trainable}
         module = content.get("module")
         if self.save.zero_stage != 1 or not isinstance(module, Mapping) or "shared_params" not in first:
             return {}
         # ZeRO-1 has no list of them: they are what is in "module" and neither trained, a buffer nor another's alias.
-        known = {*_trainable_shapes(content), *content["buffer_names"], *first["shared_params"]}
+        known = {*trainable, *content["buffer_names"], *first["shared_params"]}
         return {name: tuple(value.shape) for name, value in module.items() if name not in known and is_weight(value)}
 
     def _frozen_in_layers(self, trainable: Shapes) -> Shapes:
@@ -158,11 +172,17 @@ class DenseReader:
         return frozen_in_layers(layers, trainable, buffers)
 
     def layouts(self, shapes: Shapes) -> dict[str, Layout]:
-        info = self.models[0].get("universal_checkpoint_info") or {}
         layouts = {
-            name: layout_from_patterns(name, stages[min(stages)], info, self.column_parallel)
+            name: self.maps.layout(name, stages[min(stages)])
+            or layout_from_patterns(name, stages[min(stages)], self.info, self.column_parallel)
             for name, stages in shapes.items()
         }
+        if refused := {name: why for name in shapes if (why := refused_by_patterns(name, self.info))}:
+            raise UnsupportedCheckpointError(
+                "DeepSpeed itself does not know how parameters are cut",
+                found=[f"{name}: {why}" for name, why in refused.items()],
+                where=self.save.folder,
+            )
         if unnamed := [name for name, layout in layouts.items() if layout is None]:
             raise UnsupportedCheckpointError(
                 f"{len(unnamed)} tensor-parallel parameter(s) match no pattern in universal_checkpoint_info",
