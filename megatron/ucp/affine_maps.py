@@ -96,6 +96,8 @@ def layout_from_map(entry: Mapping[str, Any], axis: str, num_ranks: int, num_dim
         raise UnsupportedCheckpointError(f"the affine map has more than {_MAX_PIECES} pieces")
     shard_shapes = [_shape(ranks[rank]["shard_shape"]) for rank in range(num_ranks)]
     dim = _cut_dim(shape, shard_shapes, [piece for held in ranks.values() for piece in held["pieces"]])
+    if dim is None and axis == "ep":
+        dim = 0  # one rank has all experts, and they can still be dealt out
     if dim is None:
         merged = len(shape) + 1 - (num_dims or len(shape))
         shape = (math.prod(shape[:merged]), *shape[merged:])

@@ -15,7 +15,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama tied": ("Llama", {"intermediate_size": 64, "num_key_value_heads": 6, "tie_word_embeddings": True}),
     "Qwen2": ("Qwen2", {"intermediate_size": 64, "num_key_value_heads": 2}),
     "GPTNeoX": ("GPTNeoX", {"intermediate_size": 96}),
-    "OPT": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 48}),
+    "OPT": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 48, "dropout": 0.0}),
 }
 """Name -> (transformers' class, its configuration). Heads and widths that two or three ranks do not divide."""
 FUSED = "parts of one matrix"
@@ -106,3 +106,14 @@ def resume(rank: int, world_size: int, folder: str, kind: str, stage: int, tp_si
     path, _ = engine.load_checkpoint(folder, tag="universal")
     assert path is not None
     return [step(engine, number, rank // tp_size, world_size // tp_size) for number in (3, 4)]
+
+
+def resume_with_install(rank: int, world_size: int, folder: str, kind: str, stage: int) -> list[float]:
+    """From the save itself, on data-parallel ranks alone."""
+    from megatron import ucp_deepspeed
+
+    ucp_deepspeed.install()
+    engine = engine_of(kind, stage, 1, 7)
+    path, _ = engine.load_checkpoint(folder, tag="there")
+    assert path is not None
+    return [step(engine, number, rank, world_size) for number in (3, 4)]

@@ -6,15 +6,13 @@ on, continued by DeepSpeed's own loader from our universal folder under other te
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
 from ucp import autotp_program
 from ucp.autotp_program import FUSED, MODELS
 
 from harness.ranks import RankFailure, run_ranks
+from matrix.stock import stock_convert
 from megatron.ucp.convert import convert
 from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.sources import open_source
@@ -31,13 +29,6 @@ TARGETS = {2: [(1, 1, 2), (3, 2, 2)], 3: [(2, 1, 1), (1, 3, 3), (3, 2, 4)]}
 """(ZeRO stage, tp, ranks), by tp of the Source."""
 
 
-def _converted_by_deepspeed(folder: Path, output: Path) -> None:
-    from deepspeed.checkpoint.ds_to_universal import main
-
-    flags = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-    main(SimpleNamespace(input_folder=str(folder), output_folder=str(output), inject_missing_state=False, **flags))
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_read_as_deepspeed_reads_it_and_gone_on_with(case: tuple[str, int, int, int], tmp_path):
     kind, stage, tp_size, world_size = case
@@ -48,9 +39,9 @@ def test_read_as_deepspeed_reads_it_and_gone_on_with(case: tuple[str, int, int, 
     assert verify(tmp_path / "universal").is_sound
     if case == NO_HEADS:
         with pytest.raises(TypeError):
-            _converted_by_deepspeed(tmp_path / "there", tmp_path / "stock")
+            stock_convert(0, 1, str(tmp_path / "there"), str(tmp_path / "stock"))
     else:
-        _converted_by_deepspeed(tmp_path / "there", tmp_path / "stock")
+        stock_convert(0, 1, str(tmp_path / "there"), str(tmp_path / "stock"))
         names = {path.name for path in (tmp_path / "universal" / "zero").iterdir() if path.is_dir()}
         assert names == set(source.manifest.parameters)
         theirs = {path.name for path in (tmp_path / "stock" / "zero").iterdir() if path.is_dir()}
@@ -65,6 +56,14 @@ def test_read_as_deepspeed_reads_it_and_gone_on_with(case: tuple[str, int, int, 
     for target in TARGETS[tp_size]:
         again = run_ranks(target[2], autotp_program.resume, str(tmp_path), kind, target[0], target[1])[0]
         assert again == pytest.approx(losses, abs=4e-6), target
+
+
+@pytest.mark.parametrize("stage, world_size", [(3, 2), (1, 1)])
+def test_a_program_without_autotp_resumes_with_install(stage: int, world_size: int, tmp_path):
+    """Straight from the files of tensor-parallel ranks, each uneven."""
+    losses = run_ranks(4, autotp_program.save, str(tmp_path), "Llama", 2, 2)[0]
+    again = run_ranks(world_size, autotp_program.resume_with_install, str(tmp_path), "Llama", stage)[0]
+    assert again == pytest.approx(losses, abs=4e-6)
 
 
 def test_planted_fault_a_map_of_other_rows(tmp_path):
@@ -104,6 +103,6 @@ def test_the_models_are_cut_as_the_cases_say():
 def test_planted_fault_deepspeed_refuses_another_stage_of_its_own(tmp_path):
     """What its converter makes of ZeRO-1 it does not load under ZeRO-3: why the resumes above are of our folders."""
     run_ranks(2, autotp_program.save, str(tmp_path), "Llama", 1, 2)
-    _converted_by_deepspeed(tmp_path / "there", tmp_path / "stock" / "universal")
+    stock_convert(0, 1, str(tmp_path / "there"), str(tmp_path / "stock" / "universal"))
     with pytest.raises(RankFailure, match="AssertionError"):
         run_ranks(2, autotp_program.resume, str(tmp_path / "stock"), "Llama", 3, 2)

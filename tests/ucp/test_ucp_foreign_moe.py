@@ -302,7 +302,7 @@ FAULTS = {
     ),
     "auto-ep": (
         lambda f, _: edit(f / "mp_rank_00_model_states.pt", lambda c: c.update(ds_autoep_layers=[{}])),
-        UnsupportedCheckpointError, ["AutoEP"],
+        CorruptFileError, ["AutoEP's layers are not described"],
     ),
     "old-names": (
         lambda f, _: (f / expert_file(0, 0)).rename(f / "expert_0_mp_rank_00_model_states.pt"),

@@ -19,6 +19,7 @@ from matrix.stock import stock_convert
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
 from megatron.ucp.errors import UcpError
+from megatron.ucp.sources import open_source
 from megatron.ucp.sources.foreign.universal import STAGE3_MODEL
 from megatron.ucp.sources.universal import OPTIMIZER_FILE
 from megatron.ucp.verify import verify
@@ -256,3 +257,36 @@ def test_steps_that_a_stock_universal_folder_of_zero3_counts_apart_are_refused(t
     torch.save(content, folder / OPTIMIZER_FILE)
     with pytest.raises(UcpError, match="counted its parameters' steps apart"):
         convert(folder, tmp_path / "out")
+
+
+class Twice(nn.Module):
+    """One module under two names of the same parent, of which DeepSpeed lists the first alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = self.first
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, x):
+        return self.frozen(self.second(self.first(x)))
+
+
+def _save_twice(rank: int, world_size: int, folder: str) -> None:
+    import deepspeed
+
+    net = Twice()
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    engine = deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
+    engine.backward(engine(torch.ones(1, 6)).sum())
+    engine.step()
+    engine.save_checkpoint(folder, tag="there")
+
+
+def test_a_second_name_of_a_module_is_no_frozen_parameter(tmp_path):
+    run_ranks(2, _save_twice, str(tmp_path))
+    found = open_source(tmp_path / "there").manifest.parameters
+    assert {name: info.is_trainable for name, info in found.items()} == {
+        "first.weight": True, "first.bias": True, "frozen.weight": False, "frozen.bias": False,
+    }  # fmt: skip

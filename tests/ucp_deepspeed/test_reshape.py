@@ -269,6 +269,23 @@ def test_links_beside_are_not_followed(tmp_path, caplog):
     assert "more/link, notes" in caplog.text
 
 
+def _save_of_each_rank(rank: int, world_size: int, folder: str) -> None:
+    engine = engine_of(3, world_size, 0, {}, False)
+    step(engine, 0, rank, world_size)
+    engine.module.num_calls.fill_(10 + rank)
+    engine.save_checkpoint(folder, client_state={"rank": rank})
+
+
+def test_each_rank_of_zero3_goes_on_with_its_own(tmp_path):
+    """Buffers and the program's state; ranks beyond those that saved take the first's."""
+    run_ranks(2, _save_of_each_rank, str(tmp_path / "a"))
+    folder = reshape(tmp_path / "a", tmp_path / "b", NativeTarget(3, 3)).output
+    for rank, theirs in enumerate((0, 1, 0)):
+        path = next(folder.glob(f"*/zero_pp_rank_{rank}_mp_rank_00_model_states.pt"))
+        content = torch.load(path, weights_only=False)
+        assert content["rank"] == theirs and float(content["module"]["num_calls"]) == 10 + theirs
+
+
 class Policy:
     """Of a program, and unknown to us."""
 

@@ -29,6 +29,7 @@ from megatron.ucp.execute import CHUNK, chunks
 from megatron.ucp.file_names import model_file, optimizer_file
 from megatron.ucp.manifest import FORMAT_VERSION, FileInfo, Manifest
 from megatron.ucp.sources.deepspeed import FROZEN, DeepSpeedSource
+from megatron.ucp.sources.foreign.layer_files import place_of
 from megatron.ucp.sources.optimizer_file import FlatContent, file_content
 from megatron.ucp.sources.optimizer_groups import OptimizerGroup, round_robin
 from megatron.ucp.targets.flat_layout import Flat, Segment, param_paddings, stage3_flats, stage3_slice, stage12_flats
@@ -306,13 +307,9 @@ def aliases(content: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:
     if content.get("shared_params") is not None:
         return dict(content["shared_params"])
     module = content["module"]
-    at = {_place(module[name]): name for name, info in manifest.parameters.items() if info.layout.numel}
+    at = {place_of(module[name]): name for name, info in manifest.parameters.items() if info.layout.numel}
     held = {name: value for name, value in module.items() if torch.is_tensor(value) and value.numel()}
-    return {name: at[p] for name, value in held.items() if (p := _place(value)) in at and at[p] != name}
-
-
-def _place(value: torch.Tensor) -> tuple[Any, ...]:
-    return value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride()
+    return {name: at[p] for name, value in held.items() if (p := place_of(value)) in at and at[p] != name}
 
 
 def _own(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -164,6 +164,8 @@ def file_keys(layout: Layout, name: str) -> dict[str, Any]:
         keys["cat_dim"] = cut.dim
     if cut is not None and cut.padded is not None:
         keys["vocab_tensor"] = True
+    if any(cut.axis == "ep" and cut.dim == 0 for cut in layout.cuts):
+        keys |= {"is_expert_param": True, "ep_num_experts": layout.shape[0]}
     return keys
 
 

@@ -3,6 +3,7 @@
 universal.py                        a universal folder
 dense.py, zero0.py                  ZeRO-1 to 3, and ZeRO-0
 moe.py, moe_zero0.py                the same with experts of deepspeed.moe.layer.MoE
+autoep.py                           ZeRO-1 to 3 with experts of AutoEP
 save.py                             their files, all opened, and of one save
 
 source = open_foreign(Path("run/global_step100"))
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from megatron.ucp.errors import CorruptFileError, UcpError
 from megatron.ucp.sources.deepspeed_files import list_files
+from megatron.ucp.sources.foreign.autoep import is_autoep, open_autoep
 from megatron.ucp.sources.foreign.dense import open_dense
 from megatron.ucp.sources.foreign.expert_files import has_experts
 from megatron.ucp.sources.foreign.moe import open_moe
@@ -49,6 +51,8 @@ def _open(folder: Path, column_parallel: tuple[str, ...], optimizer_order: Seque
     if (folder / "zero").is_dir():
         return open_foreign_universal(folder)
     found = list_files(folder)
+    if is_autoep(found):
+        return open_autoep(folder, found)
     if has_experts(folder):
         return open_moe(folder, column_parallel) if found.zeros else open_moe_zero0(folder)
     if found.models and not found.zeros:

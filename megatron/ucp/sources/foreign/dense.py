@@ -29,7 +29,7 @@ from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.flat_states import Fragment, Fragments
 from megatron.ucp.sources.foreign.flat_order import flat_fragments, sub_groups
-from megatron.ucp.sources.foreign.layer_files import Shapes, frozen_in_layers, is_weight
+from megatron.ucp.sources.foreign.layer_files import Shapes, frozen_in_layers, is_weight, place_of
 from megatron.ucp.sources.foreign.param_groups import group_values, names_or_numbers
 from megatron.ucp.sources.foreign.save import NO_MANIFEST, ForeignSave, common_from_model_states, open_save
 from megatron.ucp.sources.optimizer_file import OptimizerFile, numbers_in
@@ -50,16 +50,21 @@ def open_dense(folder: Path, column_parallel: tuple[str, ...] = ()) -> DeepSpeed
             where=folder,
             do="bring the files of every node into this folder",
         )
-    reader = DenseReader(save, models, column_parallel)
+    return checked_source(DenseReader(save, models, column_parallel))
+
+
+def checked_source(reader: DenseReader) -> DeepSpeedSource:
+    """Raises SourceError where the optimizer's states do not lie as its masters do."""
     source = reader.source(reader.manifest())
-    if save.zero_stage < 3:  # _sub_groups has checked those of ZeRO-3
+    if reader.save.zero_stage < 3:  # _sub_groups has checked those of ZeRO-3
         source.flat_states.check({name: info.states for name, info in source.manifest.parameters.items()})
     return source
 
 
 class DenseReader:
     """Each method answers one question about a save. `models`: model states by mp_rank, of dense parameters only.
-    `group_names`: of the optimizer's groups, by mp_rank, where they are not the names in the files."""
+    `group_names`: of the optimizer's groups, by mp_rank, where they are not the names in the files. `experts`: layouts
+    of what is cut over ep."""
 
     def __init__(
         self,
@@ -67,7 +72,9 @@ class DenseReader:
         models: Mapping[int, Mapping[str, Any]],
         column_parallel: tuple[str, ...],
         group_names: Mapping[int, list[str]] | None = None,
+        experts: Mapping[str, Layout] | None = None,
     ):
+        self.experts = experts or {}
         self.save, self.models, self.column_parallel = save, models, column_parallel
         self.info = models[0].get("universal_checkpoint_info") or {}
         self.maps = AffineMaps.of(self.info)
@@ -160,9 +167,15 @@ class DenseReader:
         module = content.get("module")
         if self.save.zero_stage != 1 or not isinstance(module, Mapping) or "shared_params" not in first:
             return {}
-        # ZeRO-1 has no list of them: they are what is in "module" and neither trained, a buffer nor another's alias.
+        # ZeRO-1 has no list of them: they are what is in "module" and neither trained, a buffer nor another's alias, of
+        # which DeepSpeed lists not all (one module under two names of the same parent).
         known = {*trainable, *content["buffer_names"], *first["shared_params"]}
-        return {name: tuple(value.shape) for name, value in module.items() if name not in known and is_weight(value)}
+        places = {place_of(module[name]) for name in trainable if is_weight(module.get(name))}
+        return {
+            name: tuple(value.shape)
+            for name, value in module.items()
+            if name not in known and is_weight(value) and not (value.numel() and place_of(value) in places)
+        }
 
     def _frozen_in_layers(self, trainable: Shapes) -> Shapes:
         if any("buffer_names" not in content for content in self.models.values()):
@@ -173,7 +186,8 @@ class DenseReader:
 
     def layouts(self, shapes: Shapes) -> dict[str, Layout]:
         layouts = {
-            name: self.maps.layout(name, stages[min(stages)])
+            name: self.experts.get(name)
+            or self.maps.layout(name, stages[min(stages)])
             or layout_from_patterns(name, stages[min(stages)], self.info, self.column_parallel)
             for name, stages in shapes.items()
         }
@@ -195,7 +209,8 @@ class DenseReader:
         for name, stages in shapes.items():
             for shards in stages.values():
                 for tp, found in enumerate(shards):
-                    expected = layouts[name].shard_shape(ShardRank(tp, len(shards)))
+                    ep_size = self.save.topology.ep_size if name in self.experts else 1
+                    expected = layouts[name].shard_shape(ShardRank(tp, len(shards), 0, ep_size))
                     if found != expected:
                         wrong.append(f"{name}: tp rank {tp} holds {found}, the patterns say {expected}")
         if wrong:
@@ -243,13 +258,16 @@ class DenseReader:
 
     def _sub_groups(self, mp: int) -> list[list[str]]:
         """ZeRO-3 closes a flat tensor once it has `sub_group_size` elements, and at the end of a parameter group."""
-        zero_size = self.save.topology.zero_size
-        lengths = {n: -(-math.prod(shape) // zero_size) for n, shape in _trainable_shapes(self.models[mp]).items()}
+        zero_size, ep_size = self.save.topology.zero_size, self.save.topology.ep_size
+        lengths = {
+            name: -(-math.prod(shape) // (zero_size // ep_size if name in self.experts else zero_size))
+            for name, shape in _trainable_shapes(self.models[mp]).items()
+        }
         order, faults = None, []
         for file in self.save.optimizers(mp):
             sizes = [flat.numel() for flat in file.masters()]
             order = sub_groups(lengths, sizes)
-            if order is None or file.has_partitions_of_its_own:
+            if order is None or (file.has_partitions_of_its_own and not self.experts):
                 faults.append(f"{file.path.name}: flat tensors of {sizes} elements")
                 continue
             odd = _odd_states(file, sizes)

@@ -48,6 +48,11 @@ def is_weight(value: Any) -> bool:
     return torch.is_tensor(value) and value.is_floating_point()
 
 
+def place_of(value: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two names of one tensor of a file."""
+    return value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride()
+
+
 def _tied_layers(layers: Layers, trainable: Shapes) -> set[int]:
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, by_stage in trainable.items():

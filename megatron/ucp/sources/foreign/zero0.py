@@ -23,7 +23,7 @@ from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import list_files
-from megatron.ucp.sources.foreign.layer_files import is_weight
+from megatron.ucp.sources.foreign.layer_files import is_weight, place_of
 from megatron.ucp.sources.foreign.param_groups import group_values, names_or_numbers
 from megatron.ucp.sources.foreign.save import NO_MANIFEST, common_from_model_states
 from megatron.ucp.sources.optimizer_file import numbers_in
@@ -96,7 +96,7 @@ def _weights(folder: Path, content: Mapping[str, Any]) -> dict[str, torch.Tensor
     for name, value in module.items():
         if name in buffers or not is_weight(value):
             continue
-        place = value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride()
+        place = place_of(value)
         if place not in seen or not value.numel():
             seen.add(place)
             weights[name] = value
