@@ -17,7 +17,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron.ucp.layout import Layout, Part, ShardRank
+from megatron.ucp.errors import LayoutError
+from megatron.ucp.layout import Cut, Layout, Part, ShardRank
 
 REPLICATED = "tp_replicated_parameter_patterns"
 AVERAGED = "parameter_to_average_patterns"
@@ -120,12 +121,43 @@ def layout_from_patterns(
             whole, sizes = joined(dim), entry["shape"][dim]
             if not isinstance(sizes, (tuple, list)):
                 sizes = (whole[dim] // sizes,) * sizes
-            return Layout.shard_nc(whole, dim, tuple(Part(int(size)) for size in sizes))
+            return _cut_parts(whole, dim, [int(size) for size in sizes], _recorded_widths(info, name))
     if _matches(info.get(ROW, []), name) and len(shape) > 1:
         return Layout.shard_h(joined(1))
     if _matches((*info.get(COLUMN, []), *column_parallel), name):
         return Layout.shard_v(joined(0))
     return Layout.unique(shape) if tp_size == 1 else None
+
+
+def _recorded_widths(info: Mapping[str, Any], name: str) -> list[list[int]] | None:
+    """By part, what each rank has of it; None where they are not recorded (before version 0.4) and so even."""
+    held = info.get(WIDTHS) or {}
+    return next((widths for pattern, widths in held.items() if re.match(pattern, name)), None)
+
+
+def _cut_parts(whole: tuple[int, ...], dim: int, sizes: list[int], widths: list[list[int]] | None) -> Layout:
+    """Raises LayoutError where the widths are not those of the parts."""
+    plain = Layout.shard_nc(whole, dim, tuple(map(Part, sizes)))
+    if widths is None or _is_so_cut(plain, widths):
+        return plain
+    if [sum(of_part) for of_part in widths] != sizes or len({len(of_part) for of_part in widths}) != 1:
+        raise LayoutError("widths of other parts than the parameter has", found=widths, expected=f"parts of {sizes}")
+    spans: list[list[tuple[int, int]]] = [[] for _ in widths[0]]
+    start = 0
+    for of_part in widths:
+        for held, width in zip(spans, of_part):
+            if width:
+                held.append((start, start + width))
+            start += width
+    cut = Cut(dim, (Part(whole[dim]),), spans=tuple(map(tuple, spans)))
+    return Layout("shard_nc", whole, (cut,))
+
+
+def _is_so_cut(layout: Layout, widths: list[list[int]]) -> bool:
+    try:
+        return [_widths(part, len(widths[0])) for part in layout.cuts[0].parts] == widths
+    except LayoutError:  # fewer elements than ranks
+        return False
 
 
 def refused_by_patterns(name: str, info: Mapping[str, Any]) -> str | None:

@@ -9,10 +9,10 @@ from ucp.synthetic import layout_of, make_state, model, padded_vocabulary, write
 
 from harness.ranks import run_ranks
 from megatron.ucp.convert import convert
-from megatron.ucp.deepspeed_compat import universal_checkpoint_info
+from megatron.ucp.deepspeed_compat import layout_from_patterns, universal_checkpoint_info
 from megatron.ucp.diff import diff
-from megatron.ucp.errors import UnsupportedCheckpointError
-from megatron.ucp.layout import Cut, Layout, Part
+from megatron.ucp.errors import LayoutError, UnsupportedCheckpointError
+from megatron.ucp.layout import Cut, Layout, Part, ShardRank
 from megatron.ucp.sources import open_source
 from megatron.ucp.topology import Topology
 
@@ -161,3 +161,27 @@ def test_every_pattern_of_the_paper_has_a_list():
     assert info["tp_replicated_parameter_patterns"] == ["unique$"]
     assert info["parameter_to_average_patterns"] == ["partial$"]
     assert info["parameter_with_row_parallelism_patterns"] == ["hybrid$"]
+
+
+@pytest.mark.parametrize(
+    "sizes, widths",
+    [((4, 4), [[1, 3], [3, 1]]), ((6, 3, 3), [[4, 2], [1, 2], [2, 1]]), ((6, 2), [[2, 2, 2], [1, 1, 0]])],
+    ids=str,
+)
+def test_recorded_widths_of_parts_are_believed(sizes: tuple[int, ...], widths: list[list[int]]):
+    """The first has the totals of an even cut, so that shapes alone say nothing. Against DeepSpeed's own arithmetic."""
+    from deepspeed.checkpoint.affine import sub_param_map
+
+    num_ranks = len(widths[0])
+    theirs = sub_param_map((sum(sizes), 3), list(sizes), widths, 0)
+    info = {
+        "parameter_with_sub_params": [{"patterns": ["^qkv$"], "shape": [list(sizes), 3], "partition_dim": 0}],
+        "sub_param_shard_widths": {"^qkv$": widths},
+    }
+    layout = layout_from_patterns("qkv", [theirs.shard_shapes[rank] for rank in range(num_ranks)], info)
+    whole = torch.randn(theirs.logical_shape)
+    for rank in range(num_ranks):
+        assert torch.equal(layout.split(whole, ShardRank(rank, num_ranks)), theirs.extract(whole, rank))
+    info["sub_param_shard_widths"]["^qkv$"] = [[9] * num_ranks] * len(sizes)
+    with pytest.raises(LayoutError, match="other parts"):
+        layout_from_patterns("qkv", [theirs.shard_shapes[rank] for rank in range(num_ranks)], info)

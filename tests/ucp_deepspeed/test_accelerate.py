@@ -12,7 +12,7 @@ from ucp_deepspeed.seen import raised_by_deepspeed
 
 from harness.ranks import RankFailure, run_ranks
 
-SOURCES = [(stage, ranks) for stage in (1, 2, 3) for ranks in (1, 2, 3)]
+SOURCES = [(stage, ranks) for stage in (1, 2, 3) for ranks in (1, 2, 3, 4)]
 TARGETS = [(stage, ranks) for stage in (1, 2, 3) for ranks in (1, 2, 3, 4)]
 
 

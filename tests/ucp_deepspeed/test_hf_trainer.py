@@ -10,14 +10,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from ucp_deepspeed.seen import raised_by_deepspeed
 from ucp_deepspeed.trainer_program import GLOBAL_BATCH, SAVED_AT, Ran, differences, program, resume, save
 
 from harness.ranks import RankFailure, run_ranks
 
-SOURCES = [(stage, ranks) for stage in (1, 2, 3) for ranks in (1, 2, 3)]
+SOURCES = [(stage, ranks) for stage in (1, 2, 3) for ranks in (1, 2, 3, 4)]
 TARGETS = [(stage, ranks) for stage in (1, 2, 3) for ranks in (1, 2, 3, 4)]
 Whole = tuple[Path, list[Ran]]
 
@@ -100,6 +102,20 @@ def test_a_torn_tag_is_no_checkpoint(saved, tmp_path):
     assert last_whole_checkpoint(str(run)) == str(run / "checkpoint-3")
     shutil.rmtree(run / "checkpoint-3")
     assert last_whole_checkpoint(str(run)) is None
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end_whoever_saved_it(tmp_path):
+    """`load_best_model_at_end`, where the best (the worst here, which is the first) is another number of ranks'."""
+    best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    best |= {"eval_strategy": "steps", "eval_steps": SAVED_AT, "save_strategy": "steps"}
+    whole = run_ranks(2, save, str(tmp_path), 2, best, True, timeout=300)
+    checkpoint = str(tmp_path / f"checkpoint-{SAVED_AT}")
+    found = [ran for [ran] in run_ranks(3, resume, str(tmp_path), 1, [checkpoint], best, True, timeout=300)]
+    assert not differences(found, whole)
+    for ran in (*whole, *found):
+        assert ran.ended is not None and whole[0].state is not None
+        for key, value in whole[0].state.state.items():
+            assert torch.equal(ran.ended.state[key], value)
 
 
 def test_trainers_without_deepspeed_find_their_checkpoints(tmp_path):

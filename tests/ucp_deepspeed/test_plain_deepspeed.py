@@ -21,9 +21,9 @@ from ucp_deepspeed.seen import Seen, raised_by_deepspeed
 from harness.ranks import RankFailure, run_ranks
 
 BF16 = {"bf16": {"enabled": True}}
-CELLS = [(stage, ranks) for stage in (0, 1, 2, 3) for ranks in (1, 2, 3)]
+CELLS = [(stage, ranks) for stage in (0, 1, 2, 3) for ranks in (1, 2, 3, 4)]
 """(ZeRO stage, ranks) of Sources. ZeRO-0 in fp32: in bf16 DeepSpeed keeps its optimizer's state in another form."""
-TARGETS = [(stage, ranks) for stage in (0, 1, 2, 3) for ranks in (1, 2, 4)]
+TARGETS = [(stage, ranks) for stage in (0, 1, 2, 3) for ranks in (1, 2, 3, 4)]
 
 
 class Saved(NamedTuple):
@@ -52,7 +52,7 @@ def saved(tmp_path_factory) -> Callable[..., Saved]:
 )
 def test_every_stage_and_size_into(target: tuple[int, int], is_bf16: bool, saved):
     there = [saved(*source, is_bf16) for source in CELLS if source[0] or not is_bf16]
-    there += [saved(*source, is_bf16, installs=False) for source in CELLS if source[0] or not is_bf16]
+    there += [saved(stage, 2 + stage % 2, is_bf16, installs=False) for stage in (0, 1, 2, 3) if stage or not is_bf16]
     folders = [str(made.folder) for made in there]
     for by_rank in run_ranks(target[1], resume, folders, target[0], BF16 if is_bf16 else {}):
         for made, found in zip(there, by_rank, strict=True):

@@ -32,6 +32,7 @@ class Ran:
     """Those of this rank, by step."""
     state: Seen | None = None
     """Where it saved, or as it was resumed."""
+    ended: Seen | None = None
 
 
 def sample(number: int) -> torch.Tensor:
@@ -100,13 +101,14 @@ def program(
                 ran.state = seen_in(trainer.model_wrapped)
 
     def look(module, args, kwargs) -> None:
-        rows = [numbers[tuple(row.tolist())] for row in kwargs["input_ids"]]
+        rows = [numbers[tuple(row.tolist())] for row in kwargs["input_ids"]] if module.training else []
         ran.samples.setdefault(trainer.state.global_step + 1, []).extend(rows)
 
     model.register_forward_pre_hook(look, with_kwargs=True)
     rows = [{"input_ids": sample(i), "labels": sample(i)} for i in range(NUM_SAMPLES)]
-    trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=[Watch()])
+    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:12], callbacks=[Watch()])
     trainer.train(resume_from_checkpoint=resume)
+    ran.ended = seen_in(trainer.model_wrapped)
     for entry in trainer.state.log_history:
         if "loss" in entry:
             ran.losses[entry["step"]], ran.rates[entry["step"]] = entry["loss"], entry["learning_rate"]
