@@ -71,6 +71,14 @@ def test_a_plain_cut_is_of_any_number_of_ranks():
     assert by_case["rows, uneven"].without_padding() == Layout.shard_v((10, 4))
 
 
+def test_pieces_are_placed_by_where_they_lie_not_by_their_order():
+    entry = builders()["parts"].to_dict()
+    turned = copy.deepcopy(entry)
+    for held in turned["ranks"].values():
+        held["pieces"].reverse()
+    assert layout_from_map(turned, "tp", 2) == layout_from_map(entry, "tp", 2)
+
+
 def test_copies_that_differ_are_told():
     theirs = builders()["one part whole on every rank"]
     layout = layout_from_map(theirs.to_dict(), "tp", 2)

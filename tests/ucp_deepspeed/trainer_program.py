@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from ucp_deepspeed.seen import Seen, seen_in
 
-NUM_SAMPLES, GLOBAL_BATCH, SAVED_AT, NUM_STEPS = 48, 12, 3, 6
+NUM_SAMPLES, GLOBAL_BATCH, SAVED_AT, NUM_STEPS = 48, 12, 3, 5
 """Four steps are an epoch: what is resumed after the third has its next epoch's order to find."""
 PER_DEVICE = {1: 6, 2: 3, 3: 4, 4: 3}
 """By number of ranks; the rest of the global batch is accumulated."""
