@@ -11,10 +11,11 @@ Its command line is convert_command.py. DeepSpeed's own files for other ranks ar
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,19 +66,26 @@ def convert(
     source = open_source(folder, column_parallel=column_parallel)
     num_bytes = tensor_bytes(source.manifest)
     require_space(output, num_bytes + _SPARE_BYTES)
-    staging = stage(output)
-    try:
-        with disk_errors(staging):
-            manifest = write_proven(write_universal, source, staging, num_workers, byte_counter(progress, num_bytes))
-        identity.require_unchanged()
-        commit(staging, output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        identity.require_unchanged()  # what was found wrong may be another save's
-        raise
+    with whole_or_not_at_all(output, identity) as staging:
+        manifest = write_proven(write_universal, source, staging, num_workers, byte_counter(progress, num_bytes))
     point_to(output.parent, LATEST_UNIVERSAL, output.name)
     seconds = time.perf_counter() - started
     return Conversion(source.folder, output, manifest, total(manifest.digests), num_bytes, seconds)
+
+
+@contextlib.contextmanager
+def whole_or_not_at_all(output: Path, input_identity: Identity) -> Iterator[Path]:
+    """Gives a staging folder, which becomes `output` if the block ends well and the input is the one that was opened."""
+    staging = stage(output)
+    try:
+        with disk_errors(staging):
+            yield staging
+        input_identity.require_unchanged()
+        commit(staging, output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        input_identity.require_unchanged()  # what was found wrong may be another save's
+        raise
 
 
 def write_proven(

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.ucp.commit import commit, point_to, stage
-from megatron.ucp.convert import Conversion, byte_counter, require_apart, write_proven
+from megatron.ucp.commit import point_to
+from megatron.ucp.convert import Conversion, byte_counter, require_apart, whole_or_not_at_all, write_proven
 from megatron.ucp.digest import total
-from megatron.ucp.disk import disk_errors, require_space
+from megatron.ucp.disk import require_space
 from megatron.ucp.identity import Identity
 from megatron.ucp.pointers import LATEST
 from megatron.ucp.sources import find_checkpoint, open_source
@@ -70,23 +70,15 @@ def reshape(
     num_copied = sum(path.stat().st_size for path, _ in copies)
     require_space(output, num_bytes + _WEIGHT_BYTES * num_weights + num_copied + _SPARE_BYTES)
     write = functools.partial(write_native, target=target, groups=groups)
-    staging = stage(output)
-    try:
-        with disk_errors(staging):
-            written = staging / inside
-            written.mkdir(parents=True, exist_ok=True)
-            manifest = write_proven(write, source, written, num_workers, byte_counter(progress, num_bytes))
-            for path, name in copies:
-                (written.parent / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, written.parent / name)
-            if inside.parts:
-                point_to(written.parent, LATEST, written.name)
-        identity.require_unchanged()
-        commit(staging, output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        identity.require_unchanged()  # what was found wrong may be another save's
-        raise
+    with whole_or_not_at_all(output, identity) as staging:
+        written = staging / inside
+        written.mkdir(parents=True, exist_ok=True)
+        manifest = write_proven(write, source, written, num_workers, byte_counter(progress, num_bytes))
+        for path, name in copies:
+            (written.parent / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, written.parent / name)
+        if inside.parts:
+            point_to(written.parent, LATEST, written.name)
     if not inside.parts and output.parent.resolve() != folder.resolve().parent:
         point_to(output.parent, LATEST, output.name)
     return Reshaped(

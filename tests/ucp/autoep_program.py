@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from ucp.autotp_program import step
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -43,16 +44,6 @@ def engine_of(kind: str, stage: int, ep_size: int, seed: int, **more: Any):
         **more,
     }
     return deepspeed.initialize(model=model, config=settings)[0]
-
-
-def step(engine, number: int, rank: int, world_size: int) -> float:
-    ids = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(number)).chunk(world_size)[rank]
-    loss = engine(input_ids=ids, labels=ids).loss
-    engine.backward(loss)
-    engine.step()
-    mean = loss.detach().float()
-    torch.distributed.all_reduce(mean)
-    return float(mean) / world_size
 
 
 def save(rank: int, world_size: int, folder: str, kind: str, stage: int, ep_size: int) -> list[float]:
