@@ -75,7 +75,7 @@ def convert(
 
 @contextlib.contextmanager
 def whole_or_not_at_all(output: Path, input_identity: Identity) -> Iterator[Path]:
-    """Gives a staging folder, which becomes `output` if the block ends well and the input is the one that was opened."""
+    """A staging folder that becomes `output` where the block ends well and the input is the one that was opened."""
     staging = stage(output)
     try:
         with disk_errors(staging):
