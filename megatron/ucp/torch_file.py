@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron.ucp.disk import disk_errors
+from megatron.ucp.errors import CorruptFileError
 from megatron.ucp.manifest import FileInfo
 from megatron.ucp.safe_load import STAND_INS
 from megatron.ucp.stand_ins import Stranger, global_of
@@ -89,12 +90,21 @@ def save_streamed(content: Any, path: str | Path) -> FileInfo:
     """torch.save of a content in which tensors may be StreamedTensors. What safe_load put in the place of objects of
     unknown classes is written as those objects, so that a program that knows their classes has them again.
 
-    Returns size and checksum of the file. Raises NotEnoughSpaceError, and ValueError where stretches are not as long as
+    Returns size and checksum of the file. Raises NotEnoughSpaceError, CorruptFileError for a value that cannot be
+    written (nested too deep, a tensor larger than what it lies in), and ValueError where stretches are not as long as
     their tensor."""
     path = Path(path)
     buffer = io.BytesIO()
     pickler = _StreamPickler(buffer)
-    pickler.dump(content)
+    try:
+        pickler.dump(content)
+    except (AttributeError, RecursionError, TypeError, ValueError, pickle.PicklingError) as error:
+        raise CorruptFileError(
+            "it holds a value that cannot be written again",
+            found=f"{type(error).__name__}: {error}"[:200],
+            where=path.name,
+            do="use another checkpoint",
+        ) from error
     with disk_errors(path), open(path, "wb") as file:
         archive = _Archive(file, path.stem)
         try:
@@ -151,6 +161,8 @@ class _StreamPickler(_Pickler):
 def _streamed(values: torch.Tensor) -> StreamedTensor:
     if values.layout != torch.strided or values.is_quantized:
         raise TypeError(f"a {values.layout} tensor cannot be written as its elements")
+    if values.device.type == "meta" or values.numel() * values.element_size() > values.untyped_storage().nbytes():
+        raise ValueError(f"a tensor of {tuple(values.shape)} claims more than it lies in")
     whole = values.detach()
     return StreamedTensor(tuple(whole.shape), whole.dtype, lambda: [whole.cpu().contiguous().view(-1)])
 

@@ -1,6 +1,6 @@
 """What a damaged checkpoint does to everything that reads it: it is told, or what comes out is right.
 
-The five ways of reading a folder (open, verify, convert, diff, load) run on a damaged copy, in this
+The six ways of reading a folder (open, verify, convert, reshape, diff, load) run on a damaged copy, in this
 process, between two looks at the disk. Each must end in an error of a known kind that says something, or in the very
 outcome that the whole folder has. Anything else is a violation, one line:
 
@@ -43,8 +43,11 @@ from megatron.ucp import cli
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
 from megatron.ucp.digest import total
-from megatron.ucp.errors import UcpError
+from megatron.ucp.errors import UcpError, UnsupportedCheckpointError
 from megatron.ucp.manifest import MANIFEST_NAME
+from megatron.ucp.pointers import POINTERS
+from megatron.ucp.reshape import reshape
+from megatron.ucp.targets.native_target import NativeTarget
 from megatron.ucp.topology import Topology
 from megatron.ucp.verify import verify
 
@@ -86,6 +89,8 @@ class Judge:
         for name, base in bases.items():
             found = self._outcomes(self._copy(base), base)
             for how, outcome in found.items():
+                if how == "reshape" and isinstance(outcome.error, UnsupportedCheckpointError):
+                    continue  # of several model-parallel ranks, with experts, or universal
                 if outcome.is_told and not (how == "load" and not base.loads):
                     raise AssertionError(f"{name}, undamaged: {how}: {outcome.error}") from outcome.error
             self.right[name] = {how: outcome.value for how, outcome in found.items()}
@@ -113,7 +118,7 @@ class Judge:
             violations.append(f"bound: {taken >> 20} MiB were taken")
         return violations
 
-    # -- the five ways ---------------------------------------------------------------------------------------------
+    # -- the six ways ----------------------------------------------------------------------------------------------
 
     def _outcomes(self, place: Path, base: Base, chosen: tuple[str, ...] = WAYS) -> dict[str, Outcome]:
         run, folder, output = place / "run", place / "run" / base.tag, place / "out"
@@ -121,6 +126,7 @@ class Judge:
             "open": lambda: _inspect(folder),
             "verify": lambda: verify(folder, num_workers=1),
             "convert": lambda: _conversion(convert(folder, output, num_workers=1).manifest),
+            "reshape": lambda: _conversion(reshape(folder, output, NativeTarget(2, 3), num_workers=1).manifest),
             "diff": lambda: diff(base.folder, folder, trust_digests=False),
             "load": lambda: self._load(run),
         }
@@ -133,14 +139,17 @@ class Judge:
                 except Exception as error:  # its kind is what is judged
                     found[how] = Outcome(error=error)
             found[how] = replace(found[how], warnings=tuple(lines))
-            if how == "convert":
+            if how in ("convert", "reshape"):
                 if found[how].is_told and os.path.lexists(output):
                     found["output"] = Outcome("there is one, of a conversion that failed")
                 is_as_ever = base.name in self.right and found[how].value == self.right[base.name][how]
-                if not is_as_ever:  # the same checksums of the same files: it is sound, as of the whole folder
+                if (
+                    how == "convert" and not is_as_ever
+                ):  # the same checksums of the same files: it is sound, as of the whole folder
                     found["converted"] = self._converted(output, found[how])
                 shutil.rmtree(output, ignore_errors=True)
-                (place / "latest_universal").unlink(missing_ok=True)
+                for pointer in POINTERS:
+                    (place / pointer).unlink(missing_ok=True)
         return found
 
     def _converted(self, output: Path, conversion: Outcome) -> Outcome:
@@ -196,7 +205,9 @@ class Judge:
             return _judged_report(value, right, fault)
         if fault.is_another:
             return []
-        if how == "convert":
+        if how == "reshape" and right is None:
+            return []
+        if how in ("convert", "reshape"):
             wrong = _differences(right, value) - says
             if wrong and not value["unverified"]:
                 return [f"silent: another {', '.join(sorted(wrong)[:5])} than of the whole folder"]

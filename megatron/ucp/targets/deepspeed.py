@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from megatron.ucp.digest import Digest, digest_runs
+from megatron.ucp.errors import UcpError
 from megatron.ucp.execute import CHUNK, chunks
 from megatron.ucp.file_names import model_file, optimizer_file
 from megatron.ucp.manifest import FORMAT_VERSION, FileInfo, Manifest
@@ -118,9 +119,14 @@ class _Writer:
     def write(self, make: Callable[[], Any], path: Path) -> FileInfo:
         try:
             return save_streamed(make(), path)
-        except BaseException:
+        except (UcpError, _Stopped):
             self.stop.set()
             raise
+        except Exception as error:
+            self.stop.set()
+            raise UcpError(
+                f"writing {path.name} failed: {type(error).__name__}: {error}", where=self.source.folder
+            ) from error
 
     # -- values -------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron.ucp.errors import UcpError, UnsupportedCheckpointError
+from megatron.ucp.errors import CorruptFileError, UcpError, UnsupportedCheckpointError
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.foreign.expert_files import has_experts
 from megatron.ucp.sources.optimizer_groups import OptimizerGroup, is_round_robin, optimizer_groups
@@ -127,10 +127,23 @@ def require_writable(source: Source, target: NativeTarget) -> list[OptimizerGrou
         faults.append(f"its weights are not kept by name ({type(content.get('module')).__name__})")
     if faults:
         raise _refused(source, target, faults)
-    missing = set(manifest.parameters) - set(content["module"])
-    if missing:
-        raise _refused(source, target, [f"{name} is not among its weights" for name in missing])
-    groups = optimizer_groups(source)
+    module, shared = content["module"], content.get("shared_params") or {}
+    faults = [
+        f"{name} is not among its weights" for name in manifest.parameters if not torch.is_tensor(module.get(name))
+    ]
+    faults += (
+        [] if isinstance(shared, Mapping) else [f"its second names of weights are no table ({type(shared).__name__})"]
+    )
+    if faults:
+        raise _refused(source, target, faults)
+    try:
+        groups = optimizer_groups(source)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"the optimizer's groups are not as DeepSpeed writes them ({type(error).__name__}: {error})"[:400],
+            where=source.folder,
+            do="use another checkpoint",
+        ) from error
     faults = _faults_of_settings(content, target) + [
         f for group in groups for f in _faults_of_group(source, group, target)
     ]
