@@ -64,7 +64,7 @@ def reshape(
     source = open_source(folder)
     groups = require_writable(source, target)
     assert isinstance(source, DeepSpeedSource)
-    copies = found_beside(folder.parent, target.dp_size) if inside.parts else []
+    copies = found_beside(folder.parent, folder.name, target.dp_size) if inside.parts else []
     num_bytes = tensor_bytes(source.manifest)
     num_weights = sum(info.layout.numel for info in source.manifest.parameters.values())
     num_copied = sum(path.stat().st_size for path, _ in copies)

@@ -37,6 +37,7 @@ from megatron.ucp.sources.deepspeed_files import list_files
 from megatron.ucp.sources.optimizer_file import OptimizerFile
 from megatron.ucp.sources.source import FileCache
 from megatron.ucp.stand_ins import without_strangers
+from megatron.ucp.targets.native_target import ZeroSettings
 from megatron.ucp_deepspeed.engine_view import engine_state
 from megatron.ucp_deepspeed.saving import LEFT_OUT
 
@@ -98,7 +99,19 @@ def load(engine: ForeignEngine, folder: Path, wanted: LoadArguments) -> tuple[st
     with all_ranks_or_none("loading", folder):
         _load_buffers(engine, content, wanted.strict)
         _restore_counters(engine, state, opened, content, wanted)
+    _tell_of_another_batch(engine, source, content)
     return str(path), _client_state(content, wanted)
+
+
+def _tell_of_another_batch(engine: ForeignEngine, source: Source, content: Mapping[str, Any]) -> None:
+    """Programs count steps, not samples."""
+    saved = source.manifest.common.get("global_batch_size") or ZeroSettings.of(content).global_batch
+    if saved and saved != engine.train_batch_size() and torch.distributed.get_rank() == 0:
+        log.warning(
+            "warning: %s was trained with %d samples a step, and %d are taken here: a program that counts steps sees "
+            "samples twice, or not at all; keep micro batch x accumulation x ranks",
+            *(source.folder, saved, engine.train_batch_size()),
+        )
 
 
 def _model_states(folder: Path) -> tuple[Path, Mapping[str, Any]]:

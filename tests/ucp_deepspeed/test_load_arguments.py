@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,24 @@ def test_a_dynamic_loss_scale_goes_on(tmp_path):
     there, scale = run_ranks(2, _with_a_dynamic_scale, str(tmp_path), False)[0]
     [(found, found_scale)] = run_ranks(1, _with_a_dynamic_scale, str(tmp_path), True)
     assert equal(found.state, there.state) and found_scale == scale != 2.0**10
+
+
+def _warned(rank: int, world_size: int, folder: str, micro_batch: int) -> list[str]:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron.ucp_deepspeed").addHandler(handler)
+    engine = engine_of(1, world_size, 7, {"train_micro_batch_size_per_gpu": micro_batch}, True)
+    engine.load_checkpoint(folder)
+    return [line for line in lines if "samples a step" in line]
+
+
+def test_another_global_batch_is_told(tmp_path):
+    """By rank 0, once."""
+    run_ranks(2, save, str(tmp_path), 2, {})
+    [found] = run_ranks(1, _warned, str(tmp_path), 4)
+    assert len(found) == 1 and "trained with 12 samples a step, and 4 are taken here" in found[0]
+    assert run_ranks(3, _warned, str(tmp_path), 4) == [[], [], []]
 
 
 def test_the_net_has_what_these_tests_are_about():

@@ -10,6 +10,7 @@ import datetime
 import functools
 import json
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -255,7 +256,7 @@ def test_made_again_from_what_was_made(saved, tmp_path):
         assert not unlike(ours, theirs), path.name
 
 
-def test_links_beside_are_not_followed(tmp_path, caplog):
+def test_links_and_other_checkpoints_beside_are_left_out(tmp_path, caplog):
     run_ranks(2, accelerate_program.program, str(tmp_path / "a"), 1, [], False)
     secret = tmp_path / "secret"
     secret.write_text("mine")
@@ -263,10 +264,12 @@ def test_links_beside_are_not_followed(tmp_path, caplog):
     (tmp_path / "a" / "more").mkdir()
     (tmp_path / "a" / "more" / "kept.json").write_text("{}")
     (tmp_path / "a" / "more" / "link").symlink_to(secret)
+    shutil.copytree(tmp_path / "a" / "pytorch_model", tmp_path / "a" / "pytorch_model_1")
     reshape(tmp_path / "a", tmp_path / "b", NativeTarget(1, 1))
     assert not (tmp_path / "b" / "notes").exists() and (tmp_path / "b" / "more" / "kept.json").read_text() == "{}"
     assert not (tmp_path / "b" / "more" / "link").exists()
     assert "more/link, notes" in caplog.text
+    assert "only pytorch_model is written anew, and left out are: pytorch_model_1" in caplog.text
 
 
 def _save_of_each_rank(rank: int, world_size: int, folder: str) -> None:

@@ -3,7 +3,7 @@
 DeepSpeed's part of such a folder is not all that its program resumes from: model, schedule, counters and random states
 lie beside it. They are copied as they are, and each rank has a random state where one was saved for it.
 
-    copies = found_beside(Path("checkpoint-500"), dp_size=3)      # [(path there, name here), ...]
+    copies = found_beside(Path("checkpoint-500"), "global_step500", dp_size=3)      # [(path there, name here), ...]
 
 Sources of these names: transformers/trainer.py (_save_checkpoint, _load_rng_state), accelerate/utils/constants.py.
 """
@@ -46,20 +46,23 @@ _PROGRAMS = (
 )
 
 
-def found_beside(folder: Path, dp_size: int) -> list[tuple[Path, str]]:
+def found_beside(folder: Path, tag: str, dp_size: int) -> list[tuple[Path, str]]:
     """Files to copy from a run folder, and their paths in the one that is made. Of a program's folder everything but
-    checkpoints and pointers to them; of any other DeepSpeed's scripts. Links are left out, and said so."""
+    checkpoints and pointers to them; of any other DeepSpeed's scripts. Links and checkpoints other than `tag` are left
+    out, and said so."""
     program = next((known for known in _PROGRAMS if (folder / known.mark).is_file()), None)
     if program is None:
         return [(folder / name, name) for name in _RECOVERY_SCRIPTS if _is_file(folder / name)]
     states: dict[int, Path] = {}
-    copies, links = [], []
+    copies, links, others = [], [], []
     for path in sorted(folder.iterdir()):
         if path.is_symlink():
             links.append(path.name)
         elif match := program.of_rank.fullmatch(path.name):
             states[int(match[1] or 0)] = path
-        elif path.is_dir() and not is_checkpoint(path):
+        elif path.is_dir() and is_checkpoint(path):
+            others += [path.name] if path.name != tag else []
+        elif path.is_dir():
             inside = sorted(path.rglob("*"))
             links += [p.relative_to(folder).as_posix() for p in inside if p.is_symlink()]
             copies += [(p, p.relative_to(folder).as_posix()) for p in inside if _is_file(p)]
@@ -67,6 +70,8 @@ def found_beside(folder: Path, dp_size: int) -> list[tuple[Path, str]]:
             copies.append((path, path.name))
     if links:
         log.warning("warning: links in %s are not followed, and left out: %s", folder, listed(links))
+    if others:  # Accelerate has one for each model
+        log.warning("warning: of %s only %s is written anew, and left out are: %s", folder, tag, listed(others))
     if states and dp_size > len(states):
         log.warning(
             "warning: %s has random states of %d ranks: the others of %d begin from their seeds",
