@@ -357,6 +357,14 @@ def _edited(folder: Path, name: str, edit: Callable[[dict], None]) -> None:
     torch.save(content, folder / TAG / name)
 
 
+def test_names_say_bf16_where_no_configuration_does(saved, tmp_path):
+    """DeepSpeed looks for a bf16 engine's files by that name. The files that were read have it."""
+    shutil.copytree(saved(2, 2, True).folder, tmp_path / "a")
+    _edited(tmp_path / "a", "mp_rank_00_model_states.pt", lambda content: content.pop("ds_config"))
+    folder = reshape(tmp_path / "a", tmp_path / "b", NativeTarget(1, 1)).output
+    assert (folder / TAG / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").is_file()
+
+
 def _one_step_more(content: dict) -> None:
     content["optimizer"]["state"][1]["step"] += 1
 
