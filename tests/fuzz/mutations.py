@@ -19,6 +19,7 @@ from megatron.engine import schedule
 from megatron.engine.optimizer_states import OptimizerStates
 from megatron.ucp import convert, errors, file_table, manifest, manifest_schema, pointers, safe_load, safe_paths, verify
 from megatron.ucp.sources import deepspeed_files, foreign, source
+from megatron.ucp.targets import deepspeed as deepspeed_target
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -114,6 +115,12 @@ MUTATIONS = (
         "checksums of what a conversion copies",
         "rng_state.safetensors: a bit is flipped",
         ((convert, "require_unchanged", _nothing),),
+    ),
+    Mutation(
+        "digests of what is written anew",
+        "optim_states.pt: a bit is flipped",
+        ((deepspeed_target, "require_saved", _nothing), (convert, "require_unchanged", _nothing)),
+        "ZeRO-3",
     ),
     Mutation("digests after a load", "optim_states.pt: a bit is flipped", ((loading, "prove", _nothing),), "ZeRO"),
     Mutation("files that run code", "a pickle that runs code", ((safe_load, "_load", _execute),)),

@@ -126,6 +126,7 @@ def checkpoint_in(folder: Path) -> Path:
 def differences(found: list[Ran], saved: list[Ran]) -> list[str]:
     """By rank. States bitwise, losses within rounding, each step's samples exactly."""
     there, after, lines = saved[0], range(SAVED_AT + 1, 2 * SAVED_AT + 1), []
+    assert there.state.state and there.state.buffers
     for ran in found:
         lines += [str(key) for key, value in there.state.state.items() if not torch.equal(ran.state.state[key], value)]
         lines += [

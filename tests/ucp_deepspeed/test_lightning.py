@@ -69,7 +69,7 @@ def test_stock_lightning_beside_it(source: tuple[int, int], target: tuple[int, i
 
 
 def test_planted_fault_is_found_by_the_comparison(saved):
-    """A sample seen twice, and a loss that is off."""
+    """A sample seen twice, a loss that is off, and a moment of one parameter."""
     _, whole = saved(1, 2)
     found = copy.deepcopy(whole)
     for ran in found:
@@ -79,4 +79,6 @@ def test_planted_fault_is_found_by_the_comparison(saved):
     assert not differences(found, whole)
     found[1].samples[6] = found[1].samples[7]
     found[0].losses[8] += 1e-4
-    assert differences(found, whole) == ["losses", "samples of step 6"]
+    found[1].state = copy.deepcopy(found[0].state)
+    found[1].state.state["net.0.weight", "exp_avg"][0, 0] += 1e-7
+    assert differences(found, whole) == ["losses", "('net.0.weight', 'exp_avg')", "samples of step 6"]

@@ -365,6 +365,13 @@ def test_names_say_bf16_where_no_configuration_does(saved, tmp_path):
     assert (folder / TAG / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").is_file()
 
 
+def test_a_buffer_in_half_precision_is_no_weight_in_it(saved, tmp_path):
+    shutil.copytree(saved(1, 2).folder, tmp_path / "a")
+    half = torch.zeros(1, dtype=torch.bfloat16)
+    _edited(tmp_path / "a", "mp_rank_00_model_states.pt", lambda content: content["module"].update(num_calls=half))
+    assert verify(reshape(tmp_path / "a", tmp_path / "b", NativeTarget(0, 1)).output).is_sound
+
+
 def _one_step_more(content: dict) -> None:
     content["optimizer"]["state"][1]["step"] += 1
 

@@ -12,7 +12,7 @@ Sources: deepspeed/runtime/zero/config.py, runtime/engine.py (_do_optimizer_sani
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +144,7 @@ def require_writable(source: Source, target: NativeTarget) -> list[OptimizerGrou
             where=source.folder,
             do="use another checkpoint",
         ) from error
-    faults = _faults_of_settings(content, target) + [
+    faults = _faults_of_settings(content, manifest.parameters, target) + [
         f for group in groups for f in _faults_of_group(source, group, target)
     ]
     if faults:
@@ -152,10 +152,9 @@ def require_writable(source: Source, target: NativeTarget) -> list[OptimizerGrou
     return groups
 
 
-def _faults_of_settings(content: Mapping[str, Any], target: NativeTarget) -> list[str]:
-    low = {str(v.dtype) for v in content["module"].values() if torch.is_tensor(v) and v.is_floating_point()}
+def _faults_of_settings(content: Mapping[str, Any], names: Iterable[str], target: NativeTarget) -> list[str]:
     faults = []
-    if target.zero_stage == 0 and low - {"torch.float32"}:
+    if target.zero_stage == 0 and {content["module"][name].dtype for name in names} - {torch.float32}:
         faults.append("ZeRO-0 in half precision keeps its optimizer's states in another form: choose zero1")
     if target.zero_stage == 3 and ZeroSettings.of(content).has_shard_groups:
         faults.append("its configuration asks for MiCS (mics_shard_size)")
