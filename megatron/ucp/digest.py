@@ -17,12 +17,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from megatron.ucp import native
 from megatron.ucp.runs import Runs
+
+if TYPE_CHECKING:
+    import torch
 
 _MASK = (1 << 64) - 1
 _CHUNK = 1 << 17
@@ -98,7 +101,9 @@ def total(digests: dict[str, dict[str, str]]) -> str:
 
 
 def _float32_bits(values: torch.Tensor | np.ndarray) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
+    if not isinstance(values, np.ndarray):
+        import torch
+
         values = values.detach().to(device="cpu", dtype=torch.float32).contiguous().view(-1).numpy()
     values = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
     return values.view(np.uint32)

@@ -19,11 +19,13 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron.ucp.box import Box
 from megatron.ucp.errors import LayoutError, ReplicaMismatchError
+
+if TYPE_CHECKING:
+    import torch
 
 PATTERNS = ("unique", "replicate", "partial", "shard_v", "shard_h", "shard_hy", "shard_nc")
 
@@ -193,6 +195,8 @@ class Layout:
     def merge(self, shards: Mapping[ShardRank, torch.Tensor]) -> torch.Tensor:
         """The atomic parameter from every rank's shard. Raises LayoutError on a gap or a wrong shape,
         ReplicaMismatchError where copies differ."""
+        import torch
+
         if not shards:
             raise LayoutError("no shards to merge")
         for rank, shard in shards.items():

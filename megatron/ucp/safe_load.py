@@ -10,7 +10,6 @@ memory has nothing to do with the file's.
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import pickletools
 import re
@@ -22,54 +21,8 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron.ucp.errors import CorruptFileError, MissingFileError, UnsafePickleError
+from megatron.ucp.inert import INERT
 from megatron.ucp.stand_ins import is_dangerous, stand_ins
-
-
-class Inert:
-    """What a class of DeepSpeed's becomes: its attributes, none of its methods."""
-
-    def __init__(self, *values: Any):
-        if values:
-            self.values = values
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({vars(self)})"
-
-
-class FragmentAddress(Inert):
-    """A parameter's fragment in a flat partition."""
-
-    start: int
-    numel: int
-
-
-class LossScaler(Inert):
-    """For the dynamic one also cur_iter, last_overflow_iter, cur_hysteresis, ..."""
-
-    cur_scale: float
-    dynamic: bool
-
-
-class DynamicLossScaler(LossScaler):
-    pass
-
-
-class SubparamShape(Inert):
-    """patterns, shape, partition_dim."""
-
-
-def _enum_value(value: Any) -> Any:
-    return value
-
-
-STAND_INS: list[tuple[Any, str]] = [
-    (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (SubparamShape, "deepspeed.checkpoint.universal_checkpoint.SubparamShape"),
-    (_enum_value, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (argparse.Namespace, "argparse.Namespace"),
-]
 
 _GLOBAL = re.compile(rb"c([\w.]+)\n(bytearray|\w+Tensor)\n")
 _BY_NUMBER = re.compile(r"(?:__builtin__|builtins)\.bytearray|torch[\w.]*\.\w+Tensor")
@@ -120,7 +73,7 @@ def _load(path: Path, mmap: bool) -> Any:
         more = stand_ins(unknown or (), containers)
         try:
             # The allow-list is the process's, so a second thread must not see it end.
-            with _LOCK, torch.serialization.safe_globals([*STAND_INS, *more]):
+            with _LOCK, torch.serialization.safe_globals([*INERT, *more]):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
         except pickle.UnpicklingError as error:
             if unknown is None:  # the first time: now they are worth looking for
@@ -165,7 +118,7 @@ def _require_bounded(path: Path, is_zip: bool) -> None:
 
 def _unknown_globals(path: Path) -> list[str]:
     """Names outside the allow-list that the file's pickle asks for, found without unpickling."""
-    known = {name for _, name in STAND_INS}
+    known = {name for _, name in INERT}
     try:
         if zipfile.is_zipfile(path):
             return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - known)

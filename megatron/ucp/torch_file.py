@@ -1,73 +1,64 @@
-"""Writes .pt files: torch.save for small things, and a streaming form for what is larger than memory should hold.
+"""Writes .pt files, without torch: what torch.save writes, of any size, from a small buffer.
 
 A .pt file is an uncompressed zip with a pickle that describes tensors and one record of bytes for each.
-So a file can be written front to back from a small buffer, its zip CRCs and the checksum of the whole file coming out
-of the same pass; torch.load, with mmap too, reads it as any other.
+So a file can be written front to back, its zip CRCs and the checksum of the whole file coming out of the same pass;
+torch.load, with mmap too, reads it as any other.
 
-    stretches = lambda: (torch.zeros(1000) for _ in range(6))
-    info = save_streamed({"cat_dim": 0, "param": StreamedTensor((2, 3000), torch.float32, stretches)}, "fp32.pt")
+    def write(record):
+        for _ in range(6): record.write(np.zeros(1000, np.float32))
+    info = save_streamed({"cat_dim": 0, "param": StreamedTensor((2, 3000), FLOAT32, write)}, "fp32.pt")
     info.bytes, info.crc32                     # of the whole file
 
-Classes of DeepSpeed's for which safe_load has stand-ins are written under DeepSpeed's names.
+Tensors in the content may be torch's, StoredTensors, or made while they are written. Classes of DeepSpeed's that are
+inert here are written under DeepSpeed's names.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copyreg
 import io
 import math
 import pickle
-import types
-import zipfile
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
-import torch
+import numpy as np
 
+from megatron.ucp import native
+from megatron.ucp.crc32 import crc32, crc32_join
+from megatron.ucp.digest import Digest
 from megatron.ucp.disk import disk_errors
 from megatron.ucp.errors import CorruptFileError
+from megatron.ucp.inert import INERT
 from megatron.ucp.manifest import FileInfo
-from megatron.ucp.safe_load import STAND_INS
+from megatron.ucp.output_file import OutputFile, open_output
 from megatron.ucp.stand_ins import Stranger, global_of
+from megatron.ucp.stored import DTYPES, DType, Size, StoredTensor, as_stored, is_tensor
+from megatron.ucp.zip_layout import Entry, central_directory, local_header
 
 _ALIGNMENT = 64
-_HEADER = 30
-_ZIP64_EXTRA = 20
-_BLOCK = 1 << 20
-_READ_AGAIN = 1 << 16
-"""Bytes of a record up to which reading it again costs less than joining its checksum to the others."""
-_FOREIGN_NAMES = {cls: name for cls, name in STAND_INS if isinstance(cls, type)}
+_CRC_FIELD = 14
+"""Byte of a local header."""
+_COPIED = 1 << 20
+"""Elements of a tensor in memory that are written at once."""
 
 
-class _Pickler(pickle._Pickler):
-    """Protocol 2, as torch's; writes stand-ins by the names of what they stand for."""
+class _Global:
+    """Stands in a pickle for a class or function of torch's."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    def __init__(self, name: str):
+        self.name = name
 
-    def _save_type(self, cls: type) -> None:
-        name = _FOREIGN_NAMES.get(cls) or global_of(cls)
-        if name is None:
-            self.save_type(cls)
-            return
-        module, _, attribute = name.rpartition(".")
-        self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
-        self.memoize(cls)
-
-    dispatch[type] = _save_type
+    def __call__(self, *_: Any) -> NoReturn:
+        raise TypeError(f"{self.name} is only named here")
 
 
-_PICKLE_MODULE = types.SimpleNamespace(Pickler=_Pickler, __name__="pickle")
-
-
-def save(value: Any, path: str | Path) -> None:
-    """torch.save, with stand-ins under DeepSpeed's names. Raises NotEnoughSpaceError."""
-    with disk_errors(path):
-        torch.save(value, path, pickle_module=_PICKLE_MODULE, pickle_protocol=2)
+_REBUILD = _Global("torch._utils._rebuild_tensor_v2")
+_STORAGES = {dtype: _Global(f"torch.{dtype.storage}") for dtype in DTYPES.values()}
+_FOREIGN_NAMES = {Size: "torch.Size", **{cls: name for cls, name in INERT if isinstance(cls, type)}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,26 +67,58 @@ class StreamedTensor:
     places is one tensor in the file too."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    stretches: Callable[[], Iterable[torch.Tensor]]
-    """Gives the flattened values in order, in contiguous CPU tensors of any length; each is written before the next is
-    asked for."""
+    dtype: DType
+    write: Callable[[Record], None]
+    """Gives the flattened values to the record, in order."""
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Record:
+    """Where a tensor's values go."""
+
+    def __init__(self, output: OutputFile, dtype: DType):
+        self._output, self._dtype = output, dtype
+        self.num_bytes, self.crc = 0, 0
+
+    @property
+    def gathers(self) -> bool:
+        """Whether values can be taken from files in one pass: of fp32, where the kernel was built."""
+        return native.kernel is not None and self._dtype.name == "float32"
+
+    def write(self, values: np.ndarray) -> None:
+        """The next ones, contiguous. Raises ValueError where they are not the tensor's."""
+        if values.dtype != self._dtype.numpy:
+            raise ValueError(f"values of {values.dtype} for a tensor of {self._dtype}")
+        content = values.reshape(-1).view(np.uint8)
+        self._output.write(content)
+        self.crc = crc32(content, self.crc)
+        self.num_bytes += content.size
+
+    def gather(self, handles: list[int], rows: np.ndarray, index: int, seeds: tuple[int, int]) -> Digest:
+        """Where `gathers`: the next values, from open files. `rows`: int64 [n, 3], (number of the handle, first byte,
+        bytes); `index`: of the first value in the atomic tensor. Returns their digest (digest.seeds). Raises EOFError
+        with the number of a file that ends too early."""
+        rows = np.ascontiguousarray(rows, dtype=np.int64)
+        writer: Any = self._output
+        *lanes, self.crc = writer.gather(handles, rows.ctypes.data, len(rows), index, *seeds, self.crc)
+        self.num_bytes += int(rows[:, 2].sum())
+        return Digest(*lanes)
+
+
 def save_streamed(content: Any, path: str | Path) -> FileInfo:
-    """torch.save of a content in which tensors may be StreamedTensors. What safe_load put in the place of objects of
-    unknown classes is written as those objects, so that a program that knows their classes has them again.
+    """torch.save of a content in which tensors may be StreamedTensors or StoredTensors. What safe_load put in the place
+    of objects of unknown classes is written as those objects, so that a program that knows their classes has them
+    again.
 
     Returns size and checksum of the file. Raises NotEnoughSpaceError, CorruptFileError for a value that cannot be
-    written (nested too deep, a tensor larger than what it lies in), and ValueError where stretches are not as long as
-    their tensor."""
+    written (nested too deep, a tensor larger than what it lies in), and ValueError where fewer or more values came than
+    their tensor has."""
     path = Path(path)
     buffer = io.BytesIO()
-    pickler = _StreamPickler(buffer)
+    pickler = _Pickler(buffer)
     try:
         pickler.dump(content)
     except (AttributeError, RecursionError, TypeError, ValueError, pickle.PicklingError) as error:
@@ -105,8 +128,8 @@ def save_streamed(content: Any, path: str | Path) -> FileInfo:
             where=path.name,
             do="use another checkpoint",
         ) from error
-    with disk_errors(path), open(path, "wb") as file:
-        archive = _Archive(file, path.stem)
+    with disk_errors(path):
+        archive = _Archive(open_output(path), path.stem)
         try:
             archive.add("data.pkl", buffer.getvalue())
             archive.add("byteorder", b"little")
@@ -114,23 +137,21 @@ def save_streamed(content: Any, path: str | Path) -> FileInfo:
                 archive.add_tensor(f"data/{number}", tensor)
             archive.add("version", b"3\n")
             archive.add(".data/serialization_id", b"0" * 40)
-            archive.close()
+            return archive.close()
         except BaseException:
             archive.abandon()
             raise
-    return archive.checksum(path)
 
 
 class _Storage:
     def __init__(self, tensor: StreamedTensor, number: int):
-        name = torch.storage._dtype_to_storage_type_map().get(tensor.dtype)
-        if name is None:
-            raise TypeError(f"tensors of {tensor.dtype} have no storage class in the format of .pt files")
-        self.identity = "storage", getattr(torch, name), str(number), "cpu", math.prod(tensor.shape)
+        self.identity = "storage", _STORAGES[tensor.dtype], str(number), "cpu", math.prod(tensor.shape)
 
 
-class _StreamPickler(_Pickler):
-    """Tensors become records of the archive, and inert stand-ins what they stand for."""
+class _Pickler(pickle._Pickler):
+    """Protocol 2, as torch's; tensors become records of the archive, and inert stand-ins what they stand for."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
 
     def __init__(self, file: BinaryIO):
         super().__init__(file, protocol=2)
@@ -145,7 +166,9 @@ class _StreamPickler(_Pickler):
                 (type(value), value.values) if value.is_called else (copyreg.__newobj__, (type(value), *value.values))
             )
             return made if value.state is None else (*made, value.state)
-        tensor = _streamed(value) if isinstance(value, torch.Tensor) else value
+        if isinstance(value, Size):
+            return Size, (tuple(value),)
+        tensor = _streamed(as_stored(value)) if is_tensor(value) else value
         if not isinstance(tensor, StreamedTensor):
             return NotImplemented
         strides, numel = [], 1
@@ -154,91 +177,75 @@ class _StreamPickler(_Pickler):
             numel *= extent
         storage = _Storage(tensor, len(self.tensors))
         self.tensors.append(tensor)
-        arguments: tuple[Any, ...] = storage, 0, tensor.shape, tuple(reversed(strides)), False, OrderedDict()
-        return torch._utils._rebuild_tensor_v2, arguments
+        return _REBUILD, (storage, 0, tensor.shape, tuple(reversed(strides)), False, OrderedDict())
+
+    def _write_global(self, value: Any, name: str) -> None:
+        module, _, attribute = name.rpartition(".")
+        self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
+        self.memoize(value)
+
+    def _save_type(self, cls: type) -> None:
+        name = _FOREIGN_NAMES.get(cls) or global_of(cls)
+        if name is None:
+            self.save_type(cls)
+        else:
+            self._write_global(cls, name)
+
+    dispatch[type] = _save_type
+    dispatch[_Global] = lambda self, value: self._write_global(value, value.name)
+    dispatch[DType] = lambda self, value: self._write_global(value, str(value))
 
 
-def _streamed(values: torch.Tensor) -> StreamedTensor:
-    if values.layout != torch.strided or values.is_quantized:
-        raise TypeError(f"a {values.layout} tensor cannot be written as its elements")
-    if values.device.type == "meta" or values.numel() * values.element_size() > values.untyped_storage().nbytes():
-        raise ValueError(f"a tensor of {tuple(values.shape)} claims more than it lies in")
-    whole = values.detach()
-    return StreamedTensor(tuple(whole.shape), whole.dtype, lambda: [whole.cpu().contiguous().view(-1)])
+def _streamed(tensor: StoredTensor) -> StreamedTensor:
+    if tensor.numel() * tensor.element_size() > tensor.storage.num_bytes:
+        raise ValueError(f"a tensor of {tensor.shape} claims more than it lies in")
+
+    def write(record: Record) -> None:
+        values = tensor.array()
+        for start in range(0, len(values), _COPIED):
+            record.write(values[start : start + _COPIED])
+
+    return StreamedTensor(tensor.shape, tensor.dtype, write)
 
 
 class _Archive:
     """The zip: records one after the other, those of tensors at multiples of 64 bytes, as torch's own."""
 
-    def __init__(self, file: BinaryIO, stem: str):
-        self._zip = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
+    def __init__(self, output: OutputFile, stem: str):
+        self._output = output
         self._stem = stem
-        self._record: Any = None
-        self._joined: list[tuple[int, int, int]] = []
-        """(start, bytes, CRC-32) of large records."""
+        self._entries: list[Entry] = []
+        self._crc = 0
+        """Of what was written so far."""
 
     def add(self, name: str, content: bytes) -> None:
-        self._zip.writestr(zipfile.ZipInfo(f"{self._stem}/{name}", (1980, 1, 1, 0, 0, 0)), content)
+        entry = Entry(f"{self._stem}/{name}", self._output.position, len(content), crc32(content))
+        self._entries.append(entry)
+        self._write(local_header(entry) + content)
 
     def add_tensor(self, name: str, tensor: StreamedTensor) -> None:
-        info = zipfile.ZipInfo(f"{self._stem}/{name}", (1980, 1, 1, 0, 0, 0))
-        num_bytes = tensor.num_bytes
-        is_large = num_bytes >= zipfile.ZIP64_LIMIT
+        position = self._output.position
+        entry = Entry(f"{self._stem}/{name}", position, tensor.num_bytes, 0, b"FB\0\0")
         # Padding goes into an extra field of the header.
-        start = self._zip.start_dir + _HEADER + len(info.filename) + (_ZIP64_EXTRA if is_large else 0) + 4
-        padding = -start % _ALIGNMENT
-        info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-        info.file_size = num_bytes
-        with self._zip.open(info, "w", force_zip64=is_large) as self._record:
-            for values in tensor.stretches():
-                if values.dtype != tensor.dtype:
-                    raise ValueError(f"{name}: values of {values.dtype} for a tensor of {tensor.dtype}")
-                self._record.write(memoryview(values.view(torch.uint8).numpy()))
-        if info.file_size != num_bytes:
-            raise ValueError(f"{name}: {info.file_size} bytes written of {num_bytes}")
-        if num_bytes > _READ_AGAIN:
-            self._joined.append((start + padding, num_bytes, info.CRC))
+        padding = -(position + len(local_header(entry))) % _ALIGNMENT
+        entry = entry.with_extra(b"FB" + padding.to_bytes(2, "little") + b"Z" * padding)
+        self._output.write(local_header(entry))
+        record = Record(self._output, tensor.dtype)
+        tensor.write(record)
+        if record.num_bytes != tensor.num_bytes:
+            raise ValueError(f"{name}: {record.num_bytes} bytes written of {tensor.num_bytes}")
+        entry = entry.with_crc(record.crc)
+        self._entries.append(entry)
+        self._output.patch(position + _CRC_FIELD, record.crc.to_bytes(4, "little"))
+        self._crc = crc32_join(crc32(local_header(entry), self._crc), record.crc, record.num_bytes)
 
-    def close(self) -> None:
-        self._zip.close()
+    def close(self) -> FileInfo:
+        self._write(central_directory(self._entries, self._output.position))
+        return FileInfo(self._output.close(), f"{self._crc:08x}")
 
     def abandon(self) -> None:
-        """Closed, whatever that says: each would try again to write what the disk did not take, and Python would print
-        that when it is collected."""
-        for part in (self._record, self._zip):
-            with contextlib.suppress(OSError, ValueError):
-                if part is not None:
-                    part.close()
+        self._output.abandon()
 
-    def checksum(self, path: Path) -> FileInfo:
-        """The file's CRC from those of large records, which the zip needed anyway, and the bytes around them."""
-        crc, position, size = 0, 0, path.stat().st_size
-        with open(path, "rb") as file:
-            for start, num_bytes, record in (*self._joined, (size, 0, 0)):
-                file.seek(position)
-                for begin in range(position, start, _BLOCK):
-                    crc = zlib.crc32(file.read(min(_BLOCK, start - begin)), crc)
-                crc = crc32_join(crc, record, num_bytes) if num_bytes else crc
-                position = start + num_bytes
-        return FileInfo(size, f"{crc:08x}")
-
-
-def crc32_join(first: int, second: int, second_length: int) -> int:
-    """CRC-32 of two stretches from the CRC of each (zlib's crc32_combine, which Python does not offer)."""
-    # Appending n zero bytes multiplies by x^(8n) modulo the polynomial, bit-reflected: x^0 is the highest bit.
-    power, factor, count = 1 << 31, 1 << 23, second_length
-    while count:
-        if count & 1:
-            power = _multiply(power, factor)
-        factor = _multiply(factor, factor)
-        count >>= 1
-    return _multiply(power, first) ^ second
-
-
-def _multiply(a: int, b: int) -> int:
-    product = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            product ^= b
-        b = (b >> 1) ^ 0xEDB88320 if b & 1 else b >> 1
-    return product
+    def _write(self, content: bytes) -> None:
+        self._output.write(content)
+        self._crc = crc32(content, self._crc)

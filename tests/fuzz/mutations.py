@@ -19,6 +19,7 @@ from megatron.engine import schedule
 from megatron.engine.optimizer_states import OptimizerStates
 from megatron.ucp import convert, errors, file_table, manifest, manifest_schema, pointers, safe_load, safe_paths, verify
 from megatron.ucp.sources import deepspeed_files, foreign, source
+from megatron.ucp.stored import StoredTensor, as_stored
 from megatron.ucp.targets import deepspeed as deepspeed_target
 
 
@@ -43,11 +44,11 @@ def _believed(run_folder: str | Path, pointer: str) -> pointers.Pointer:
     return pointers.Pointer(Path(run_folder) / name, named=name)
 
 
-def _unchecked_tensor(cache: source.FileCache, path: Path, key: tuple) -> torch.Tensor:
+def _unchecked_tensor(cache: source.FileCache, path: Path, key: tuple) -> StoredTensor:
     node = cache.load(path)
     for part in key:
         node = node[part]
-    return node.detach().contiguous().view(-1)
+    return as_stored(node).flat()
 
 
 def _execute(path: Path, mmap: bool = True) -> Any:

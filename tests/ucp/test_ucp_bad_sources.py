@@ -25,7 +25,7 @@ from megatron.ucp.safe_load import load
 from megatron.ucp.sources import find_checkpoint, open_source
 from megatron.ucp.sources.one_save import disagreements
 from megatron.ucp.topology import Topology
-from megatron.ucp.torch_file import save
+from megatron.ucp.torch_file import save_streamed
 from megatron.ucp.verify import verify
 
 STATE, OTHER = make_state(model(), seed=21), make_state(model(), seed=22)
@@ -57,7 +57,7 @@ def edited(folder: Path, step: int) -> Path:
             base = optimizer.get("base_optimizer_state") or optimizer["optimizer_state_dict"]
             for state in base["state"].values():
                 state["step"] = torch.tensor(float(step))
-        save(content, path)
+        save_streamed(content, path)
     return folder
 
 

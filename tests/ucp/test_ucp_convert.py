@@ -1,6 +1,7 @@
 """Any DeepSpeed folder -> universal: bit-equal to the atomic state it was cut from by plain code (synthetic.py)."""
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from ucp.synthetic import FROZEN, Parameter, make_state, model, write_native
 
-from megatron.ucp import native
+from megatron.ucp import native, zip_layout
 from megatron.ucp.commit import checksum_file
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
@@ -21,8 +22,9 @@ from megatron.ucp.plan import plan
 from megatron.ucp.runs import shard_runs
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import open_source
+from megatron.ucp.stored import DTYPES
 from megatron.ucp.topology import Topology
-from megatron.ucp.torch_file import StreamedTensor, save_streamed
+from megatron.ucp.torch_file import Record, StreamedTensor, save_streamed
 from megatron.ucp.verify import verify
 
 STATE = make_state(model(), seed=3)
@@ -203,9 +205,10 @@ def test_files_beyond_the_zip_limit_stay_aligned_and_readable(tmp_path, monkeypa
     of other types, one of them in two places, and one that torch made."""
 
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
+    monkeypatch.setattr(zip_layout, "ZIP64_LIMIT", 1000)
     values, small = torch.arange(50000.0), torch.arange(7)
-    large = StreamedTensor((50, 1000), torch.float32, lambda: values.split(999))
-    half = StreamedTensor((3, 0, 2), torch.bfloat16, list)
+    large = streamed((50, 1000), "float32", values.split(999))
+    half = streamed((3, 0, 2), "bfloat16", [])
     scalar, turned = torch.tensor(2.5, dtype=torch.float64), torch.arange(6).view(2, 3).t()
     content = {"cat_dim": 0, "param": large, "more": [half, large, small, scalar, turned, torch.tensor([True, False])]}
     info = save_streamed(content, tmp_path / "big.pt")
@@ -220,13 +223,21 @@ def test_files_beyond_the_zip_limit_stay_aligned_and_readable(tmp_path, monkeypa
     assert zipfile.ZipFile(tmp_path / "big.pt").testzip() is None
 
 
+def streamed(shape: tuple[int, ...], dtype: str, stretches: Sequence[torch.Tensor]) -> StreamedTensor:
+    def write(record: Record) -> None:
+        for values in stretches:
+            record.write(values.numpy())
+
+    return StreamedTensor(shape, DTYPES[dtype], write)
+
+
 @pytest.mark.parametrize("lengths", [(3, 4), (3, 6), ()])
 def test_stretches_of_another_length_than_their_tensor_are_refused(lengths: tuple[int, ...], tmp_path):
-    tensor = StreamedTensor((2, 4), torch.float32, lambda: [torch.zeros(n) for n in lengths])
+    tensor = streamed((2, 4), "float32", [torch.zeros(n) for n in lengths])
     with pytest.raises(ValueError, match="bytes written of 32"):
         save_streamed({"param": tensor}, tmp_path / "x.pt")
-    tensor = StreamedTensor((8,), torch.float32, lambda: [torch.zeros(8, dtype=torch.bfloat16)])
-    with pytest.raises(ValueError, match="bfloat16 for a tensor of torch.float32"):
+    tensor = streamed((8,), "float32", [torch.zeros(8, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="float64 for a tensor of torch.float32"):
         save_streamed({"param": tensor}, tmp_path / "x.pt")
 
 

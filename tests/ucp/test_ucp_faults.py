@@ -39,7 +39,7 @@ from megatron.ucp.manifest import read_manifest, write_manifest
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import find_checkpoint, open_source
 from megatron.ucp.topology import Topology
-from megatron.ucp.torch_file import save
+from megatron.ucp.torch_file import save_streamed
 from megatron.ucp.verify import verify
 
 STATE = make_state(model(), seed=4)
@@ -358,13 +358,13 @@ def test_full_disk_is_noticed_before_writing(native, monkeypatch):
 def test_a_failing_worker_names_its_parameter(native, monkeypatch):
     from megatron.ucp.targets import universal
 
-    def broken(values, runs, *, name, state, shape):
+    def broken(source, name, state, *args, **kwargs):
         if (name, state) == ("final_norm.weight", "exp_avg"):
             raise OSError("disk on fire")
-        return digest_runs(values, runs, name=name, state=state, shape=shape)
+        return pour(source, name, state, *args, **kwargs)
 
-    digest_runs = universal.digest_runs
-    monkeypatch.setattr(universal, "digest_runs", broken)
+    pour = universal.pour
+    monkeypatch.setattr(universal, "pour", broken)
     assert_refused(native, UcpError, "final_norm.weight (exp_avg)", "disk on fire")
 
 
@@ -433,7 +433,7 @@ def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(native):
     content = load(path, mmap=False)
     flats = content["optimizer_state_dict"]["single_partition_of_fp32_groups"]
     flats[0] = torch.zeros(1).expand(1 << 29)
-    save(content, path)
+    torch.save(content, path)
     write_manifest(native, replace(read_manifest(native), files={}, unverified="a test"))
     assert_refused(native, CorruptFileError, "claims more than the file holds", ZERO_FILE)
 
@@ -474,7 +474,7 @@ def test_a_conversion_that_the_system_stops_says_what_it_says(native, limit):
 @pytest.mark.parametrize("limit", [0, 64, 5000])
 def test_torchs_writer_is_asked_what_stopped_it(limit, tmp_path):
     with _files_no_longer_than(limit), pytest.raises(NotEnoughSpaceError, match="File too large") as caught:
-        save({"a": torch.zeros(10_000)}, tmp_path / "a.pt")
+        save_streamed({"a": torch.zeros(10_000)}, tmp_path / "a.pt")
     assert str(tmp_path / "a.pt") in str(caught.value)
 
 

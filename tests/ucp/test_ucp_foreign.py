@@ -21,7 +21,7 @@ from megatron.ucp.sources.foreign import dense
 from megatron.ucp.sources.foreign.flat_order import flat_fragments, sub_groups
 from megatron.ucp.sources.foreign.layer_files import frozen_in_layers
 from megatron.ucp.topology import Topology
-from megatron.ucp.torch_file import save
+from megatron.ucp.torch_file import save_streamed
 
 NUM_STEPS = 3
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -355,7 +355,7 @@ def test_frozen_parameters_without_a_manifest(tmp_path, topology, zero_stage):
 def _edit(path, change):
     content = load(path, mmap=False)
     change(content)
-    save(content, path)  # stand-ins under DeepSpeed's names
+    save_streamed(content, path)  # stand-ins under DeepSpeed's names
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from megatron.ucp.safe_load import load
 from megatron.ucp.sources import open_source
 from megatron.ucp.sources.foreign.expert_files import split_name
 from megatron.ucp.sources.foreign.expert_ranks import ExpertRanks
-from megatron.ucp.torch_file import save
+from megatron.ucp.torch_file import save_streamed
 from megatron.ucp.verify import verify
 
 DATA_FIRST = (("use_data_before_expert_parallelism", True),)
@@ -188,7 +188,7 @@ def expert_file(layer: int, expert: int) -> str:
 def edit(path, change) -> None:
     content = load(path, mmap=False)
     change(content)
-    save(content, path)
+    save_streamed(content, path)
 
 
 def exchange(folder, one: str, other: str) -> None:
@@ -203,7 +203,7 @@ def under_another_number(content: dict, number: int) -> dict:
 
 def rewrite_as_its_own(folder, _):
     """Expert 1's weights under expert 2's name and keys: only the masters tell."""
-    save(under_another_number(load(folder / expert_file(0, 1), mmap=False), 2), folder / expert_file(0, 2))
+    save_streamed(under_another_number(load(folder / expert_file(0, 1), mmap=False), 2), folder / expert_file(0, 2))
 
 
 def zero_file(rank: int) -> str:

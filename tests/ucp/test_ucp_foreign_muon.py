@@ -16,7 +16,7 @@ from megatron.ucp.errors import CorruptFileError, UnsupportedCheckpointError
 from megatron.ucp.manifest import read_manifest, write_manifest
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import open_source
-from megatron.ucp.torch_file import save
+from megatron.ucp.torch_file import save_streamed
 from tests.harness.ranks import run_ranks
 from tests.ucp.synthetic import Topology, make_state, model, write_native
 
@@ -106,7 +106,7 @@ def test_a_state_of_another_size_is_never_cut(zero_stage, with_manifest, tmp_pat
         optimizer = content["optimizer_state_dict"]
         base = optimizer["optimizer_state_dict" if zero_stage == 3 else "base_optimizer_state"]["state"]
         base[0]["exp_avg"] = torch.cat([base[0]["exp_avg"], torch.zeros(11)])
-        save(content, path)
+        save_streamed(content, path)
     if with_manifest:
         # Without digests and checksums, so that the size alone can show it.
         manifest = replace(read_manifest(tmp_path / "n"), digests={}, files={}, unverified="a test")

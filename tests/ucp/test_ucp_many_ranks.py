@@ -121,8 +121,8 @@ def test_the_table_of_fragments_stands_for_the_files_own(tmp_path, name):
 
 def test_with_the_table_a_rank_opens_only_what_it_reads(tmp_path, monkeypatch):
     write(tmp_path / "n", TOPOLOGIES["dp128"], 1)
-    opened = []
-    monkeypatch.setattr(source_module, "load", lambda path: opened.append(path.name) or load(path))
+    opened, read = [], source_module.read_content
+    monkeypatch.setattr(source_module, "read_content", lambda path: opened.append(path.name) or read(path))
 
     def read_one():
         opened.clear()

@@ -18,7 +18,6 @@ from megatron.ucp.file_table import require_listed, require_sizes
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.ucp.pointers import POINTERS, read_pointer
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
-from megatron.ucp.sources.foreign import open_foreign
 from megatron.ucp.sources.source import Piece, Source
 from megatron.ucp.sources.universal import UniversalSource
 
@@ -101,6 +100,8 @@ def open_source(
     folder = find_checkpoint(folder, tag)
     if (folder / MANIFEST_NAME).is_file():
         return _open_listed(folder, read_manifest(folder))
+    from megatron.ucp.sources.foreign import open_foreign  # imports torch
+
     return open_foreign(folder, column_parallel, optimizer_order)
 
 

@@ -25,8 +25,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.ucp.errors import CorruptFileError, ManifestError, SourceError, listed
 from megatron.ucp.expert_labels import experts_of_shard
 from megatron.ucp.layout import Layout, ShardRank
@@ -37,6 +35,7 @@ from megatron.ucp.sources.flat_states import FlatStates, Fragment, Fragments, ap
 from megatron.ucp.sources.one_save import require_one_save
 from megatron.ucp.sources.optimizer_file import OptimizerFile
 from megatron.ucp.sources.source import FileCache, Piece
+from megatron.ucp.stored import StoredTensor
 from megatron.ucp.topology import Topology
 
 FROZEN = "frozen_param_fragments"
@@ -121,7 +120,7 @@ class DeepSpeedSource:
                         pieces.append(Piece(file, key, replica, offset, copy))
         return [piece for piece in pieces if len(piece.runs)]
 
-    def tensor(self, piece: Piece) -> torch.Tensor:
+    def tensor(self, piece: Piece) -> StoredTensor:
         values = self._cache.tensor(piece.file, piece.key)
         if self.manifest.is_partitioned and not self._has_own_tables and len(piece.key) > 3:  # a state beside a flat
             expected = self._flat_sizes(piece.file, int(piece.key[-2]))

@@ -22,13 +22,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.ucp.errors import CorruptFileError
+from megatron.ucp.inert import FragmentAddress, LossScaler
 from megatron.ucp.json_checks import shown
 from megatron.ucp.manifest_schema import MAX_ELEMENTS
-from megatron.ucp.safe_load import FragmentAddress, LossScaler
 from megatron.ucp.sources.source import FileCache
+from megatron.ucp.stored import is_tensor
 
 _INSIDE = "optimizer_state_dict"
 _BASE, _BASE_STAGE3 = "base_optimizer_state", "optimizer_state_dict"
@@ -105,7 +104,7 @@ class OptimizerFile:
 
     # -- masters and where parameters lie in them -----------------------------------------------------------------
 
-    def masters(self) -> Sequence[torch.Tensor]:
+    def masters(self) -> Sequence[Any]:
         """The flat tensors; in ZeRO-1 and 2 one for each parameter group."""
         return self.content[_MASTERS_STAGE3 if self.is_stage3 else _MASTERS]
 
@@ -242,8 +241,8 @@ def numbers_in(state: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.dim() == 0 and value.dtype != torch.bool and not value.is_complex()
+    if is_tensor(value):
+        return value.dim() == 0 and str(value.dtype) != "torch.bool" and not value.is_complex()
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

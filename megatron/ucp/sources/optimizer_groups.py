@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from megatron.ucp.errors import CorruptFileError, UnsupportedCheckpointError
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
+from megatron.ucp.stored import is_tensor
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def _whole(source: DeepSpeedSource, content: Mapping[str, Any]) -> tuple[list, l
 
 
 def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if not (torch.is_tensor(value) and value.dim() > 0)}
+    return {key: value for key, value in state.items() if not (is_tensor(value) and value.dim() > 0)}
 
 
 # -- the order of round_robin_gradients ------------------------------------------------------------------------------

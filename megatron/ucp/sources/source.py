@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from megatron.ucp.errors import CorruptFileError
 from megatron.ucp.manifest import Manifest
+from megatron.ucp.ordinary_file import NotOrdinary, read_ordinary
 from megatron.ucp.runs import Runs
-from megatron.ucp.safe_load import load
+from megatron.ucp.stored import StoredTensor, as_stored, is_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +44,8 @@ class Source(Protocol):
     def step(self, name: str) -> float | None:
         """How many steps the optimizer took for this parameter; None where it keeps no such count."""
 
-    def tensor(self, piece: Piece) -> torch.Tensor:
-        """The flat tensor that holds the piece, memory-mapped."""
+    def tensor(self, piece: Piece) -> StoredTensor:
+        """The flat tensor that holds the piece, where it lies."""
 
     def step_object(self, name: str) -> Any:
         """The step as the optimizer keeps it (a tensor or an int), or None."""
@@ -58,11 +57,19 @@ class Source(Protocol):
 
 def _no_state(value: Any) -> str | None:
     """Why these values cannot be copied element by element; None where they can."""
-    if not torch.is_tensor(value):
+    if not is_tensor(value):
         return type(value).__name__
-    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
-        return f"{value.layout}, {value.device}"
-    return str(value.dtype) if value.is_complex() or value.dtype == torch.bool else None
+    return str(value.dtype) if value.is_complex() or str(value.dtype) == "torch.bool" else None
+
+
+def read_content(path: Path) -> Any:
+    """Tensors as StoredTensors; what is not ordinary is read with torch, and they are torch's."""
+    try:
+        return read_ordinary(path)
+    except (NotOrdinary, OSError):
+        from megatron.ucp.safe_load import load  # imports torch
+
+        return load(path)
 
 
 class FileCache:
@@ -75,10 +82,11 @@ class FileCache:
     def load(self, path: Path) -> Any:
         with self._lock:
             if path not in self._open:
-                self._open[path] = load(path)
+                self._open[path] = read_content(path)
             return self._open[path]
 
-    def tensor(self, path: Path, key: tuple[str | int, ...]) -> torch.Tensor:
+    def tensor(self, path: Path, key: tuple[str | int, ...]) -> StoredTensor:
+        """Flat. Raises CorruptFileError where there is none that can be a state."""
         node = self.load(path)
         try:
             for part in key:
@@ -91,7 +99,8 @@ class FileCache:
                     where=path,
                     do="use another checkpoint",
                 )
-            held = node.untyped_storage().nbytes()
+            node = as_stored(node)
+            held = node.storage.num_bytes
             if held < node.numel() * node.element_size() or held > path.stat().st_size:
                 raise CorruptFileError(
                     "a tensor claims more than the file holds",
@@ -99,7 +108,7 @@ class FileCache:
                     where=path,
                     do="use another checkpoint",
                 )
-            return node.detach().contiguous().view(-1)
+            return node.flat()
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CorruptFileError(
                 "the file lacks a tensor that it should hold", expected=" / ".join(map(str, key)), where=path

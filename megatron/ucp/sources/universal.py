@@ -11,13 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError
 from megatron.ucp.file_table import require_listed
 from megatron.ucp.manifest import Manifest, ParameterInfo
 from megatron.ucp.runs import whole_runs
 from megatron.ucp.sources.source import FileCache, Piece
+from megatron.ucp.stored import StoredTensor
 
 OPTIMIZER_FILE = "zero/optimizer_state.pt"
 
@@ -42,7 +41,7 @@ class UniversalSource:
         layout = self._info(name, state).layout_of(state)
         return [Piece(self._file(name, state), ("param",), whole_runs(layout.numel))]
 
-    def tensor(self, piece: Piece) -> torch.Tensor:
+    def tensor(self, piece: Piece) -> StoredTensor:
         flat = self._cache.tensor(piece.file, piece.key)
         if flat.numel() != piece.runs[-1, 1] + piece.runs[-1, 2]:
             raise CorruptFileError(

@@ -13,31 +13,32 @@ _get_zero_frozen_param_attributes), runtime/zero/stage_1_and_2.py and stage3.py 
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from megatron.ucp.digest import Digest, digest_runs
+from megatron.ucp.digest import Digest
 from megatron.ucp.errors import UcpError
-from megatron.ucp.execute import CHUNK, chunks
+from megatron.ucp.execute import CHUNK, pour
 from megatron.ucp.file_names import model_file, optimizer_file
 from megatron.ucp.manifest import FORMAT_VERSION, FileInfo, Manifest
 from megatron.ucp.sources.deepspeed import FROZEN, DeepSpeedSource
-from megatron.ucp.sources.foreign.layer_files import place_of
 from megatron.ucp.sources.optimizer_file import FlatContent, file_content
 from megatron.ucp.sources.optimizer_groups import OptimizerGroup, round_robin
+from megatron.ucp.stored import FLOAT32, DType, Size, StoredTensor, as_stored, is_tensor, place_of
 from megatron.ucp.targets.flat_layout import Flat, Segment, param_paddings, stage3_flats, stage3_slice, stage12_flats
 from megatron.ucp.targets.native_target import NativeTarget, ZeroSettings
 from megatron.ucp.targets.proof import require_saved
 from megatron.ucp.topology import Topology
-from megatron.ucp.torch_file import StreamedTensor, save_streamed
+from megatron.ucp.torch_file import Record, StreamedTensor, save_streamed
 
 
 def write_native(
@@ -130,43 +131,40 @@ class _Writer:
 
     # -- values -------------------------------------------------------------------------------------------------
 
-    def values(
-        self, name: str, state: str, segment: Segment, dtype: torch.dtype, counts: bool
-    ) -> Iterator[torch.Tensor]:
+    def pour(self, record: Record, name: str, state: str, segment: Segment, dtype: DType, counts: bool) -> None:
         """`counts`: towards digests and progress, as each element of a state does once."""
-        shape = self.parameters[name].layout_of(state).shape
-        digest = Digest()
-        for runs, values in chunks(self.source, name, state, segment.start, segment.stop):
+
+        def told(num_elements: int) -> None:
             if self.stop.is_set():
                 raise _Stopped
             if counts:
-                digest += digest_runs(values, runs, name=name, state=state, shape=shape)
-                self.progress(4 * len(values))
-            yield values.to(dtype)
+                self.progress(4 * num_elements)
+
+        digest = pour(self.source, name, state, record, segment.start, segment.stop, dtype=dtype, told=told)
         if counts:
             with self._lock:
                 self.digests[name, state] = self.digests.get((name, state), Digest()) + digest
 
-    def whole(self, name: str, state: str, dtype: torch.dtype, counts: bool) -> StreamedTensor:
+    def whole(self, name: str, state: str, dtype: DType, counts: bool) -> StreamedTensor:
         layout = self.parameters[name].layout_of(state)
         segment = Segment(name, 0, layout.numel)
-        return StreamedTensor(layout.shape, dtype, lambda: self.values(name, state, segment, dtype, counts))
+        return StreamedTensor(layout.shape, dtype, lambda to: self.pour(to, name, state, segment, dtype, counts))
 
-    def flat(self, segments: Sequence[Segment], state: str, dtype: torch.dtype) -> StreamedTensor:
-        def stretches() -> Iterator[torch.Tensor]:
+    def flat(self, segments: Sequence[Segment], state: str, dtype: DType) -> StreamedTensor:
+        def write(record: Record) -> None:
             for segment in segments:
                 if segment.name is not None:
-                    yield from self.values(segment.name, state, segment, dtype, counts=True)
+                    self.pour(record, segment.name, state, segment, dtype, counts=True)
                     continue
                 for start in range(0, segment.numel, CHUNK):
-                    yield torch.zeros(min(CHUNK, segment.numel - start), dtype=dtype)
+                    record.write(np.zeros(min(CHUNK, segment.numel - start), dtype=dtype.numpy))
 
-        return StreamedTensor((sum(segment.numel for segment in segments),), dtype, stretches)
+        return StreamedTensor((sum(segment.numel for segment in segments),), dtype, write)
 
-    def dtype_of(self, name: str, state: str) -> torch.dtype:
+    def dtype_of(self, name: str, state: str) -> DType:
         """As the Source keeps it."""
         pieces = self.source.pieces(name, state)
-        return self.source.tensor(pieces[0]).dtype if pieces else torch.float32
+        return self.source.tensor(pieces[0]).dtype if pieces else FLOAT32
 
     # -- files of optimizer states ------------------------------------------------------------------------------
 
@@ -206,7 +204,7 @@ class _Writer:
         content = dict(self.source.model_states(0, theirs))
         shared = aliases(self.source.model_states(0), manifest)
         module, frozen = self._weights(content["module"], shared, rank)
-        shapes = {name: torch.Size(self.parameters[name].layout.shape) for name in self.parameters}
+        shapes = {name: Size(self.parameters[name].layout.shape) for name in self.parameters}
         lists_frozen = stage >= 2 and bool(self.frozen)
         content |= {
             "module": module,
@@ -234,26 +232,27 @@ class _Writer:
             elif real in weights:
                 weights[name] = weights[real]
             elif is_cut:
-                weights[real] = weights[name] = torch.empty(0, dtype=value.dtype)
+                dtype = as_stored(value).dtype
+                weights[real] = weights[name] = StoredTensor.of_array(np.empty(0, dtype.numpy), dtype)
             else:
-                weights[real] = weights[name] = self._weight(real, value)
+                weights[real] = weights[name] = self._weight(real, as_stored(value))
         weights = OrderedDict((name, weights[name]) for name in held)
         for name in self.frozen:
             if is_cut:
                 slices = stage3_slice(name, self.parameters[name].layout.numel, rank, self.target.dp_size)
-                frozen[name] = self.flat(slices, "fp32", held[name].dtype)
+                frozen[name] = self.flat(slices, "fp32", as_stored(held[name]).dtype)
             else:
                 frozen[name] = weights[name]
         return weights, frozen
 
-    def _weight(self, name: str, held: torch.Tensor) -> Any:
+    def _weight(self, name: str, held: StoredTensor) -> Any:
         """Frozen ones, and under ZeRO-0 all, are states to be proven; others are what the masters were rounded to."""
         info = self.parameters[name]
         if self.target.zero_stage and info.is_trainable and tuple(held.shape) == info.layout.shape:
             return held
         return self.whole(name, "fp32", held.dtype, counts=not (self.target.zero_stage and info.is_trainable))
 
-    def _param_shapes(self, shapes: Mapping[str, torch.Size]) -> list[OrderedDict[str, torch.Size]]:
+    def _param_shapes(self, shapes: Mapping[str, Size]) -> list[OrderedDict[str, Size]]:
         """By group, or by sub-group."""
         if self.target.zero_stage < 3:
             return [OrderedDict((name, shapes[name]) for name in group.names) for group in self.groups]
@@ -314,10 +313,10 @@ def aliases(content: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:
         return dict(content["shared_params"])
     module = content["module"]
     at = {place_of(module[name]): name for name, info in manifest.parameters.items() if info.layout.numel}
-    held = {name: value for name, value in module.items() if torch.is_tensor(value) and value.numel()}
+    held = {name: value for name, value in module.items() if is_tensor(value) and value.numel()}
     return {name: at[p] for name, value in held.items() if (p := place_of(value)) in at and at[p] != name}
 
 
 def _own(numbers: Mapping[str, Any]) -> dict[str, Any]:
     """A step that two parameters shared in the file would be counted twice by who loads it."""
-    return {key: value.clone() if torch.is_tensor(value) else value for key, value in numbers.items()}
+    return {key: copy.copy(as_stored(value)) if is_tensor(value) else value for key, value in numbers.items()}

@@ -17,11 +17,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
+import numpy as np
 
 from megatron.ucp.errors import CorruptFileError, listed
 from megatron.ucp.sources.source import Source
 from megatron.ucp.stand_ins import Stranger, without_strangers
+from megatron.ucp.stored import StoredTensor
 
 log = logging.getLogger(__name__)
 
@@ -58,4 +59,4 @@ def _step_object(source: Source, name: str) -> Any:
     if isinstance(step, Stranger):
         raise CorruptFileError("an optimizer's step is no number", found=f"{step!r} of {name}", where=source.folder)
     is_counted_here = counted is None or (step is not None and float(step) == counted)
-    return step if is_counted_here else torch.tensor(counted)
+    return step if is_counted_here else StoredTensor.of_array(np.array(counted, dtype=np.float32))

@@ -16,13 +16,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from megatron.ucp.errors import CorruptFileError, UcpError, UnsupportedCheckpointError
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.foreign.expert_files import has_experts
 from megatron.ucp.sources.optimizer_groups import OptimizerGroup, is_round_robin, optimizer_groups
 from megatron.ucp.sources.source import Source
+from megatron.ucp.stored import DType, is_tensor
 from megatron.ucp.topology import Topology
 
 _SUB_GROUP_SIZE = 1_000_000_000
@@ -83,7 +82,7 @@ class ZeroSettings:
         size = self._section("zero_optimization").get("mics_shard_size", -1)
         return isinstance(size, int) and size > 0
 
-    def param_alignment(self, dtype: torch.dtype) -> int:
+    def param_alignment(self, dtype: DType) -> int:
         """Elements to a multiple of which ZeRO-1 and 2 pad each parameter."""
         is_aligned = self._section("zero_optimization").get("parameter_alignment")
         return max(1, _ALIGNED_BYTES // dtype.itemsize) if is_aligned else 1
@@ -128,9 +127,7 @@ def require_writable(source: Source, target: NativeTarget) -> list[OptimizerGrou
     if faults:
         raise _refused(source, target, faults)
     module, shared = content["module"], content.get("shared_params") or {}
-    faults = [
-        f"{name} is not among its weights" for name in manifest.parameters if not torch.is_tensor(module.get(name))
-    ]
+    faults = [f"{name} is not among its weights" for name in manifest.parameters if not is_tensor(module.get(name))]
     faults += (
         [] if isinstance(shared, Mapping) else [f"its second names of weights are no table ({type(shared).__name__})"]
     )
@@ -154,7 +151,7 @@ def require_writable(source: Source, target: NativeTarget) -> list[OptimizerGrou
 
 def _faults_of_settings(content: Mapping[str, Any], names: Iterable[str], target: NativeTarget) -> list[str]:
     faults = []
-    if target.zero_stage == 0 and {content["module"][name].dtype for name in names} - {torch.float32}:
+    if target.zero_stage == 0 and {str(content["module"][name].dtype) for name in names} - {"torch.float32"}:
         faults.append("ZeRO-0 in half precision keeps its optimizer's states in another form: choose zero1")
     if target.zero_stage == 3 and ZeroSettings.of(content).has_shard_groups:
         faults.append("its configuration asks for MiCS (mics_shard_size)")
@@ -182,7 +179,7 @@ def _faults_of_group(source: DeepSpeedSource, group: OptimizerGroup, target: Nat
 
 
 def _plain(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.item() if torch.is_tensor(value) else value for key, value in numbers.items()}
+    return {key: value.item() if is_tensor(value) else value for key, value in numbers.items()}
 
 
 def _refused(source: Source, target: NativeTarget, faults: list[str]) -> UnsupportedCheckpointError:

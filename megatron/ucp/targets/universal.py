@@ -1,13 +1,13 @@
 """Target: a universal folder that DeepSpeed's own universal loader reads, plus ucp.json.
 
-One pass. Each (parameter, state) is gathered in atomic order into a small buffer that stays in the
-cache; while it is there it is compared with its replicas, digested, checksummed and appended to its file. Nothing is
+One pass. Each (parameter, state) is gathered in atomic order into a small buffer; while it is in the
+cache it is compared with its replicas, digested, checksummed and appended to its file. Nothing is
 written twice, no parameter is ever whole in memory, and a digest that differs from the save's stops the conversion.
 
     manifest = write_universal(source, staging, num_workers=2)
 
-Threads, not processes: every heavy step (copy, digest, CRC, write) runs without the GIL, and the memory-mapped files
-and the index are shared. Keys in the files: deepspeed/checkpoint/ds_to_universal.py (merge_tp_slices).
+Threads, not processes: every heavy step (copy, digest, CRC, write) runs without the GIL, and the index is shared. Keys
+in the files: deepspeed/checkpoint/ds_to_universal.py (merge_tp_slices).
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.ucp.commit import checksum_file
-from megatron.ucp.digest import Digest, digest_runs
+from megatron.ucp.digest import Digest
 from megatron.ucp.errors import UcpError
-from megatron.ucp.execute import chunks
+from megatron.ucp.execute import pour
+from megatron.ucp.inert import SubparamShape
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import FORMAT_VERSION, FileInfo, Manifest
-from megatron.ucp.safe_load import SubparamShape
 from megatron.ucp.sources.source import Source
+from megatron.ucp.stored import FLOAT32
 from megatron.ucp.targets.loader_files import loader_files
 from megatron.ucp.targets.proof import require_saved
 from megatron.ucp.topology import Topology
-from megatron.ucp.torch_file import StreamedTensor, save, save_streamed
+from megatron.ucp.torch_file import Record, StreamedTensor, save_streamed
 
 
 @dataclass(frozen=True)
@@ -124,16 +123,16 @@ def _write_tensor(
     try:
         digest = Digest()
 
-        def stretches() -> Iterator[torch.Tensor]:
-            nonlocal digest
-            for runs, values in chunks(source, name, state, compares_replicas=True):
-                if stop.is_set():
-                    raise _Stopped
-                digest += digest_runs(values, runs, name=name, state=state, shape=layout.shape)
-                yield values
-                progress(4 * len(values))
+        def told(num_elements: int) -> None:
+            if stop.is_set():
+                raise _Stopped
+            progress(4 * num_elements)
 
-        tensor = StreamedTensor(layout.shape, torch.float32, stretches)
+        def write(record: Record) -> None:
+            nonlocal digest
+            digest = pour(source, name, state, record, compares_replicas=True, told=told)
+
+        tensor = StreamedTensor(layout.shape, FLOAT32, write)
         info = save_streamed({**file_keys(layout, name), "param": tensor}, folder / relative)
         require_saved(source, name, state, digest)
         return _Written(relative, info, name, state, digest)
@@ -173,8 +172,7 @@ def _write_side_files(source: Source, folder: Path) -> dict[str, FileInfo]:
     """What DeepSpeed's loaders ask for, and whatever else the save had that is not a .pt file."""
     infos: dict[str, FileInfo] = {}
     for relative, content in loader_files(source).items():
-        save(content, folder / relative)
-        infos[relative] = checksum_file(folder / relative)
+        infos[relative] = save_streamed(content, folder / relative)
     for relative in source.manifest.files:
         if not relative.endswith(".pt") and (source.folder / relative).is_file():
             os.makedirs((folder / relative).parent, exist_ok=True)

@@ -17,18 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.ucp.affine_maps import layout_from_map
 from megatron.ucp.errors import CorruptFileError, SourceError, UcpError, UnsupportedCheckpointError
 from megatron.ucp.json_checks import shown
 from megatron.ucp.layout import Layout
-from megatron.ucp.safe_load import load
 from megatron.ucp.sources.deepspeed import DEALT, DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import Files
 from megatron.ucp.sources.foreign.dense import DenseReader, checked_source
 from megatron.ucp.sources.foreign.layer_files import is_weight
 from megatron.ucp.sources.foreign.save import ForeignSave, open_save
+from megatron.ucp.sources.source import FileCache
+from megatron.ucp.stored import are_equal
 
 _DATA_BEFORE_EXPERTS = "use_data_before_expert_parallelism"
 _ZERO1 = "save it under ZeRO-1, 2 or 3"
@@ -36,7 +35,7 @@ _ZERO1 = "save it under ZeRO-1, 2 or 3"
 
 def is_autoep(files: Files) -> bool:
     """Opens one file of model states."""
-    content = load(files.models[min(files.models)]) if files.models else None
+    content = FileCache().load(files.models[min(files.models)]) if files.models else None
     return isinstance(content, Mapping) and bool(content.get(DEALT))
 
 
@@ -77,10 +76,7 @@ def _without_second_names(content: Mapping[str, Any], trained: set[str]) -> Mapp
 
     def is_second(name: str, value: Any) -> bool:
         return name not in trained and any(
-            name.startswith(f"{path}.")
-            and name.endswith(f".{rest}")
-            and is_weight(value)
-            and torch.equal(value, router)
+            name.startswith(f"{path}.") and name.endswith(f".{rest}") and is_weight(value) and are_equal(value, router)
             for (path, rest), router in routers.items()
             if is_weight(router)
         )

@@ -19,8 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.ucp.affine_maps import AffineMaps
 from megatron.ucp.deepspeed_compat import layout_from_patterns, refused_by_patterns
 from megatron.ucp.errors import MissingFileError, SourceError, UnsupportedCheckpointError, listed
@@ -29,10 +27,11 @@ from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.flat_states import Fragment, Fragments
 from megatron.ucp.sources.foreign.flat_order import flat_fragments, sub_groups
-from megatron.ucp.sources.foreign.layer_files import Shapes, frozen_in_layers, is_weight, place_of
+from megatron.ucp.sources.foreign.layer_files import Shapes, frozen_in_layers, is_weight
 from megatron.ucp.sources.foreign.param_groups import group_values, names_or_numbers
 from megatron.ucp.sources.foreign.save import NO_MANIFEST, ForeignSave, common_from_model_states, open_save
 from megatron.ucp.sources.optimizer_file import OptimizerFile, numbers_in
+from megatron.ucp.stored import as_stored, is_rounded, is_tensor, place_of
 
 _NUM_COMPARED = 16
 
@@ -106,7 +105,7 @@ class DenseReader:
             zero_stage=self.save.zero_stage,
             is_pipelined=self.save.is_pipelined,
             optimizer=OptimizerInfo(kind="", groups=dict(groups)),
-            common=common_from_model_states([self.save.files.model(0)]),
+            common=common_from_model_states(self.save.model(0)),
             zero3_order=[order[mp] for mp in self.models] if self.save.zero_stage == 3 else [],
             pipeline_layers=[str(i) if (i, 0) in layers else None for i in layer_numbers],
             saved_by={"deepspeed": str(self.models[0].get("ds_version", ""))},
@@ -128,10 +127,10 @@ class DenseReader:
                 if not is_weight(weight) or tuple(weight.shape) != shape:
                     continue
                 for fragment in fragments[name, mp]:
-                    flat = masters[fragment.file][fragment.group].flatten()
-                    master = flat[fragment.offset : fragment.offset + fragment.stop - fragment.start]
-                    held = weight.flatten()[fragment.start : fragment.stop]
-                    if not torch.equal(master.to(held.dtype).nan_to_num(), held.nan_to_num()):
+                    end = fragment.offset + fragment.stop - fragment.start
+                    master = as_stored(masters[fragment.file][fragment.group]).part(fragment.offset, end)
+                    held = as_stored(weight).part(fragment.start, fragment.stop)
+                    if not is_rounded(master, held):
                         faults.add(f"{self.save.files.model(mp).name} and {fragment.file.name}")
         if faults:
             raise SourceError(
@@ -227,7 +226,7 @@ class DenseReader:
             names_of_groups = self.group_names[mp] or [str(index) for index in range(len(tables))]
             for flat, names in enumerate(tables):
                 state = file.state(flat)
-                tensors = tuple(k for k, v in state.items() if torch.is_tensor(v) and v.dim() > 0)
+                tensors = tuple(k for k, v in state.items() if is_tensor(v) and v.dim() > 0)
                 for name in names:
                     parameters.setdefault(
                         name,
@@ -349,7 +348,7 @@ def _odd_states(file: OptimizerFile, sizes: Sequence[int]) -> list[int]:
     return [
         flat
         for flat, size in enumerate(sizes)
-        if any(v.numel() != size for v in file.state(flat).values() if torch.is_tensor(v) and v.dim() > 0)
+        if any(v.numel() != size for v in file.state(flat).values() if is_tensor(v) and v.dim() > 0)
         or names[flat] != usual[is_muon[flat]]
     ]
 

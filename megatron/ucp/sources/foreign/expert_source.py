@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.ucp.errors import CorruptFileError, SourceError
 from megatron.ucp.layout import ShardRank
 from megatron.ucp.manifest import Manifest
 from megatron.ucp.runs import shard_runs
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.source import FileCache, Piece
+from megatron.ucp.stored import StoredTensor
 
 STEP = "step"
 
@@ -85,7 +84,7 @@ class MoeSource:
                     pieces.append(Piece(file, key, runs, fragment.offset, copy))
         return pieces
 
-    def tensor(self, piece: Piece) -> torch.Tensor:
+    def tensor(self, piece: Piece) -> StoredTensor:
         return self._cache.tensor(piece.file, piece.key)
 
     def step_object(self, name: str) -> Any:

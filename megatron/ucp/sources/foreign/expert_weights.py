@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from megatron.ucp.sources.foreign.expert_files import MoeLayer
 from megatron.ucp.sources.foreign.expert_source import ExpertFragment
 from megatron.ucp.sources.source import FileCache
+from megatron.ucp.stored import is_rounded
 
 _NUM_COMPARED = 4096
 """Elements of each part of each parameter."""
@@ -49,9 +48,9 @@ def _disagreeing(cache: FileCache, masters: Mapping[str, Sequence[ExpertFragment
         for fragment in fragments:
             file, key = held[rest, fragment.tp]
             stop = min(fragment.stop, fragment.start + _NUM_COMPARED)
-            weight = cache.tensor(file, (key,))[fragment.start : stop]
             master_file, path = fragment.locations["fp32"]
-            master = cache.tensor(master_file, path)[fragment.offset : fragment.offset + stop - fragment.start]
-            if not torch.equal(master.to(weight.dtype).nan_to_num(), weight.nan_to_num()):
+            weight = cache.tensor(file, (key,)).part(fragment.start, stop)
+            end = fragment.offset + stop - fragment.start
+            if not is_rounded(cache.tensor(master_file, path).part(fragment.offset, end), weight):
                 return [file.name, master_file.name]
     return []

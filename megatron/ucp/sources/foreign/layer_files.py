@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from megatron.ucp.errors import UnsupportedCheckpointError
+from megatron.ucp.stored import are_equal, is_tensor
 
 Shapes = dict[str, dict[int, list[tuple[int, ...]]]]
 """name -> pp stage -> shard shape by tp rank."""
@@ -45,12 +44,7 @@ def frozen_in_layers(layers: Layers, trainable: Shapes, buffers: set[str]) -> Sh
 
 
 def is_weight(value: Any) -> bool:
-    return torch.is_tensor(value) and value.is_floating_point()
-
-
-def place_of(value: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for two names of one tensor of a file."""
-    return value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape), value.stride()
+    return is_tensor(value) and value.is_floating_point()
 
 
 def _tied_layers(layers: Layers, trainable: Shapes) -> set[int]:
@@ -67,7 +61,7 @@ def _tied_layers(layers: Layers, trainable: Shapes) -> set[int]:
             if tp == 0 and shapes == {key: tuple(value.shape) for key, value in content.items() if is_weight(value)}
         }
         first = next(iter(copies.values()), {})
-        if not all(torch.equal(first[key], content[key]) for content in copies.values() for key in shapes):
+        if not all(are_equal(first[key], content[key]) for content in copies.values() for key in shapes):
             raise UnsupportedCheckpointError(
                 "frozen layers have the names and shapes of a tied one, and nothing tells them apart",
                 found=[f"layer {layer}" for layer in copies],

@@ -21,8 +21,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.ucp.errors import MissingFileError, SourceError, UnsupportedCheckpointError, listed
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import ParameterInfo
@@ -45,6 +43,7 @@ from megatron.ucp.sources.foreign.layer_files import is_weight
 from megatron.ucp.sources.foreign.param_groups import Seen, group_names
 from megatron.ucp.sources.foreign.save import open_all, open_save
 from megatron.ucp.sources.optimizer_file import OptimizerFile, numbers_in
+from megatron.ucp.stored import is_tensor
 
 
 def open_moe(folder: Path, column_parallel: tuple[str, ...] = ()) -> MoeSource:
@@ -372,4 +371,4 @@ def _expert_fragment(tp: int, fragment: Fragment, file: OptimizerFile) -> Expert
 
 
 def _is_cut(value: Any) -> bool:
-    return torch.is_tensor(value) and value.dim() > 0
+    return is_tensor(value) and value.dim() > 0

@@ -23,8 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError, UnsupportedCheckpointError, listed
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
@@ -45,6 +43,7 @@ from megatron.ucp.sources.foreign.save import NO_MANIFEST, common_from_model_sta
 from megatron.ucp.sources.one_save import disagreements
 from megatron.ucp.sources.optimizer_file import numbers_in
 from megatron.ucp.sources.source import FileCache
+from megatron.ucp.stored import as_stored, is_tensor
 from megatron.ucp.topology import Topology
 
 _DENSE = "dense-params"
@@ -122,7 +121,7 @@ class _Reader:
             topology=Topology(dp_size=int(self.model["dp_world_size"])),
             parameters={name: infos[name] for name in dense},
             optimizer=OptimizerInfo(kind="", groups=self._groups()),
-            common=common_from_model_states([self.model_file]),
+            common=common_from_model_states(self.cache.load(self.model_file)),
             zero0_order=[list(dense)],
             saved_by={"deepspeed": str(self.model.get("ds_version", ""))},
             unverified=NO_MANIFEST,
@@ -264,13 +263,13 @@ class _Reader:
             state = optimizer["state"].get(index, {})
             weight = self._weight(file, key)
             shape = tuple(weight.shape)
-            tensors = {k: v for k, v in state.items() if torch.is_tensor(v) and v.dim() > 0}
+            tensors = {k: v for k, v in state.items() if is_tensor(v) and v.dim() > 0}
             faults += [
                 f"{name}, index {index} in {path.name}: {k} is {tuple(v.shape)}, the weight {shape}"
                 for k, v in tensors.items()
                 if tuple(v.shape) != shape
             ]
-            if weight.dtype != torch.float32:
+            if str(weight.dtype) != "torch.float32":
                 self._refuse("only ZeRO-0 in fp32 has its masters in the weights", f"{name}: {weight.dtype}")
             step = None if state.get(STEP) is None else float(state[STEP])
             infos[name] = ParameterInfo(
@@ -280,7 +279,7 @@ class _Reader:
             self._refuse("ZeRO-0 keeps the optimizer's state by index, and it is not the order of the weights", faults)
         return infos
 
-    def _weight(self, file: Path, key: tuple[str | int, ...]) -> torch.Tensor:
+    def _weight(self, file: Path, key: tuple[str | int, ...]) -> Any:
         node = self.cache.load(file)
         for part in key:
             node = node[part]
@@ -297,9 +296,9 @@ def _checksum(states: Mapping[int, Mapping[str, Any]], indices: list[int]) -> in
         value
         for index in indices
         for _, value in sorted(states.get(index, {}).items())
-        if torch.is_tensor(value) and value.dim() > 0
+        if is_tensor(value) and value.dim() > 0
     ]
-    tensors = sorted(tensors, key=torch.Tensor.numel)[:_NUM_COMPARED]
-    if not any(bool(value.any()) for value in tensors):
+    tensors = sorted(tensors, key=lambda value: value.numel())[:_NUM_COMPARED]
+    if not any(bool(as_stored(value).array().any()) for value in tensors):
         return None
-    return zlib.crc32(b"".join(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors))
+    return zlib.crc32(b"".join(as_stored(t).array().tobytes() for t in tensors))

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
+from megatron.ucp.stored import is_tensor
 
 Seen = dict[str, list[dict[str, Any]]]
 """Name -> the hyper-parameters found under it, in order; kept from one file to the next."""
@@ -49,7 +49,7 @@ def _name(group: Mapping[str, Any], index: int) -> str:
 def group_values(group: Mapping[str, Any]) -> dict[str, Any]:
     """A torch param_group as JSON values, without its parameters."""
     plain = (bool, int, float, str, type(None))
-    values = {key: float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 else v for key, v in group.items()}
+    values = {key: float(v) if is_tensor(v) and v.numel() == 1 else v for key, v in group.items()}
     values = {
         key: list(v) if isinstance(v, tuple) else v
         for key, v in values.items()

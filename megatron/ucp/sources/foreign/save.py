@@ -11,7 +11,7 @@ Source of these conventions: deepspeed/runtime/engine.py (_save_checkpoint).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any
 
 from megatron.ucp.errors import CorruptFileError, MissingFileError
 from megatron.ucp.manifest import Manifest
-from megatron.ucp.safe_load import load
 from megatron.ucp.sources.deepspeed_files import Files, find_files, list_files
 from megatron.ucp.sources.one_save import require_one_save
 from megatron.ucp.sources.optimizer_file import OptimizerFile
@@ -112,11 +111,10 @@ def _topology(
     )
 
 
-def common_from_model_states(files: Sequence[Path]) -> dict:
+def common_from_model_states(content: Mapping[str, Any]) -> dict:
     """Counters that DeepSpeed and Megatron-DeepSpeed keep in mp_rank_XX_model_states.pt."""
-    if not files:
+    if not content:
         return {}
-    content = load(files[0])
     names = ("iteration", "global_steps", "global_samples", "skipped_steps")
     common = {n: content[n] for n in names if isinstance(content.get(n), int)}
     common.setdefault("iteration", common.get("global_steps"))

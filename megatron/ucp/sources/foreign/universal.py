@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.ucp.errors import CorruptFileError, MissingFileError, UnsupportedCheckpointError, listed
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
@@ -27,6 +25,7 @@ from megatron.ucp.sources.foreign.save import NO_MANIFEST, common_from_model_sta
 from megatron.ucp.sources.optimizer_file import OptimizerFile
 from megatron.ucp.sources.source import FileCache, Piece
 from megatron.ucp.sources.universal import OPTIMIZER_FILE, UniversalSource
+from megatron.ucp.stored import is_tensor
 from megatron.ucp.topology import Topology
 
 STAGE3_MODEL = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -37,7 +36,7 @@ def open_foreign_universal(folder: Path) -> UniversalSource:
     UnsupportedCheckpointError."""
     cache = FileCache()
     tables = {path.name: cache.load(path / "fp32.pt") for path in _parameter_folders(folder)}
-    bare = [name for name, content in tables.items() if torch.is_tensor(content)]
+    bare = [name for name, content in tables.items() if is_tensor(content)]
     if bare and len(bare) == len(tables):
         return _Stage3Source(folder, cache)
     if odd := [n for n, content in tables.items() if not isinstance(content, Mapping) or "param" not in content]:
@@ -62,7 +61,8 @@ def _manifest(folder: Path, load: Callable[[Path], Any]) -> Manifest:
         )
     state_file = folder / OPTIMIZER_FILE
     groups = load(state_file).get("param_groups", []) if state_file.is_file() else []
-    return _without_checksums(parameters, groups, sorted(folder.glob("mp_rank_*_model_states.pt")))
+    models = sorted(folder.glob("mp_rank_*_model_states.pt"))
+    return _without_checksums(parameters, groups, load(models[0]) if models else {})
 
 
 class _Stage3Source(UniversalSource):
@@ -97,7 +97,7 @@ class _Stage3Source(UniversalSource):
         step = None if self._step is None else float(self._step)
         parameters = {p.name: ParameterInfo(Layout.unique(shapes[p.name]), "", _states_in(p), step) for p in folders}
         groups = self._optimizer.content["param_groups"]
-        super().__init__(folder, _without_checksums(parameters, groups, [model]), cache)
+        super().__init__(folder, _without_checksums(parameters, groups, self._model), cache)
 
     def pieces(self, name: str, state: str) -> list[Piece]:
         numel = math.prod(self._info(name, state).layout.shape)
@@ -127,15 +127,15 @@ def _one_step(states: Iterable[Mapping[str, Any]], folder: Path) -> Any:
 
 
 def _without_checksums(
-    parameters: dict[str, ParameterInfo], groups: Sequence[Mapping[str, Any]], models: Sequence[Path]
+    parameters: dict[str, ParameterInfo], groups: Sequence[Mapping[str, Any]], model: Mapping[str, Any]
 ) -> Manifest:
-    """`groups`: torch's. `models`: files of model states, of which the first says how far the run had come."""
+    """`groups`: torch's. `model`: model states, which say how far the run had come; or nothing."""
     return Manifest(
         kind="universal",
         topology=Topology(),
         parameters=parameters,
         optimizer=OptimizerInfo(kind="", groups=dict(zip(names_or_numbers(groups), map(group_values, groups)))),
-        common=common_from_model_states(models),
+        common=common_from_model_states(model),
         unverified=NO_MANIFEST,
     )
 

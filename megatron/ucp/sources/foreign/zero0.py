@@ -16,18 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from megatron.ucp.errors import SourceError, UnsupportedCheckpointError
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.deepspeed_files import list_files
-from megatron.ucp.sources.foreign.layer_files import is_weight, place_of
+from megatron.ucp.sources.foreign.layer_files import is_weight
 from megatron.ucp.sources.foreign.param_groups import group_values, names_or_numbers
 from megatron.ucp.sources.foreign.save import NO_MANIFEST, common_from_model_states
 from megatron.ucp.sources.optimizer_file import numbers_in
 from megatron.ucp.sources.source import FileCache, Source
+from megatron.ucp.stored import is_tensor, place_of
 from megatron.ucp.topology import Topology
 
 NAMES_KEY = "ucp_parameter_names"
@@ -65,7 +64,7 @@ def open_zero0(folder: Path, order: Sequence[str] = ()) -> Source:
         parameters[name] = ParameterInfo(
             layout=Layout.unique(tuple(weights[name].shape)),
             group=names_of_groups[owner[index]],
-            states=("fp32", *(key for key, value in of_param.items() if torch.is_tensor(value) and value.dim() > 0)),
+            states=("fp32", *(key for key, value in of_param.items() if is_tensor(value) and value.dim() > 0)),
             step=None if step is None else float(step),
             scalars=numbers_in(of_param),
         )
@@ -77,7 +76,7 @@ def open_zero0(folder: Path, order: Sequence[str] = ()) -> Source:
         topology=Topology(dp_size=int(content.get("dp_world_size", 1))),
         parameters={name: parameters[name] for name in weights},
         optimizer=OptimizerInfo(kind="", groups=dict(zip(names_of_groups, map(group_values, groups)))),
-        common=common_from_model_states([found.models[0, 0]]),
+        common=common_from_model_states(content),
         zero0_order=[names],
         saved_by={"deepspeed": str(content.get("ds_version", ""))},
         unverified=f"{NO_MANIFEST}; the optimizer's states belong to the parameters in the order of the model",
@@ -85,13 +84,13 @@ def open_zero0(folder: Path, order: Sequence[str] = ()) -> Source:
     return DeepSpeedSource(folder, manifest, cache=cache)
 
 
-def _weights(folder: Path, content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _weights(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """In the model's order, a weight of two names under the first."""
     module = content.get("module")
     if not isinstance(module, Mapping):
         _refuse(folder, "the weights are not kept by name", type(module).__name__, "use another checkpoint")
     buffers = content.get("buffer_names") or ()
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[str, Any] = {}
     seen = set()
     for name, value in module.items():
         if name in buffers or not is_weight(value):
@@ -128,7 +127,7 @@ def _optimizer(folder: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
 def _names(
     folder: Path,
     content: Mapping[str, Any],
-    weights: Mapping[str, torch.Tensor],
+    weights: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     state: Mapping[int, Mapping[str, Any]],
     order: Sequence[str],
@@ -174,7 +173,7 @@ def _names(
 
 def _shape(of_param: Mapping[str, Any]) -> Shape | None:
     """Of the weight that these states belong to; None where none says."""
-    tensors = [value for value in of_param.values() if torch.is_tensor(value) and value.dim() > 0]
+    tensors = [value for value in of_param.values() if is_tensor(value) and value.dim() > 0]
     return tuple(tensors[0].shape) if tensors else None
 
 
