@@ -27,6 +27,7 @@ from megatron.ucp.expert_labels import experts_clause
 from megatron.ucp.file_table import changed_files, require_unchanged
 from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import Manifest, write_manifest
+from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.pointers import LATEST_UNIVERSAL
 from megatron.ucp.sources import Source, find_checkpoint, open_source
 from megatron.ucp.targets.universal import tensor_bytes, write_universal
@@ -93,12 +94,13 @@ def write_proven(
 ) -> Manifest:
     """The whole folder but for its name. `write`: fills it with all but ucp.json, as write_universal does. Raises what
     was found wrong with the Source's files, by their names."""
+    sums = PartialSums()
     try:
-        manifest = write(source, staging, num_workers=num_workers, progress=count or (lambda n: None))
+        manifest = write(source, staging, num_workers=num_workers, progress=count or (lambda n: None), sums=sums)
     except (DigestMismatchError, SourceError, CorruptFileError) as error:
         raise _naming_files(error, source) from error
     # The digests prove the tensors; what else was copied or read out of the files is proven by their checksums.
-    require_unchanged(source.folder, source.manifest, num_workers=num_workers)
+    require_unchanged(source.folder, source.manifest, num_workers=num_workers, sums=sums)
     write_manifest(staging, manifest)
     return manifest
 

@@ -21,6 +21,7 @@ import numpy as np
 from megatron.ucp import native
 from megatron.ucp.digest import Digest, digest_runs, seeds
 from megatron.ucp.errors import CorruptFileError, ReplicaMismatchError, SourceError
+from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.runs import Runs, clip_atomic, intersect, numel, tiling_faults, whole_runs
 from megatron.ucp.sources.source import Piece, Source
 from megatron.ucp.stored import FLOAT32, DType, StoredTensor, float32_of
@@ -68,10 +69,11 @@ def pour(
     dtype: DType = FLOAT32,
     compares_replicas: bool = False,
     told: Callable[[int], None] = lambda num_elements: None,
+    sums: PartialSums | None = None,
 ) -> Digest:
     """Writes atomic elements [start, stop) to the record, in order, and returns their digest, as fp32. `dtype`: the
-    record's. `told`: how many more were written; what it raises stops the writing. Raises what `gather` and, where
-    asked for, `check_replicas` raise.
+    record's. `told`: how many more were written; what it raises stops the writing. `sums` takes the CRCs of what was
+    read. Raises what `gather` and, where asked for, `check_replicas` raise.
 
     In one pass of the kernel where the values are copied as they lie; where they are rounded, averaged or compared, in
     stretches."""
@@ -90,7 +92,7 @@ def pour(
         last = min(first + SEGMENT, stop)
         rows = _rows(source, name, state, held, first, last) if is_copied else None
         if rows is not None:
-            digest += _gather_from_files(*rows, record, first, seeds(name, state, layout.shape))
+            digest += _gather_from_files(*rows, record, first, seeds(name, state, layout.shape), sums)
             told(last - first)
             continue
         for runs, values in chunks(source, name, state, first, last, compares_replicas=compares_replicas):
@@ -252,7 +254,12 @@ def _rows(
 
 
 def _gather_from_files(
-    files: list[Path], rows: np.ndarray, record: Record, index: int, lanes: tuple[int, int]
+    files: list[Path],
+    rows: np.ndarray,
+    record: Record,
+    index: int,
+    lanes: tuple[int, int],
+    sums: PartialSums | None,
 ) -> Digest:
     with ExitStack() as opened:
         handles = []
@@ -260,9 +267,12 @@ def _gather_from_files(
             handles.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             opened.callback(os.close, handles[-1])
         try:
-            return record.gather(handles, rows, index, lanes)
+            digest, crcs = record.gather(handles, rows, index, lanes)
         except EOFError as error:
             raise CorruptFileError("the file became shorter while it was read", where=files[error.args[0]]) from error
+    if sums is not None:
+        sums.add(files, rows, crcs)
+    return digest
 
 
 def _cast(values: np.ndarray, dtype: DType) -> np.ndarray:

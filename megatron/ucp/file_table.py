@@ -18,6 +18,7 @@ from megatron.ucp.commit import checksum_of
 from megatron.ucp.errors import CorruptFileError, ManifestError, MissingFileError, UnsafePathError, listed
 from megatron.ucp.expert_labels import experts_clause
 from megatron.ucp.manifest import Manifest
+from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.safe_paths import existing_file, open_file
 
 
@@ -49,11 +50,16 @@ def require_listed(folder: str | Path, manifest: Manifest, paths: Iterable[str])
 
 
 def require_unchanged(
-    folder: str | Path, manifest: Manifest, paths: Iterable[str] | None = None, num_workers: int = 2
+    folder: str | Path,
+    manifest: Manifest,
+    paths: Iterable[str] | None = None,
+    num_workers: int = 2,
+    sums: PartialSums | None = None,
 ) -> None:
-    """Reads the listed files (or these of them) and raises MissingFileError or CorruptFileError with all that are not
-    the ones that were written. Nothing where the manifest has no table of files."""
-    faults = file_faults(folder, manifest, num_workers, paths)
+    """Reads the listed files (or these of them), but for what `sums` knows already, and raises MissingFileError or
+    CorruptFileError with all that are not the ones that were written. Nothing where the manifest has no table of
+    files."""
+    faults = file_faults(folder, manifest, num_workers, paths, sums)
     if faults:
         raise CorruptFileError(
             f"{len(faults)} file(s) of the checkpoint are not the ones that were written",
@@ -69,9 +75,13 @@ def changed_files(folder: str | Path, manifest: Manifest, num_workers: int = 2) 
 
 
 def file_faults(
-    folder: str | Path, manifest: Manifest, num_workers: int = 2, paths: Iterable[str] | None = None
+    folder: str | Path,
+    manifest: Manifest,
+    num_workers: int = 2,
+    paths: Iterable[str] | None = None,
+    sums: PartialSums | None = None,
 ) -> dict[str, str]:
-    """Path -> what is wrong with it, one line; of all listed files, or of these."""
+    """Path -> what is wrong with it, one line; of all listed files, or of these. What `sums` knows is not read."""
     folder = Path(folder)
     chosen = set(manifest.files) if paths is None else set(manifest.files) & set(paths)
     missing, faults = _size_faults(folder, manifest, chosen)
@@ -80,7 +90,7 @@ def file_faults(
     def check(path: str) -> str | None:
         known = manifest.files[path]
         with open_file(folder, path) as file:
-            found = checksum_of(file)
+            found = checksum_of(file) if sums is None else sums.checksum_of(folder / path, file)
         return None if found == known else f"{path}: checksum {found.crc32}, {known.crc32} was written"
 
     with ThreadPoolExecutor(num_workers) as pool:

@@ -194,12 +194,16 @@ static u32 multiply(u32 a, u32 b) {  // of polynomials, modulo POLYNOMIAL
     return product;
 }
 
-static u32 crc32_join(u32 first, u32 second, u64 second_length) {
-    // Appending n zero bytes multiplies by x^(8n); x^0 is the highest bit.
+// Appending n zero bytes multiplies by x^(8n); x^0 is the highest bit.
+static u32 power_of(u64 num_bytes) {
     u32 power = 1u << 31, factor = 1u << 23;
-    for (; second_length; second_length >>= 1, factor = multiply(factor, factor))
-        if (second_length & 1) power = multiply(power, factor);
-    return multiply(power, first) ^ second;
+    for (; num_bytes; num_bytes >>= 1, factor = multiply(factor, factor))
+        if (num_bytes & 1) power = multiply(power, factor);
+    return power;
+}
+
+static u32 crc32_join(u32 first, u32 second, u64 second_length) {
+    return multiply(power_of(second_length), first) ^ second;
 }
 
 // -- files ------------------------------------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ static u32 crc32_join(u32 first, u32 second, u64 second_length) {
 static constexpr size_t BLOCK = 4096;        // what O_DIRECT asks of addresses, offsets and lengths
 static constexpr size_t BUFFER = 4u << 20;   // what is written at once
 static constexpr size_t STRETCH = 128u << 10;  // what is digested and summed while it is in the cache
-static constexpr size_t LARGE = 64u << 10;   // a run that is worth a read of its own
+static constexpr size_t LARGE = 64u << 10;  // a run that is worth a read and a CRC of its own
 static constexpr size_t SMALL = 128u << 10;  // a file that is not worth waiting for the disk: flushed with the others
 static constexpr size_t MAX_WINDOW = 256u << 10, MIN_WINDOW = 4096, ALL_WINDOWS = 16u << 20;
 
@@ -337,21 +341,27 @@ class Writer {
     }
 
     // Appends values in the order of `rows`, int64 (source file, first byte there, bytes): the next ones of a tensor,
-    // from its element `index`. Returns (lane0, lane1, CRC-32 that goes on from `crc`).
+    // from its element `index`. Returns (lane0, lane1, CRC-32 that goes on from `crc`); `crcs` become the rows' own, -1
+    // of rows that are not large, which are summed several at a time.
     std::tuple<u64, u64, u32> gather(const std::vector<int>& handles, std::uintptr_t rows_address, i64 num_rows,
-                                     u64 index, u64 seed0, u64 seed1, u32 crc) {
+                                     std::uintptr_t crcs_address, u64 index, u64 seed0, u64 seed1, u32 crc) {
         py::gil_scoped_release release;
+        static const u32 power_of_stretch = power_of(STRETCH);
         const i64* rows = reinterpret_cast<const i64*>(rows_address);
+        i64* crcs = reinterpret_cast<i64*>(crcs_address);
         std::vector<Window> windows(handles.size());
         size_t window = ALL_WINDOWS / (handles.size() ? handles.size() : 1);
         window = window > MAX_WINDOW ? MAX_WINDOW : window < MIN_WINDOW ? MIN_WINDOW : window;
         u64 lanes[2] = {0, 0};
         size_t fresh = 0;  // bytes at the end of the buffer that are not yet digested
+        u32 crc_of_row = 0;
         auto digest = [&] {
             const u8* from = buffer_.get() + filled_ - fresh;
             if (reinterpret_cast<std::uintptr_t>(from) % 4 || fresh % 4) throw std::logic_error("values out of step");
             digest_values(reinterpret_cast<const u32*>(from), fresh / 4, index, seed0, seed1, lanes);
-            crc = crc_of(crc, from, fresh);
+            u32 own = crc_of(0, from, fresh), power = fresh == STRETCH ? power_of_stretch : power_of(fresh);
+            crc = multiply(power, crc) ^ own;
+            crc_of_row = multiply(power, crc_of_row) ^ own;
             index += fresh / 4;
             fresh = 0;
         };
@@ -359,10 +369,13 @@ class Writer {
             i64 file = rows[0], from = rows[1], left = rows[2];
             if (file < 0 || file >= static_cast<i64>(handles.size()) || from < 0 || left < 0)
                 throw std::out_of_range("a run leaves its tensor");
+            bool is_large = left >= static_cast<i64>(LARGE);
+            if (is_large && fresh) digest();
+            crc_of_row = 0;
             while (left > 0) {
                 size_t count = std::min<size_t>(left, std::min(STRETCH - fresh, BUFFER - filled_));
                 u8* to = buffer_.get() + filled_;
-                if (count >= LARGE || static_cast<size_t>(left) >= window)
+                if (is_large)
                     read_whole(handles[file], file, to, count, from);
                 else
                     windows[file].copy(handles[file], file, to, count, from, window);
@@ -373,6 +386,8 @@ class Writer {
                 if (fresh == STRETCH || filled_ == BUFFER) digest();
                 if (filled_ == BUFFER) flush(BUFFER);
             }
+            if (is_large && fresh) digest();
+            crcs[r] = is_large ? static_cast<i64>(crc_of_row) : -1;
         }
         if (fresh) digest();
         return {lanes[0], lanes[1], crc};
@@ -482,14 +497,28 @@ class Writer {
     std::vector<std::pair<i64, std::string>> patches_;
 };
 
-// (bytes, CRC-32) of what an open file holds from its beginning.
-static std::pair<i64, u32> checksum(int handle) {
+// (bytes, CRC-32) of what an open file holds from its beginning. `known`: int64 (start, bytes, CRC-32) of stretches that
+// need not be read again, in order, not overlapping.
+static std::pair<i64, u32> checksum(int handle, std::uintptr_t known_address, i64 num_known) {
     py::gil_scoped_release release;
+    const i64* known = reinterpret_cast<const i64*>(known_address);
+    const i64* end = known + 3 * num_known;
     Buffer buffer;
     u32 crc = 0;
     i64 size = 0;
     while (true) {
-        ssize_t count = pread(handle, buffer.get(), 2 * STRETCH, size);
+        i64 most = 2 * STRETCH;
+        if (known != end) {
+            if (known[0] < size || known[1] < 0) throw std::out_of_range("known stretches overlap");
+            if (known[0] == size) {
+                crc = crc32_join(crc, static_cast<u32>(known[2]), known[1]);
+                size += known[1];
+                known += 3;
+                continue;
+            }
+            most = std::min<i64>(most, known[0] - size);
+        }
+        ssize_t count = pread(handle, buffer.get(), most, size);
         if (count < 0 && errno == EINTR) continue;
         if (count < 0) throw FileError(errno);
         if (count == 0) return {size, crc};
@@ -528,14 +557,14 @@ PYBIND11_MODULE(_kernel, m) {
     m.def("crc32", &crc32, py::arg("content"), py::arg("crc") = 0);
     m.def("crc32_by_table", &crc32_by_table, "Where the processor cannot fold.", py::arg("content"), py::arg("crc") = 0);
     m.def("crc32_join", &crc32_join, py::arg("first"), py::arg("second"), py::arg("second_length"));
-    m.def("checksum", &checksum, py::arg("handle"));
+    m.def("checksum", &checksum, py::arg("handle"), py::arg("known_address") = 0, py::arg("num_known") = 0);
     py::class_<Writer>(m, "Writer")
         .def(py::init<const std::string&>(), py::arg("path"))
         .def_property_readonly("position", &Writer::position)
         .def("write", &Writer::write, py::arg("content"))
         .def("patch", &Writer::patch, py::arg("position"), py::arg("content"))
         .def("gather", &Writer::gather, py::arg("handles"), py::arg("rows_address"), py::arg("num_rows"),
-             py::arg("index"), py::arg("seed0"), py::arg("seed1"), py::arg("crc"))
+             py::arg("crcs_address"), py::arg("index"), py::arg("seed0"), py::arg("seed1"), py::arg("crc"))
         .def("close", &Writer::close)
         .def("abandon", &Writer::abandon);
 }

@@ -97,15 +97,18 @@ class Record:
         self.crc = crc32(content, self.crc)
         self.num_bytes += content.size
 
-    def gather(self, handles: list[int], rows: np.ndarray, index: int, seeds: tuple[int, int]) -> Digest:
+    def gather(
+        self, handles: list[int], rows: np.ndarray, index: int, seeds: tuple[int, int]
+    ) -> tuple[Digest, np.ndarray]:
         """Where `gathers`: the next values, from open files. `rows`: int64 [n, 3], (number of the handle, first byte,
-        bytes); `index`: of the first value in the atomic tensor. Returns their digest (digest.seeds). Raises EOFError
-        with the number of a file that ends too early."""
-        rows = np.ascontiguousarray(rows, dtype=np.int64)
+        bytes); `index`: of the first value in the atomic tensor. Returns their digest (digest.seeds), and the CRC-32 of
+        each row, -1 of small ones. Raises EOFError with the number of a file that ends too early."""
+        rows, crcs = np.ascontiguousarray(rows, dtype=np.int64), np.empty(len(rows), dtype=np.int64)
         writer: Any = self._output
-        *lanes, self.crc = writer.gather(handles, rows.ctypes.data, len(rows), index, *seeds, self.crc)
+        addresses = rows.ctypes.data, len(rows), crcs.ctypes.data
+        *lanes, self.crc = writer.gather(handles, *addresses, index, *seeds, self.crc)
         self.num_bytes += int(rows[:, 2].sum())
-        return Digest(*lanes)
+        return Digest(*lanes), crcs
 
 
 def save_streamed(content: Any, path: str | Path) -> FileInfo:

@@ -30,6 +30,7 @@ from megatron.ucp.errors import UcpError
 from megatron.ucp.execute import CHUNK, pour
 from megatron.ucp.file_names import model_file, optimizer_file
 from megatron.ucp.manifest import FORMAT_VERSION, FileInfo, Manifest
+from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.sources.deepspeed import FROZEN, DeepSpeedSource
 from megatron.ucp.sources.optimizer_file import FlatContent, file_content
 from megatron.ucp.sources.optimizer_groups import OptimizerGroup, round_robin
@@ -49,10 +50,12 @@ def write_native(
     groups: Sequence[OptimizerGroup],
     num_workers: int = 2,
     progress: Callable[[int], None] = lambda num_bytes: None,
+    sums: PartialSums | None = None,
 ) -> Manifest:
     """Fills `folder` with everything but ucp.json, and returns that. `groups`: what `require_writable` gave. `progress`
-    is told bytes of states as they are written, from several threads. The first failure stops the others."""
-    writer = _Writer(source, target, groups, progress)
+    is told bytes of states as they are written, from several threads; `sums` takes the CRCs of what was read. The first
+    failure stops the others."""
+    writer = _Writer(source, target, groups, progress, sums)
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         futures = {name: pool.submit(writer.write, make, folder / name) for name, make in writer.files().items()}
         try:
@@ -76,8 +79,9 @@ class _Writer:
         target: NativeTarget,
         groups: Sequence[OptimizerGroup],
         progress: Callable[[int], None],
+        sums: PartialSums | None,
     ):
-        self.source, self.target, self.progress = source, target, progress
+        self.source, self.target, self.progress, self.sums = source, target, progress, sums
         self.settings = ZeroSettings.of(source.model_states(0))
         in_turns = self.settings.is_round_robin(target.zero_stage)
         self.groups = [
@@ -140,7 +144,8 @@ class _Writer:
             if counts:
                 self.progress(4 * num_elements)
 
-        digest = pour(self.source, name, state, record, segment.start, segment.stop, dtype=dtype, told=told)
+        start, stop = segment.start, segment.stop
+        digest = pour(self.source, name, state, record, start, stop, dtype=dtype, told=told, sums=self.sums)
         if counts:
             with self._lock:
                 self.digests[name, state] = self.digests.get((name, state), Digest()) + digest

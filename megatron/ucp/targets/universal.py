@@ -28,6 +28,7 @@ from megatron.ucp.execute import pour
 from megatron.ucp.inert import SubparamShape
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import FORMAT_VERSION, FileInfo, Manifest
+from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.sources.source import Source
 from megatron.ucp.stored import FLOAT32
 from megatron.ucp.targets.loader_files import loader_files
@@ -55,35 +56,49 @@ def tensor_bytes(manifest: Manifest) -> int:
 
 
 def write_universal(
-    source: Source, folder: Path, *, num_workers: int = 2, progress: Callable[[int], None] = lambda num_bytes: None
+    source: Source,
+    folder: Path,
+    *,
+    num_workers: int = 2,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+    sums: PartialSums | None = None,
 ) -> Manifest:
     """Fills `folder` with everything but ucp.json, and returns that. `progress` is told bytes as they are written,
-    from several threads. The first failure stops the others and is raised, naming its parameter and state."""
+    from several threads; `sums` takes the CRCs of what was read. The first failure stops the others and is raised,
+    naming its parameter and state."""
     manifest = source.manifest
     stop = threading.Event()
     jobs = [(name, state) for name, info in manifest.parameters.items() for state in info.states]
     # Largest first, so that no worker is left alone with a big one at the end.
     jobs.sort(key=lambda job: -manifest.parameters[job[0]].layout_of(job[1]).numel)
-    for name in manifest.parameters:
-        (folder / "zero" / name).mkdir(parents=True)
+    files: dict[str, FileInfo] = {}
 
     def work(job: tuple[str, str]) -> _Written | None:
-        return None if stop.is_set() else _write_tensor(source, folder, *job, progress, stop)
+        return None if stop.is_set() else _write_tensor(source, folder, *job, progress, stop, sums)
 
+    def write_rest() -> None:
+        try:
+            files.update(_write_side_files(source, folder))
+        except BaseException:
+            stop.set()
+            raise
+
+    for name in manifest.parameters:
+        (folder / "zero" / name).mkdir(parents=True)
     if jobs:
         source.pieces(*jobs[0])  # builds the source's index once, before the threads ask for it
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+    with ThreadPoolExecutor(max(1, num_workers) + 1) as pool:
+        rest = pool.submit(write_rest)
         futures = [pool.submit(work, job) for job in jobs]
         try:
-            errors = [error for future in futures if (error := future.exception())]
+            errors = [error for future in (*futures, rest) if (error := future.exception())]
         except BaseException:  # an interrupt: the pool waits for its workers before it lets us go
             stop.set()
             raise
     if errors:
         raise errors[0]
     written = [result for future in futures if (result := future.result())]
-    files = {w.path: w.info for w in written}
-    files.update(_write_side_files(source, folder))
+    files.update({w.path: w.info for w in written})
     digests: dict[str, dict[str, str]] = {name: {} for name in manifest.parameters}
     for w in sorted(written, key=lambda w: manifest.parameters[w.name].states.index(w.state)):
         digests[w.name][w.state] = w.digest.hex()
@@ -116,7 +131,13 @@ def write_universal(
 
 
 def _write_tensor(
-    source: Source, folder: Path, name: str, state: str, progress: Callable[[int], None], stop: threading.Event
+    source: Source,
+    folder: Path,
+    name: str,
+    state: str,
+    progress: Callable[[int], None],
+    stop: threading.Event,
+    sums: PartialSums | None,
 ) -> _Written | None:
     layout = source.manifest.parameters[name].layout_of(state)
     relative = f"zero/{name}/{state}.pt"
@@ -130,7 +151,7 @@ def _write_tensor(
 
         def write(record: Record) -> None:
             nonlocal digest
-            digest = pour(source, name, state, record, compares_replicas=True, told=told)
+            digest = pour(source, name, state, record, compares_replicas=True, told=told, sums=sums)
 
         tensor = StreamedTensor(layout.shape, FLOAT32, write)
         info = save_streamed({**file_keys(layout, name), "param": tensor}, folder / relative)
