@@ -1,6 +1,6 @@
 """ucp.json of a native checkpoint: what a live engine's state says of the files that DeepSpeed wrote of it.
 
-files = checksums(staging, final)          # collective, as the next
+files = checksums(staging, final, written)          # collective, as the next
 manifest = native_manifest(state, state_digests(state), files, model={}, common={"iteration": 100})
 """
 
@@ -24,12 +24,16 @@ from megatron.ucp.manifest import FileInfo, Manifest, OptimizerInfo, ParameterIn
 from megatron.ucp.topology import Topology
 
 
-def checksums(staging: Path, final: Path) -> dict[str, FileInfo]:
-    """Of all files that are to be `final`, each read once by one rank, whoever wrote it. Collective over the world."""
+def checksums(staging: Path, final: Path, written: Mapping[str, FileInfo]) -> dict[str, FileInfo]:
+    """Of all files that are to be `final`. `written`: what this rank summed while it wrote; the others are read, each
+    by one rank. Collective over the world."""
+    known = {name: info for of_rank in gathered(dict(written)) for name, info in of_rank.items()}
     with all_ranks_or_none("checksumming", final):
-        mine = commit.data_files(staging)[dist.get_rank() :: dist.get_world_size()]
+        there = commit.data_files(staging)
+        mine = [path for path in there if path not in known][dist.get_rank() :: dist.get_world_size()]
         own = {path: commit.checksum_file(staging / path) for path in mine}
-    return dict(sorted((name, info) for of_rank in gathered(own) for name, info in of_rank.items()))
+    known |= {name: info for of_rank in gathered(own) for name, info in of_rank.items()}
+    return {name: known[name] for name in there}
 
 
 def native_manifest(

@@ -31,7 +31,8 @@ from megatron.ucp import commit
 from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors
 from megatron.ucp.file_names import dealt_file
-from megatron.ucp.manifest import Manifest, write_manifest
+from megatron.ucp.manifest import FileInfo, Manifest, write_manifest
+from megatron.ucp.output_file import SummedFile
 from megatron.ucp.pointers import LATEST
 
 log = logging.getLogger(__name__)
@@ -54,13 +55,13 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
     digests = state_digests(live.state)
     staging = on_rank_0(lambda: commit.stage(final, replace=True))
     with all_ranks_or_none("saving", final):
-        write_engine_files(
+        written = write_engine_files(
             live.engine, folder, staging.name, dataclasses.asdict(progress), deals_experts=live.context.ep_size > 1
         )
-        _save_experts(live, staging)
+        written |= _save_experts(live, staging)
     streams = gathered(live.streams.state_dict())
     on_rank_0(lambda: save_streams(staging, streams))
-    files = checksums(staging, final)
+    files = checksums(staging, final, written)
     manifest = native_manifest(live.state, digests, files, model=live.model, common=_common(live, progress))
     on_rank_0(lambda: _commit(staging, final, manifest))
     num_bytes = sum(entry.bytes for entry in files.values())
@@ -76,12 +77,12 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
     return final
 
 
-def _save_experts(live: LiveRun, folder: Path) -> None:
+def _save_experts(live: LiveRun, folder: Path) -> dict[str, FileInfo]:
     """What this rank has of experts that ZeRO does not partition, and DeepSpeed saves of one expert-parallel rank only.
-    Local: on one of the ranks that hold the same."""
+    Returns what was written, by name. Local: on one of the ranks that hold the same."""
     context, state = live.context, live.state
     if context.ep_size == 1 or context.edp_rank > 0 or not state.has_whole_frozen:
-        return
+        return {}
     module: dict[str, torch.Tensor] = {}
     optimizer: dict[str, dict[str, torch.Tensor]] = {}
     for param, name in live.engine.param_names.items():
@@ -91,11 +92,13 @@ def _save_experts(live: LiveRun, folder: Path) -> None:
         module[name] = param.detach()
         if is_trained:
             optimizer[name] = state.tensor_states(param)
-    if module:
-        mp_rank = context.topology.mp_rank(pp=context.pp_rank, tp=context.tp_rank)
-        path = folder / dealt_file(context.ep_rank, mp_rank)
-        with disk_errors(path):
-            torch.save({"module": module, "optimizer": optimizer}, path)
+    if not module:
+        return {}
+    mp_rank = context.topology.mp_rank(pp=context.pp_rank, tp=context.tp_rank)
+    name = dealt_file(context.ep_rank, mp_rank)
+    with disk_errors(folder / name), SummedFile(folder / name) as file:
+        torch.save({"module": module, "optimizer": optimizer}, file)
+    return {name: file.info}
 
 
 def _commit(staging: Path, final: Path, manifest: Manifest) -> None:

@@ -254,12 +254,7 @@ def _rows(
 
 
 def _gather_from_files(
-    files: list[Path],
-    rows: np.ndarray,
-    record: Record,
-    index: int,
-    lanes: tuple[int, int],
-    sums: PartialSums | None,
+    files: list[Path], rows: np.ndarray, record: Record, index: int, lanes: tuple[int, int], sums: PartialSums | None
 ) -> Digest:
     with ExitStack() as opened:
         handles = []

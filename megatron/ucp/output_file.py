@@ -11,9 +11,15 @@ one pass that also digests them. Both leave the same bytes.
 from __future__ import annotations
 
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 from megatron.ucp import native
+from megatron.ucp.crc32 import crc32
+from megatron.ucp.manifest import FileInfo
+
+_STRETCH = 1 << 18
+"""Bytes that are summed right after they were copied, while they are in the cache."""
 
 
 class OutputFile(Protocol):
@@ -61,3 +67,37 @@ class PlainOutput:
 def open_output(path: Path) -> OutputFile:
     """Raises OSError."""
     return PlainOutput(path) if native.kernel is None else native.kernel.Writer(str(path))
+
+
+class SummedFile:
+    """What torch.save and others take for an open file: whatever is written goes to `path`, and is summed meanwhile.
+
+    with SummedFile(path) as file: torch.save(content, file)
+    file.info
+    """
+
+    def __init__(self, path: Path):
+        self._output = open_output(path)
+        self._crc = 0
+        self.info = FileInfo(0, "")
+        """Size and checksum, when the block has ended."""
+
+    def __enter__(self) -> SummedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if kind is None:
+            self.info = FileInfo(self._output.close(), f"{self._crc:08x}")
+        else:
+            self._output.abandon()
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        for start in range(0, len(view), _STRETCH):
+            part = view[start : start + _STRETCH]
+            self._output.write(part)
+            self._crc = crc32(part, self._crc)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing: what is written goes out by itself, and at the end."""

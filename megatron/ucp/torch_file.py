@@ -42,8 +42,8 @@ from megatron.ucp.zip_layout import Entry, central_directory, local_header
 _ALIGNMENT = 64
 _CRC_FIELD = 14
 """Byte of a local header."""
-_COPIED = 1 << 20
-"""Elements of a tensor in memory that are written at once."""
+_STRETCH = 1 << 18
+"""Bytes that are summed right after they were copied, while they are in the cache."""
 
 
 class _Global:
@@ -93,8 +93,10 @@ class Record:
         if values.dtype != self._dtype.numpy:
             raise ValueError(f"values of {values.dtype} for a tensor of {self._dtype}")
         content = values.reshape(-1).view(np.uint8)
-        self._output.write(content)
-        self.crc = crc32(content, self.crc)
+        for start in range(0, content.size, _STRETCH):
+            part = content[start : start + _STRETCH]
+            self._output.write(part)
+            self.crc = crc32(part, self.crc)
         self.num_bytes += content.size
 
     def gather(
@@ -204,9 +206,7 @@ def _streamed(tensor: StoredTensor) -> StreamedTensor:
         raise ValueError(f"a tensor of {tensor.shape} claims more than it lies in")
 
     def write(record: Record) -> None:
-        values = tensor.array()
-        for start in range(0, len(values), _COPIED):
-            record.write(values[start : start + _COPIED])
+        record.write(tensor.array())
 
     return StreamedTensor(tensor.shape, tensor.dtype, write)
 

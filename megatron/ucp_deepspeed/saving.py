@@ -19,7 +19,7 @@ from megatron.checkpoint.errors import CheckpointError, all_ranks_or_none, on_ra
 from megatron.checkpoint.native_manifest import checksums, native_manifest
 from megatron.checkpoint.state_digest import DivergedCopiesError, state_digests
 from megatron.engine.counters import loss_scaler_state
-from megatron.engine.engine_files import deferred_write_errors
+from megatron.engine.engine_files import summed_writes
 from megatron.engine.optimizer_states import UnsupportedOptimizerError
 from megatron.engine.protocols import ForeignEngine
 from megatron.ucp import commit
@@ -58,7 +58,7 @@ def save(
         return
     on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True))
     staging = on_rank_0(lambda: commit.stage(final, replace=True))
-    with all_ranks_or_none("saving", final), deferred_write_errors(engine):
+    with all_ranks_or_none("saving", final), summed_writes(engine, staging) as written:
         write(staging.name, False)
     common: dict[str, Any] = {
         "iteration": engine.global_steps,
@@ -70,7 +70,7 @@ def save(
         common[LEFT_OUT] = {"digest": total({name: digests[name] for name in state.frozen})}
         state = engine_state(engine, without=state.frozen)
         digests = {name: values for name, values in digests.items() if name in state.layouts}
-    files = checksums(staging, final)
+    files = checksums(staging, final, written)
     manifest = native_manifest(state, digests, files, model={}, common=common)
     on_rank_0(lambda: _commit(staging, final, manifest, save_latest))
     log.info("saved %s, state digest %s", final, total(digests))
