@@ -31,14 +31,15 @@ class NotOrdinary(Exception):
 
 
 def read_ordinary(path: Path) -> Any:
-    """The file's content. Raises NotOrdinary, OSError."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return _Reader(path, file).load()
-    except (NotOrdinary, OSError):
-        raise
-    except Exception as error:  # whatever the zip reader and the unpickler stumble over comes of what is in the file
-        raise NotOrdinary(f"{type(error).__name__}: {error}") from error
+    """The file's content. Raises NotOrdinary, or OSError where it cannot be opened."""
+    with open(path, "rb") as raw:
+        try:
+            with zipfile.ZipFile(raw) as file:
+                return _Reader(path, file).load()
+        except NotOrdinary:
+            raise
+        except Exception as error:  # whatever the zip reader and the unpickler stumble over is what is in the file
+            raise NotOrdinary(f"{type(error).__name__}: {error}") from error
 
 
 def _refuse(what: object) -> NoReturn:
@@ -176,7 +177,7 @@ class _Reader(pickle._Unpickler):
         if type(made) not in (OrderedDict, *_MADE.values()) or type(state) is not dict:
             _refuse("a state of something else")
         # torch's state dicts carry versions in an attribute; any other could take the place of a method.
-        if any(type(key) is not str for key in state) or (type(made) is OrderedDict and set(state) > {"_metadata"}):
+        if any(type(key) is not str for key in state) or (type(made) is OrderedDict and set(state) - {"_metadata"}):
             _refuse("unusual attributes")
         vars(made).update(state)
 

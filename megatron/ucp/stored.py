@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron.ucp.errors import CorruptFileError
+
 if TYPE_CHECKING:
     import torch
 
@@ -71,6 +73,10 @@ FLOAT32 = DTYPES["float32"]
 BFLOAT16 = DTYPES["bfloat16"]
 
 
+_READ = 1 << 16
+"""Bytes that are read rather than mapped: a mapped page of a file that was cut short meanwhile ends the process."""
+
+
 class Size(tuple):
     """torch.Size, in files."""
 
@@ -105,8 +111,16 @@ class Storage:
     num_bytes: int
 
     def bytes(self) -> np.ndarray:
-        whole = self.origin.bytes() if isinstance(self.origin, MappedFile) else self.origin
-        return whole[self.start : self.start + self.num_bytes]
+        """Raises CorruptFileError where the file has become shorter than it was when it was opened."""
+        if not isinstance(self.origin, MappedFile):
+            return self.origin[self.start : self.start + self.num_bytes]
+        if self.num_bytes <= _READ:
+            held = np.fromfile(self.origin.path, np.uint8, self.num_bytes, offset=self.start)
+        else:
+            held = self.origin.bytes()[self.start : self.start + self.num_bytes]
+        if held.size != self.num_bytes:
+            raise CorruptFileError("the file became shorter while it was read", where=self.origin.path)
+        return held
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +219,8 @@ class StoredTensor:
         if self.is_contiguous():
             return whole[self.offset : self.offset + self.numel()]
         strides = tuple(stride * size for stride in self.strides)
-        return np.lib.stride_tricks.as_strided(whole[self.offset :], self.shape, strides).reshape(-1)
+        spread = np.lib.stride_tricks.as_strided(whole[self.offset :], self.shape, strides)
+        return np.ascontiguousarray(spread).reshape(-1)
 
     def item(self) -> Any:
         """Of a tensor of one element."""

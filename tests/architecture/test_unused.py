@@ -18,7 +18,7 @@ CALLED_FROM_OUTSIDE = {
     "get_pipeline_model_parallel_group",
     "get_last_lr",  # torch's schedulers
     "persistent_id",
-    "reducer_override",  # pickle
+    *("reducer_override", "find_class", "persistent_load", "load_persid"),  # pickle
     "filter",  # logging
     # The library's, for programs that are not ours.
     *("read_into", "digest_tensor", "of_preset", "merge", "detokenize"),

@@ -6,6 +6,8 @@ with mutation.applied(): ...            # the check is gone
 from __future__ import annotations
 
 import contextlib
+import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,18 @@ from fuzz.faults import Fault
 from megatron.checkpoint import loading, resume, saved_streams
 from megatron.engine import schedule
 from megatron.engine.optimizer_states import OptimizerStates
-from megatron.ucp import convert, errors, file_table, manifest, manifest_schema, pointers, safe_load, safe_paths, verify
+from megatron.ucp import (
+    convert,
+    errors,
+    file_table,
+    manifest,
+    manifest_schema,
+    ordinary_file,
+    pointers,
+    safe_load,
+    safe_paths,
+    verify,
+)
 from megatron.ucp.sources import deepspeed_files, foreign, source
 from megatron.ucp.stored import StoredTensor, as_stored
 from megatron.ucp.targets import deepspeed as deepspeed_target
@@ -53,6 +66,17 @@ def _unchecked_tensor(cache: source.FileCache, path: Path, key: tuple) -> Stored
 
 def _execute(path: Path, mmap: bool = True) -> Any:
     return torch.load(path, weights_only=False)
+
+
+def _obey(path: Path) -> Any:
+    """The reader without torch, if it did whatever a pickle says."""
+
+    class Obeying(ordinary_file._Reader):
+        find_class = pickle._Unpickler.find_class
+        dispatch = pickle._Unpickler.dispatch
+
+    with zipfile.ZipFile(path) as file:
+        return Obeying(path, file).load()
 
 
 @dataclass(frozen=True)
@@ -125,6 +149,7 @@ MUTATIONS = (
     ),
     Mutation("digests after a load", "optim_states.pt: a bit is flipped", ((loading, "prove", _nothing),), "ZeRO"),
     Mutation("files that run code", "a pickle that runs code", ((safe_load, "_load", _execute),)),
+    Mutation("files that run code, read without torch", "a pickle that runs code", ((source, "read_ordinary", _obey),)),
     Mutation(
         "memory by a number",
         "an archive that asks for memory",
