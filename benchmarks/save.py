@@ -61,8 +61,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _measure(rank: int, world_size: int, line: list[str], scratch: str, repeats: int) -> Times:
     import torch.distributed as dist
-    from matrix.recording import build
 
+    from matrix.recording import build
     from megatron.checkpoint.saving import save
     from megatron.training.loop import fit
 
@@ -134,9 +134,7 @@ def _report(by_rank: list[Times], size: int, to: str | None) -> None:
         seconds, cpu = row["seconds"], statistics.median(row["cpu_seconds"])
         ratio = statistics.median(mine / other for mine, other in zip(seconds, stock, strict=True))
         row["ratio_to_stock"] = ratio
-        print(
-            f"{name:20}{min(seconds):8.2f}{statistics.median(seconds):8.2f}{max(seconds):8.2f}{cpu:8.2f}{ratio:9.2f}"
-        )
+        print(f"{name:20}{min(seconds):8.2f}{statistics.median(seconds):8.2f}{max(seconds):8.2f}{cpu:8.2f}{ratio:9.2f}")
     if to:
         Path(to).write_text(json.dumps({"bytes": size, "candidates": rows}, indent=1))
 

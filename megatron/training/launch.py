@@ -10,6 +10,7 @@ DeepSpeed reads from the environment by itself is made to agree with it.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -153,6 +154,8 @@ def check_precision(precision: str) -> None:
 
 def close_distributed() -> None:
     """Leave the process group; after an error too, so that the other ranks notice."""
+    if "torch" not in sys.modules:
+        return  # a question about the flags: there is none, and loading torch would be all that it waits for
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -98,6 +98,12 @@ def file_faults(
     return {**{path: f"{path}: missing" for path in missing}, **faults, **changed}
 
 
+def size_faults(folder: str | Path, manifest: Manifest) -> dict[str, str]:
+    """Path -> what is wrong with it, one line; of all listed files, by their sizes alone."""
+    missing, faults = _size_faults(Path(folder), manifest, manifest.files)
+    return {**{path: f"{path}: missing" for path in missing}, **faults}
+
+
 def _size_faults(folder: Path, manifest: Manifest, paths: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     missing, faults = [], {}
     for path in sorted(paths):

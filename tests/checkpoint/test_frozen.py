@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.pt_files import save_again
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import Cell
 from matrix.recording import build, command_line, train
@@ -296,7 +297,7 @@ def test_planted_fault_a_changed_frozen_weight(source: str, sources, data, tmp_p
     content = torch.load(path, weights_only=False)
     values = content[key] if key in content else content["frozen_param_fragments"][key]
     values.view(-1)[5] += 1e-3
-    torch.save(content, path)
+    save_again(content, path)
     with pytest.raises(RankFailure, match=r"1 digests differ: final_norm.weight \(fp32\)"):
         run_ranks(1, train, line(data, Cell(), load=folder))
 

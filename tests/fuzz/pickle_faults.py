@@ -16,6 +16,8 @@ import torch
 from fuzz.bases import Base
 from fuzz.faults import Fault, chosen
 
+from harness.pt_files import save_again
+
 Where = tuple[Any, ...]
 WRONG_TYPES = [None, True, 7, -1.5, "text", [], {}, [[["deep"]]], b"bytes", torch.zeros(3)]
 
@@ -55,7 +57,7 @@ def _of_base(base: Base, seed: int) -> Iterator[Fault]:
 
 def change_pickles(folder: Path, change: Callable[[Any, Path], Any]) -> None:
     for path in sorted(folder.rglob("*.pt")):
-        torch.save(change(torch.load(path, weights_only=False), path), path)
+        save_again(change(torch.load(path, weights_only=False), path), path)
 
 
 def _places(value: Any, where: Where = (), depth: int = 0) -> Iterator[Where]:
@@ -151,7 +153,7 @@ class _Change:
 
     def __call__(self, run: Path, folder: Path, rng: random.Random) -> None:
         path = folder / self.relative
-        torch.save(_changed(torch.load(path, weights_only=False), self.where, self.change), path)
+        save_again(_changed(torch.load(path, weights_only=False), self.where, self.change), path)
 
 
 def _changed(value: Any, where: Where, change: Callable[[Any, Any], None]) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.pt_files import save_again
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import FIG_7A, FIG_7B, FIG_8, MODEL, PAIRS, PAPER, SOURCES, SQUARES, TARGETS, Cell, cell, sources_of
 from matrix.recording import command_line, train
@@ -84,7 +85,7 @@ def test_planted_fault_a_changed_source_is_refused(sources, data, tmp_path):
     moments = state["optimizer_state_dict"]["base_optimizer_state"]
     moments = moments.get("state", moments)
     moments[0]["exp_avg"][5] += 1e-3
-    torch.save(state, path)
+    save_again(state, path)
     argv = command_line(data, **MODEL, zero=0, seed=99)
     with pytest.raises(RankFailure, match=r"1 digests differ: .*\(exp_avg\)"):
         run_ranks(1, take_all, argv, [("direct", str(folder))])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.pt_files import save_again
 from harness.ranks import run_ranks
 from matrix.cells import Cell, cell
 from matrix.families import MODELS
@@ -127,7 +128,7 @@ def test_exchanged_experts_in_a_universal_file(has_digests_of_experts: bool, sav
     file = folder / "zero" / EXPERTS / "exp_avg.pt"
     content = torch.load(file, weights_only=False)
     content["param"] = content["param"][[0, 3, 2, 1]]
-    torch.save(content, file)
+    save_again(content, file)
     manifest = read_manifest(folder)
     files = {**manifest.files, file.relative_to(folder).as_posix(): checksum_file(file)}
     write_manifest(folder, replace(manifest, files=files))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from ucp.stock_moe import LOCAL, TAG, Moe, load_universal, train_and_save
 
+from harness.pt_files import save_again
 from harness.ranks import run_ranks
 from matrix.cells import Cell
 from matrix.families import MODELS
@@ -272,7 +273,7 @@ def test_a_stale_copy_of_a_tied_weight_is_refused(data, tmp_path):
     tied = "embedding.word_embeddings.weight"
     [(group, mapping)] = [(g, m) for g, m in enumerate(optimizer["param_slice_mappings"]) if tied in m]
     optimizer["single_partition_of_fp32_groups"][group].data[mapping[tied].start + 5] += 1.0
-    torch.save(content, path)
+    save_again(content, path)
     run_ranks(1, stock_convert, str(tmp_path / "global_step2"), str(tmp_path / "stock"))
     with pytest.raises(ReplicaMismatchError, match=tied):
         convert(tmp_path / "global_step2", tmp_path / "universal", num_workers=1)

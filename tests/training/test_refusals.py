@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.pt_files import save_again
 from harness.ranks import run_ranks
 from matrix.recording import build, command_line, train, write_dataset
 from megatron.ucp.commit import checksum_file
@@ -114,7 +115,7 @@ def test_flipped_bits_are_named(data, copy):
     path = copy / f"global_step{NUM_STEPS}" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     content = torch.load(path, weights_only=False)
     content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].data[7] += 1e-3
-    torch.save(content, path)
+    save_again(content, path)
     told = "1 digests differ", "(fp32)", f"Files changed since they were written: {path.name}: copy"
     _refused(command_line(data, zero=1, iters=4, load=copy), "CheckpointError", *told, world_size=2)
 

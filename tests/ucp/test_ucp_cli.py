@@ -12,6 +12,7 @@ import torch
 from ucp.synthetic import make_state, model, write_native
 
 from megatron.ucp import cli
+from megatron.ucp import verify as verify_module
 from megatron.ucp.convert_command import convert_as_told, main
 from megatron.ucp.errors import OutputExistsError
 from megatron.ucp.progress_line import ProgressLine
@@ -59,6 +60,38 @@ def test_convert_verify_diff_plan(native, capsys):
     assert code == 0 and "equal" in shown.out
     code, shown = ucp(capsys, "plan", native, "--dp", 3, "--json")
     assert code == 0 and len(json.loads(shown.out)["ranks"]) == 3
+
+
+def test_latest_names_the_newest(native, capsys):
+    code, shown = ucp(capsys, "latest", native.parent)
+    assert code == 0 and shown.out == f"{native}\n"
+    code, shown = ucp(capsys, "latest", native.parent, "--json")
+    assert json.loads(shown.out) == {"folder": str(native)}
+    (native.parent / "latest").write_text("global_step7")
+    code, shown = ucp(capsys, "latest", native.parent)
+    assert code == 2 and "global_step5" in shown.err
+
+
+def test_a_quick_look_reads_no_data_and_says_so(native, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+
+        def refuse(*args):
+            raise AssertionError("it reads")
+
+        patch.setattr(verify_module, "chunks", refuse)
+        patch.setattr(verify_module, "file_faults", refuse)
+        code, shown = ucp(capsys, "verify", native, "--quick")
+    assert code == 0 and "unverified: only looked at quickly" in shown.out and "digest" not in shown.out
+    victim = native / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert ucp(capsys, "verify", native, "--quick")[0] == 0 and ucp(capsys, "verify", native)[0] == 1
+    victim.write_bytes(content[:-1])
+    code, shown = ucp(capsys, "verify", native, "--quick")
+    assert code == 1 and victim.name in shown.out
+    victim.unlink()
+    code, shown = ucp(capsys, "verify", native, "--quick", "--json")
+    assert code == 1 and victim.name in " ".join(json.loads(shown.out)["findings"])
 
 
 def test_not_sound_and_not_equal_are_1(native, tmp_path, capsys):

@@ -148,6 +148,17 @@ def test_a_wrong_table_of_fragments_is_refused(tmp_path):
             convert(tmp_path / "n", tmp_path / "u")
 
 
+def test_a_quick_look_sees_a_gap(tmp_path):
+    write(tmp_path / "n", TOPOLOGIES["dp12"], 1)
+    manifest = with_table_of_fragments(tmp_path / "n")
+    assert verify(tmp_path / "n", quick=True).is_sound
+    name, parts = next(iter(manifest.fragments.items()))
+    short = [*parts[:-1], [*parts[-1][:4], parts[-1][4] - 1]]
+    write_manifest(tmp_path / "n", replace(manifest, fragments={**manifest.fragments, name: short}))
+    report = verify(tmp_path / "n", quick=True)
+    assert not report.is_sound and name in report.findings[0]
+
+
 @pytest.mark.parametrize("zero_stage", [1, 3])
 @pytest.mark.parametrize("name", ["dp12", "dp128", "tp12"])
 def test_a_reader_that_sorts_numbers_as_text_is_found_out(tmp_path, monkeypatch, name, zero_stage):

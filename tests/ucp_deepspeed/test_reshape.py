@@ -22,6 +22,7 @@ from ucp_deepspeed import accelerate_program, trainer_program
 from ucp_deepspeed.plain_program import OPTIMIZERS, STEPS, TAG, differences, engine_of, resume, save, step
 from ucp_deepspeed.seen import Seen
 
+from harness.pt_files import save_again
 from harness.ranks import run_ranks
 from megatron.ucp import cli
 from megatron.ucp.diff import diff
@@ -354,7 +355,7 @@ def test_a_programs_own_objects_come_back_as_they_were(tmp_path, monkeypatch):
 def _edited(folder: Path, name: str, edit: Callable[[dict], None]) -> None:
     content = torch.load(folder / TAG / name, weights_only=False)
     edit(content)
-    torch.save(content, folder / TAG / name)
+    save_again(content, folder / TAG / name)
 
 
 def test_names_say_bf16_where_no_configuration_does(saved, tmp_path):

@@ -182,7 +182,9 @@ class DeepSpeedSource:
         whole = self._shard_runs.get(key)
         if whole is None:
             whole = self._shard_runs[key] = shard_runs(layout, rank, owned=owned)
-        return whole if stop is None else clip_local(whole, start, stop)
+        # The very same where all of it is asked for: of a large model most parameters lie whole on one rank.
+        is_whole = stop is None or (start == 0 and stop >= math.prod(layout.shard_shape(rank)))
+        return whole if is_whole else clip_local(whole, start, stop)
 
     def _holders(self, name: str, state: str, pp: int, rank: ShardRank):
         """(file, key, offset, start, stop): who holds which part of the rank's shard on a stage."""
