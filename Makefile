@@ -59,6 +59,8 @@ lint: $(STAMP) $(VENV)/.lint
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/save.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/kernels.py
 
 clean:

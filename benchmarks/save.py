@@ -1,6 +1,6 @@
 """A save, side by side: ours, and DeepSpeed's save_checkpoint with every file flushed to the disk, in one run.
 
-    .venv/bin/python benchmarks/save.py                                  # make bench_save
+    .venv/bin/python benchmarks/save.py                                  # make bench
     .venv/bin/python benchmarks/save.py --parameters 120e6 --repeats 7 --json save.json
 
 A GPT of about that many parameters is built on two data-parallel ranks under ZeRO-1 (a process each, gloo), trained for

@@ -1,6 +1,6 @@
 """Opening, inspecting, planning and quickly verifying checkpoints of many ranks: seconds and memory.
 
-    .venv/bin/python benchmarks/scale.py                       # make bench_scale
+    .venv/bin/python benchmarks/scale.py                       # make bench
     .venv/bin/python benchmarks/scale.py --cases 7B 1T --json scale.json
 
 Models and numbers of ranks as in the paper's evaluation (Lian et al., "Universal Checkpointing", USENIX ATC 2025);

@@ -97,7 +97,7 @@ def _save_experts(live: LiveRun, folder: Path) -> dict[str, FileInfo]:
     mp_rank = context.topology.mp_rank(pp=context.pp_rank, tp=context.tp_rank)
     name = dealt_file(context.ep_rank, mp_rank)
     with disk_errors(folder / name), SummedFile(folder / name) as file:
-        torch.save({"module": module, "optimizer": optimizer}, file)
+        torch.save({"module": module, "optimizer": optimizer}, file)  # type: ignore[arg-type]  # it writes and flushes
     return {name: file.info}
 
 

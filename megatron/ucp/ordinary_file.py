@@ -15,8 +15,9 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from megatron.ucp.inert import INERT
 from megatron.ucp.stored import DTYPES, DType, MappedFile, Size, Storage, StoredTensor
@@ -32,6 +33,8 @@ class NotOrdinary(Exception):
 
 def read_ordinary(path: Path) -> Any:
     """The file's content. Raises NotOrdinary, or OSError where it cannot be opened."""
+    if not path.is_file():  # a pipe would be waited for
+        _refuse("no regular file")
     with open(path, "rb") as raw:
         try:
             with zipfile.ZipFile(raw) as file:
@@ -126,6 +129,9 @@ _DTYPES = {str(dtype): dtype for dtype in DTYPES.values()}
 class _Reader(pickle._Unpickler):
     """Python's unpickler, in its form in Python, with the opcodes that torch.save writes and no others."""
 
+    stack: list[Any]
+    append: Callable[[Any], None]
+
     def __init__(self, path: Path, file: zipfile.ZipFile):
         self._records = _Records(path, file)
         self._mapped = MappedFile(path)
@@ -184,7 +190,7 @@ class _Reader(pickle._Unpickler):
     def load_persid(self) -> None:
         _refuse("a persistent id in text")
 
-    dispatch = {
+    dispatch: ClassVar[dict[int, Any]] = {
         **{
             code[0]: pickle._Unpickler.dispatch[code[0]]
             for code in (

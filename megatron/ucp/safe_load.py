@@ -1,4 +1,5 @@
-"""The one function that reads a .pt file. It never runs code from the file.
+"""Reads any .pt file with torch, and has the last word on what is refused. It never runs code from the file. Files of
+plain values and dense tensors need no torch: ordinary_file.py.
 
 Torch's restricted unpickler (`weights_only=True`), plus inert stand-ins: for the few classes that
 DeepSpeed puts into its files, so that they open without importing DeepSpeed, and for whatever else a program keeps

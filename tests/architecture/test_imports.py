@@ -117,7 +117,9 @@ def test_planted_faults_are_found():
     "module, forbidden",
     [
         ("megatron.ucp", ("deepspeed", *TRAINER, "megatron.model", "megatron.layers", "megatron.config")),
-        ("megatron.ucp.cli", ("deepspeed", "transformers", *TRAINER, "megatron.config")),
+        ("megatron.ucp.cli", ("deepspeed", "torch", "transformers", *TRAINER, "megatron.config")),
+        ("megatron.ucp.sources.foreign", ("deepspeed", "torch")),
+        ("megatron.ucp.convert_command", ("deepspeed", "torch")),
         ("megatron.data", ("deepspeed", "megatron.ucp", *TRAINER)),
         ("megatron.config.arguments", ("deepspeed", "torch", *TRAINER)),
     ],
