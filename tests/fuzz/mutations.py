@@ -156,7 +156,6 @@ MUTATIONS = (
         ((safe_load, "_require_bounded", _nothing),),
         "DeepSpeed",
     ),
-    Mutation("kinds of tensors", "of truth values", ((source, "_no_state", _nothing),), "DeepSpeed"),
     Mutation(
         "tensors and the size of their file", "endless", ((source.FileCache, "tensor", _unchecked_tensor),), "DeepSpeed"
     ),

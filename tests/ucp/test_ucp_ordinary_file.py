@@ -19,9 +19,11 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 from ucp.synthetic import make_state, model, write_native
 
+from megatron.ucp.errors import CorruptFileError
 from megatron.ucp.inert import FragmentAddress, Inert
 from megatron.ucp.ordinary_file import NotOrdinary, read_ordinary
 from megatron.ucp.safe_load import load
+from megatron.ucp.sources.source import FileCache
 from megatron.ucp.stored import DTYPES, DType, StoredTensor, are_equal, is_rounded
 from megatron.ucp.topology import Topology
 from megatron.ucp.torch_file import save_streamed
@@ -145,6 +147,27 @@ def test_what_is_unusual_is_left_to_torch(what, tmp_path, monkeypatch):
     with pytest.raises(NotOrdinary):
         read_ordinary(tmp_path / "x.pt")
     assert not (tmp_path / "it-ran").exists()
+
+
+NO_STATES = {
+    "complex numbers": torch.ones(3, dtype=torch.complex64),
+    "truth values": torch.ones(3, dtype=torch.bool),
+    "a meta tensor": torch.ones(3, device="meta"),
+    "a sparse one": torch.eye(3).to_sparse(),
+    "an endless one": torch.ones(1).expand(1 << 40),
+    "a number": 1.0,
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("what", NO_STATES)
+def test_what_cannot_be_a_state_is_refused_by_its_place(what, tmp_path):
+    torch.save({"held": [NO_STATES[what], torch.ones(3)]}, tmp_path / "x.pt")
+    cache = FileCache()
+    with pytest.raises(CorruptFileError, match=r"x\.pt") as caught:
+        cache.tensor(tmp_path / "x.pt", ("held", 0))
+    assert "held / 0" in str(caught.value)
+    assert cache.tensor(tmp_path / "x.pt", ("held", 1)).numel() == 3
 
 
 def archive(path: Path, pickled: bytes, records: dict[str, bytes] | None = None, **options: Any) -> None:
