@@ -83,6 +83,8 @@ WORDS: Mapping[str, tuple[str, ...]] = {
         "ds_zero_partition_process_group", "ds_zero_partition_rank", "ds_tensor", "ds_process_group", "ds_numel",
         "ds_shape", "partition_numel",
     ),
+    "deepspeed.runtime.zero.muon.original_muon": ("compiler",),
+    "deepspeed.runtime.compiler": ("compile",),
     "deepspeed.runtime.bf16_optimizer": ("get_grads_for_norm", "has_moe_layers", "_hp_optimizer_states_linked"),
 }  # fmt: skip
 """Module -> words that its source has to use: what we set for DeepSpeed to read, or replace for it to call."""

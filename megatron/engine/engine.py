@@ -27,6 +27,7 @@ from megatron.config.optimizer import OptimizerConfig
 from megatron.engine.deepspeed_names import require_built, require_names
 from megatron.engine.expert_groups import has_dealt_experts, mark_expert_groups
 from megatron.engine.grad_norms import Fp32GradNorm, align_group_norms, align_summed_norms
+from megatron.engine.muon_import import import_muon_uncompiled
 from megatron.engine.optimizers import build_optimizer
 from megatron.model.build import parameter_groups
 from megatron.parallel.context import ParallelContext
@@ -141,6 +142,7 @@ def build_engine(
     if client_optimizer is not None:
         ds_config = {key: value for key, value in ds_config.items() if key != "optimizer"}
     is_pipelined = isinstance(model, PipelineModule)
+    import_muon_uncompiled()
     ds_mpu = model.mpu() if is_pipelined else mpu
     engine = (PipeEngine if is_pipelined else PlainEngine)(
         args=None,
