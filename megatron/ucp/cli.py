@@ -8,6 +8,7 @@ Questions about any checkpoint folder, DeepSpeed's or universal, of any topology
     diff A B                 the same state?        exit 0 equal, 1 not
     plan DIR --tp 2 --dp 2   what would each rank of that topology read
     convert DIR OUT          make a universal folder
+    convert DIR OUT --share 0/4            one of four processes that make it, anywhere that sees the disk
     convert DIR OUT --to zero2 --dp 3      make DeepSpeed's own files of ZeRO-2 on 3 ranks
 
 --json prints one JSON object instead of text. Exit code 2: wrong usage, or a folder that is no checkpoint.
@@ -30,6 +31,7 @@ from megatron.ucp.manifest import Manifest
 from megatron.ucp.plan import plan
 from megatron.ucp.progress_line import ProgressLine
 from megatron.ucp.reshape import Reshaped, reshape
+from megatron.ucp.shares import Share, convert_share
 from megatron.ucp.sources import find_checkpoint, open_source
 from megatron.ucp.targets.native_target import NAMES, NativeTarget
 from megatron.ucp.targets.universal import tensor_bytes
@@ -45,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.run is _convert and (arguments.to is None) != (arguments.dp is None):
         parser.error("--to and --dp belong together: the ZeRO stage, and the ranks that are to load it")
+    if arguments.run is _convert and arguments.to and arguments.share:
+        parser.error("--share divides the conversion to a universal folder, not that to DeepSpeed's own files (--to)")
     try:
         code, data, text = arguments.run(arguments)
     except NotACheckpointError as error:
@@ -91,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--num_workers", type=int, default=2)
     p.add_argument("--to", choices=NAMES, help="DeepSpeed's own files of this ZeRO stage, which stock DeepSpeed loads")
     p.add_argument("--dp", type=_num_ranks, help="data-parallel ranks that they are for")
+    p.add_argument("--share", type=Share.parse, metavar="I/N", help="of a conversion by N processes that see one disk")
     return parser
 
 
@@ -182,8 +187,19 @@ def _num_ranks(text: str) -> int:
 
 def _convert(arguments: argparse.Namespace) -> tuple[int, Any, str]:
     progress = None if arguments.json else ProgressLine()
-    result: Conversion
-    if arguments.to is None:
+    result: Conversion | None
+    if arguments.share:
+        result = convert_share(
+            arguments.folder,
+            arguments.output,
+            arguments.share,
+            num_workers=arguments.num_workers,
+            column_parallel=tuple(arguments.column_parallel),
+            progress=progress,
+        )
+        if result is None:
+            return OK, {"share": str(arguments.share)}, f"share {arguments.share} is done"
+    elif arguments.to is None:
         result = convert(
             arguments.folder,
             arguments.output,

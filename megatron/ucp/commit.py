@@ -84,8 +84,8 @@ def commit(staging: str | Path, final: str | Path, replace: bool = False) -> Non
     files = [p for p in staging.rglob("*") if p.is_file()]
     # Many small files: the flushes wait on the device, not on the processor.
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(_flush, files))
-        list(pool.map(_flush, folders))
+        list(pool.map(flush, files))
+        list(pool.map(flush, folders))
     aside = final.with_name(final.name + REPLACED_SUFFIX)
     is_replacing = os.path.lexists(final)
     if is_replacing:
@@ -97,8 +97,8 @@ def commit(staging: str | Path, final: str | Path, replace: bool = False) -> Non
     os.rename(staging, final)
     # Not before: until now only the mark said that the folder is somebody's.
     (final / OWNER_MARK).unlink()
-    _flush(final)
-    _flush(final.parent)
+    flush(final)
+    flush(final.parent)
     if is_replacing:
         _remove(aside)
 
@@ -175,7 +175,7 @@ def point_to(run_folder: str | Path, pointer: str, tag: str) -> None:
             ) from None
     finally:
         temporary.unlink(missing_ok=True)
-    _flush(run_folder)
+    flush(run_folder)
 
 
 def checksum_file(path: str | Path) -> FileInfo:
@@ -208,7 +208,8 @@ def data_files(folder: str | Path) -> list[str]:
     )
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """A file or folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

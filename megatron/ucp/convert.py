@@ -98,7 +98,7 @@ def write_proven(
     try:
         manifest = write(source, staging, num_workers=num_workers, progress=count or (lambda n: None), sums=sums)
     except (DigestMismatchError, SourceError, CorruptFileError) as error:
-        raise _naming_files(error, source) from error
+        raise naming_files(error, source) from error
     # The digests prove the tensors; what else was copied or read out of the files is proven by their checksums.
     require_unchanged(source.folder, source.manifest, num_workers=num_workers, sums=sums)
     write_manifest(staging, manifest)
@@ -117,7 +117,7 @@ def require_apart(folder: Path, output: Path) -> None:
         )
 
 
-def _naming_files(error: UcpError, source: Source) -> UcpError:
+def naming_files(error: UcpError, source: Source) -> UcpError:
     """What was found names parameters; whoever has to mend the folder needs files."""
     changed = changed_files(source.folder, source.manifest)
     if not changed:

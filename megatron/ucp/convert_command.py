@@ -16,8 +16,11 @@ from typing import Any
 from megatron.ucp.convert import Conversion, convert
 from megatron.ucp.errors import UcpError
 from megatron.ucp.progress_line import ProgressLine
+from megatron.ucp.shares import Share, convert_share
 from megatron.ucp.sources import find_checkpoint
 from megatron.ucp.topology import Topology
+
+AUTO = "auto"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,12 +43,28 @@ def parser() -> argparse.ArgumentParser:
         metavar="REGEX",
         help="for checkpoints without ucp.json under tensor parallelism: parameters cut along dimension 0",
     )
+    p.add_argument(
+        "--share",
+        type=share_argument,
+        metavar="I/N",
+        help="one process's share of a conversion by N, which see one disk; share 0 ends it. auto: as torchrun, srun "
+        "or mpirun started this process",
+    )
     return p
 
 
-def convert_as_told(arguments: Any) -> Conversion:
+def share_argument(text: str) -> Share | str:
+    """Of a flag: "0/4", or "auto"."""
+    try:
+        return text if text == AUTO else Share.parse(text)
+    except UcpError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def convert_as_told(arguments: Any, launched: Share | None = None) -> Conversion | None:
     """`convert` for a program that has DeepSpeed's arguments: `input_folder` and `output_folder` of any object or
-    mapping, and whatever else of `parser` is there. Raises what `convert` raises."""
+    mapping, and whatever else of `parser` is there. `launched`: what "auto" is. Gives None for a share other than the
+    first. Raises what `convert` raises."""
 
     def given(name: str) -> Any:
         return arguments.get(name) if isinstance(arguments, Mapping) else getattr(arguments, name, None)
@@ -57,25 +76,33 @@ def convert_as_told(arguments: Any) -> Conversion:
     if found != Path(folder):
         print(f"{folder} is no checkpoint itself; converting its latest one, {os.path.relpath(found, folder)}")
     hints = given("num_extract_workers") or 4, given("num_merge_workers") or 2
-    return convert(
-        found,
-        given("output_folder"),
-        num_workers=given("num_workers") or max(1, min(4, *hints)),
-        column_parallel=tuple(given("column_parallel") or ()),
-        progress=ProgressLine(),
-    )
+    num_workers = given("num_workers") or max(1, min(4, *hints))
+    column_parallel = tuple(given("column_parallel") or ())
+    folders = found, given("output_folder")
+    share = given("share")
+    if share == AUTO:
+        share = launched
+    if share is not None:
+        progress = ProgressLine() if share.index == 0 else None
+        return convert_share(
+            *folders, share, num_workers=num_workers, column_parallel=column_parallel, progress=progress
+        )
+    return convert(*folders, num_workers=num_workers, column_parallel=column_parallel, progress=ProgressLine())
 
 
-def main(arguments: Any = None) -> int:
+def main(arguments: Any = None, launched: Share | None = None) -> int:
     """Command line (a list of words, or None for the process's own), or arguments as DeepSpeed's `main` takes them: a
-    namespace of any kind. Prints what was done; 0, or 1 after an error. `convert_as_told` raises instead."""
+    namespace of any kind. `launched`: what --share auto is. Prints what was done; 0, or 1 after an error.
+    `convert_as_told` raises instead."""
     if arguments is None or isinstance(arguments, (list, tuple)):
         arguments = parser().parse_args(arguments)
     try:
-        result = convert_as_told(arguments)
+        result = convert_as_told(arguments, launched)
     except (UcpError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if result is None:
+        return 0
     source = result.manifest.source or {}
     size = result.num_bytes / 2**20
     print(

@@ -176,7 +176,7 @@ def _save_with_broken_disk(rank: int, world_size: int, argv: list[str], save: st
         "files": (torch, "save"),
         "streams": (safetensors.torch, "save"),
         "checksums": (commit, "checksum_file"),
-        "flush": (commit, "_flush"),
+        "flush": (commit, "flush"),
         "staging": (commit, "stage"),
         "nothing": (commit, "stage"),
     }[what]

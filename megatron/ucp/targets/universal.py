@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from megatron.ucp.torch_file import Record, StreamedTensor, save_streamed
 
 
 @dataclass(frozen=True)
-class _Written:
+class _WrittenTensor:
     path: str
     info: FileInfo
     name: str
@@ -66,25 +66,55 @@ def write_universal(
     """Fills `folder` with everything but ucp.json, and returns that. `progress` is told bytes as they are written,
     from several threads; `sums` takes the CRCs of what was read. The first failure stops the others and is raised,
     naming its parameter and state."""
-    manifest = source.manifest
-    stop = threading.Event()
+    jobs = tensor_jobs(source.manifest)
+    written = write_tensors(source, folder, jobs, with_rest=True, num_workers=num_workers, progress=progress, sums=sums)
+    return universal_manifest(source, written)
+
+
+Job = tuple[str, str]
+"""(parameter, state)."""
+
+
+def tensor_jobs(manifest: Manifest) -> list[Job]:
+    """Largest first, so that no worker is left alone with a big one at the end."""
     jobs = [(name, state) for name, info in manifest.parameters.items() for state in info.states]
-    # Largest first, so that no worker is left alone with a big one at the end.
-    jobs.sort(key=lambda job: -manifest.parameters[job[0]].layout_of(job[1]).numel)
+    return sorted(jobs, key=lambda job: -manifest.parameters[job[0]].layout_of(job[1]).numel)
+
+
+@dataclass(frozen=True)
+class Written:
+    files: dict[str, FileInfo]
+    digests: dict[Job, str]
+
+
+def write_tensors(
+    source: Source,
+    folder: Path,
+    jobs: Sequence[Job],
+    *,
+    with_rest: bool,
+    num_workers: int,
+    progress: Callable[[int], None],
+    sums: PartialSums | None,
+) -> Written:
+    """The files of these tensors, and `with_rest` whatever else belongs into a universal folder. Raises as
+    write_universal."""
+    stop = threading.Event()
     files: dict[str, FileInfo] = {}
 
-    def work(job: tuple[str, str]) -> _Written | None:
+    def work(job: Job) -> _WrittenTensor | None:
         return None if stop.is_set() else _write_tensor(source, folder, *job, progress, stop, sums)
 
     def write_rest() -> None:
         try:
-            files.update(_write_side_files(source, folder))
+            if with_rest:
+                files.update(_write_side_files(source, folder))
         except BaseException:
             stop.set()
             raise
 
-    for name in manifest.parameters:
-        (folder / "zero" / name).mkdir(parents=True)
+    for name in source.manifest.parameters:
+        (folder / "zero" / name).mkdir(parents=True, exist_ok=True)
     if jobs:
         source.pieces(*jobs[0])  # builds the source's index once, before the threads ask for it
     with ThreadPoolExecutor(max(1, num_workers) + 1) as pool:
@@ -99,9 +129,12 @@ def write_universal(
         raise errors[0]
     written = [result for future in futures if (result := future.result())]
     files.update({w.path: w.info for w in written})
-    digests: dict[str, dict[str, str]] = {name: {} for name in manifest.parameters}
-    for w in sorted(written, key=lambda w: manifest.parameters[w.name].states.index(w.state)):
-        digests[w.name][w.state] = w.digest.hex()
+    return Written(files, {(w.name, w.state): w.digest.hex() for w in written})
+
+
+def universal_manifest(source: Source, written: Written) -> Manifest:
+    """The ucp.json of a folder that holds all that was written."""
+    manifest = source.manifest
     return replace(
         manifest,
         kind="universal",
@@ -112,8 +145,11 @@ def write_universal(
             name: replace(info, layout=info.layout.without_padding(), pp_stages=(0,))
             for name, info in manifest.parameters.items()
         },
-        digests=digests,
-        files=dict(sorted(files.items())),
+        digests={
+            name: {state: written.digests[name, state] for state in info.states}
+            for name, info in manifest.parameters.items()
+        },
+        files=dict(sorted(written.files.items())),
         zero0_order=[],
         zero3_order=[],
         fragments={},
@@ -138,7 +174,7 @@ def _write_tensor(
     progress: Callable[[int], None],
     stop: threading.Event,
     sums: PartialSums | None,
-) -> _Written | None:
+) -> _WrittenTensor | None:
     layout = source.manifest.parameters[name].layout_of(state)
     relative = f"zero/{name}/{state}.pt"
     try:
@@ -156,7 +192,7 @@ def _write_tensor(
         tensor = StreamedTensor(layout.shape, FLOAT32, write)
         info = save_streamed({**file_keys(layout, name), "param": tensor}, folder / relative)
         require_saved(source, name, state, digest)
-        return _Written(relative, info, name, state, digest)
+        return _WrittenTensor(relative, info, name, state, digest)
     except _Stopped:
         return None
     except UcpError:
