@@ -1,5 +1,5 @@
-"""CRC-32 as zlib counts it, in the compiled kernel where it was built (there it is folded by the processor's
-carry-less multiplication: 4 to 5 times zlib's rate).
+"""CRC-32 as zlib counts it, in the compiled kernel where it was built and the processor multiplies without carries, which
+is three times as fast or more.
 
     crc32(b"second", crc32(b"first"))
     crc32_join(first, second, len_of_second)         # of two stretches from the CRC of each
@@ -15,7 +15,8 @@ from megatron.ucp import native
 
 def crc32(content: Any, crc: int = 0) -> int:
     """`content`: contiguous bytes of any kind."""
-    return zlib.crc32(content, crc) if native.kernel is None else native.kernel.crc32(content, crc)
+    is_folded = native.kernel is not None and native.kernel.folds_crc32
+    return native.kernel.crc32(content, crc) if is_folded else zlib.crc32(content, crc)  # type: ignore[union-attr]
 
 
 def crc32_join(first: int, second: int, second_length: int) -> int:

@@ -554,6 +554,11 @@ PYBIND11_MODULE(_kernel, m) {
           py::arg("num_runs"), py::arg("seed0"), py::arg("seed1"));
     m.def("copy_runs", &copy_runs, py::arg("target_address"), py::arg("target_numel"), py::arg("source_address"),
           py::arg("source_numel"), py::arg("element_size"), py::arg("runs_address"), py::arg("num_runs"));
+#ifdef HAS_PCLMUL
+    m.attr("folds_crc32") = can_fold();
+#else
+    m.attr("folds_crc32") = false;
+#endif
     m.def("crc32", &crc32, py::arg("content"), py::arg("crc") = 0);
     m.def("crc32_by_table", &crc32_by_table, "Where the processor cannot fold.", py::arg("content"), py::arg("crc") = 0);
     m.def("crc32_join", &crc32_join, py::arg("first"), py::arg("second"), py::arg("second_length"));

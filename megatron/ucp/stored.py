@@ -147,7 +147,7 @@ class StoredTensor:
         values = np.ascontiguousarray(values)
         dtype = dtype or DTYPES[values.dtype.name]
         raw = values.reshape(-1).view(np.uint8)
-        return cls(dtype, values.shape, _row_major(values.shape), 0, Storage(raw, 0, raw.size))
+        return cls(dtype, values.shape, row_major(values.shape), 0, Storage(raw, 0, raw.size))
 
     @classmethod
     def of_torch(cls, values: torch.Tensor) -> StoredTensor:
@@ -165,7 +165,7 @@ class StoredTensor:
         whole = values.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
         raw = whole.view(torch.uint8).numpy() if whole.numel() else np.empty(0, np.uint8)
         shape = tuple(values.shape)
-        return cls(dtype, shape, _row_major(shape), 0, Storage(raw, 0, raw.size))
+        return cls(dtype, shape, row_major(shape), 0, Storage(raw, 0, raw.size))
 
     def numel(self) -> int:
         return math.prod(self.shape)
@@ -186,7 +186,7 @@ class StoredTensor:
         return self.dtype.is_complex
 
     def is_contiguous(self) -> bool:
-        expected = _row_major(self.shape)
+        expected = row_major(self.shape)
         return not self.numel() or all(
             n == 1 or have == want for n, have, want in zip(self.shape, self.strides, expected, strict=True)
         )
@@ -246,7 +246,7 @@ class StoredTensor:
         return torch.from_numpy(whole.view(np.uint8)).view(dtype).view(self.shape)
 
 
-def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     strides, numel = [], 1
     for extent in reversed(shape):
         strides.append(numel)

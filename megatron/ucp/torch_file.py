@@ -19,6 +19,7 @@ import copyreg
 import io
 import math
 import pickle
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from megatron.ucp.inert import INERT
 from megatron.ucp.manifest import FileInfo
 from megatron.ucp.output_file import OutputFile, open_output
 from megatron.ucp.stand_ins import Stranger, global_of
-from megatron.ucp.stored import DTYPES, DType, Size, StoredTensor, as_stored, is_tensor
+from megatron.ucp.stored import DTYPES, DType, Size, StoredTensor, as_stored, is_tensor, row_major
 from megatron.ucp.zip_layout import Entry, central_directory, local_header
 
 _ALIGNMENT = 64
@@ -119,7 +120,7 @@ def save_streamed(content: Any, path: str | Path) -> FileInfo:
     again.
 
     Returns size and checksum of the file. Raises NotEnoughSpaceError, CorruptFileError for a value that cannot be
-    written (nested too deep, a tensor larger than what it lies in), and ValueError where fewer or more values came than
+    written (nested too deep), and ValueError where fewer or more values came than
     their tensor has."""
     path = Path(path)
     buffer = io.BytesIO()
@@ -161,9 +162,31 @@ class _Pickler(pickle._Pickler):
     def __init__(self, file: BinaryIO):
         super().__init__(file, protocol=2)
         self.tensors: list[StreamedTensor] = []
+        self._of_torch: dict[int, tuple[str, Any]] = {}
 
     def persistent_id(self, value: Any) -> Any:
-        return value.identity if isinstance(value, _Storage) else None
+        if isinstance(value, _Storage):
+            return value.identity
+        torch = sys.modules.get("torch")
+        if torch is None or not (isinstance(value, torch.storage.TypedStorage) or torch.is_storage(value)):
+            return None
+        return self._identity_of_torchs(value)
+
+    def _identity_of_torchs(self, value: Any) -> Any:
+        """Of the storage of a tensor that is not described as its elements (of a type without a storage class, sparse,
+        quantized): its bytes, and torch's own word for the rest, as torch.save has it."""
+        import torch
+
+        is_typed = isinstance(value, torch.storage.TypedStorage)
+        storage = value._untyped_storage if is_typed else value
+        kind = getattr(torch, value._pickle_storage_type()) if is_typed else torch.UntypedStorage
+        size = value._size() if is_typed else storage.nbytes()
+        if storage._cdata not in self._of_torch:
+            number = len(self.tensors)
+            raw = torch.empty(0, dtype=torch.uint8).set_(storage.cpu())
+            self.tensors.append(_streamed(StoredTensor.of_torch(raw)))
+            self._of_torch[storage._cdata] = str(number), storage  # kept, so that no other takes its place
+        return "storage", kind, self._of_torch[storage._cdata][0], "cpu", size
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Stranger):  # inert here, and written as what the file had asked for
@@ -173,16 +196,25 @@ class _Pickler(pickle._Pickler):
             return made if value.state is None else (*made, value.state)
         if isinstance(value, Size):
             return Size, (tuple(value),)
-        tensor = _streamed(as_stored(value)) if is_tensor(value) else value
-        if not isinstance(tensor, StreamedTensor):
+        if isinstance(value, StreamedTensor):
+            return self._rebuilt(value, 0, value.shape, row_major(value.shape))
+        if not is_tensor(value):
             return NotImplemented
-        strides, numel = [], 1
-        for extent in reversed(tensor.shape):
-            strides.append(numel)
-            numel *= extent
-        storage = _Storage(tensor, len(self.tensors))
-        self.tensors.append(tensor)
-        return _REBUILD, (storage, 0, tensor.shape, tuple(reversed(strides)), False, OrderedDict())
+        try:
+            tensor = as_stored(value)
+        except (TypeError, ValueError):  # it is not its elements, or of a type that has no name here: torch's own words
+            return NotImplemented
+        if tensor.numel() * tensor.element_size() <= tensor.storage.num_bytes:
+            return self._rebuilt(_streamed(tensor), 0, tensor.shape, row_major(tensor.shape))
+        # Fewer elements than places: as it lies, so that it takes no more room than it did.
+        held = tensor.storage.num_bytes // tensor.element_size()
+        whole = StoredTensor(tensor.dtype, (held,), (1,), 0, tensor.storage)
+        return self._rebuilt(_streamed(whole), tensor.offset, tensor.shape, tensor.strides)
+
+    def _rebuilt(self, held: StreamedTensor, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        storage = _Storage(held, len(self.tensors))
+        self.tensors.append(held)
+        return _REBUILD, (storage, offset, shape, strides, False, OrderedDict())
 
     def _write_global(self, value: Any, name: str) -> None:
         module, _, attribute = name.rpartition(".")
@@ -202,9 +234,6 @@ class _Pickler(pickle._Pickler):
 
 
 def _streamed(tensor: StoredTensor) -> StreamedTensor:
-    if tensor.numel() * tensor.element_size() > tensor.storage.num_bytes:
-        raise ValueError(f"a tensor of {tensor.shape} claims more than it lies in")
-
     def write(record: Record) -> None:
         record.write(tensor.array())
 

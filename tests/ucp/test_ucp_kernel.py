@@ -280,6 +280,35 @@ def test_a_pass_that_mixes_up_two_bytes_is_found_by_the_digest(tmp_path, monkeyp
         convert(tmp_path / "n", tmp_path / "u")
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_tensors_that_are_not_their_elements_are_written_as_torch_writes_them(tmp_path):
+    shared = torch.arange(6).to(torch.uint16)
+    content = {
+        "float8": torch.arange(5.0).to(torch.float8_e4m3fn),
+        "unsigned": [shared, shared[2:5], shared.view(2, 3).t()],
+        "sparse": torch.eye(3).to_sparse(),
+        "rows": torch.eye(3).to_sparse_csr(),
+        "meta": torch.ones(3, device="meta"),
+        "beside": torch.ones(3),
+        "endless": torch.arange(2.0)[1:].expand(1 << 40),
+        "endless bytes": torch.ones(1).to(torch.float8_e4m3fn).expand(1 << 40),
+    }
+    info = save_streamed(content, tmp_path / "x.pt")
+    assert info == checksum_file(tmp_path / "x.pt")
+    torch.save(content, tmp_path / "y.pt")
+    ours, theirs = (torch.load(tmp_path / name, weights_only=True) for name in ("x.pt", "y.pt"))
+    assert ours["float8"].dtype == torch.float8_e4m3fn and torch.equal(ours["float8"].float(), theirs["float8"].float())
+    for one, other in zip(ours["unsigned"], theirs["unsigned"], strict=True):
+        assert one.dtype == torch.uint16 and torch.equal(one.int(), other.int()) and one.stride() == other.stride()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in ours["unsigned"]}) == 1
+    for kind in ("sparse", "rows"):
+        assert ours[kind].layout == theirs[kind].layout and torch.equal(ours[kind].to_dense(), theirs[kind].to_dense())
+    for kind in ("endless", "endless bytes"):
+        assert ours[kind].shape == theirs[kind].shape and float(ours[kind][7]) == float(theirs[kind][7]) == 1
+    assert info.bytes < 8192
+    assert ours["meta"].is_meta and torch.equal(ours["beside"], theirs["beside"])
+
+
 # -- the zip around it -----------------------------------------------------------------------------------------------
 
 

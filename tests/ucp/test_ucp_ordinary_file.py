@@ -343,3 +343,11 @@ def test_without_torch_there_is_no_other_way(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode and "torch" in done.stderr
+
+
+def test_an_endless_tensor_is_written_again_as_it_lies(tmp_path):
+    torch.save({"a": torch.arange(2.0)[1:].expand(1 << 40), "b": torch.ones(3)}, tmp_path / "x.pt")
+    info = save_streamed(read_ordinary(tmp_path / "x.pt"), tmp_path / "y.pt")
+    again = torch.load(tmp_path / "y.pt", weights_only=True)
+    assert info.bytes < 4096 and again["a"].shape == (1 << 40,) and float(again["a"][-1]) == 1
+    assert torch.equal(again["b"], torch.ones(3))
