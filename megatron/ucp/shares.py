@@ -28,7 +28,7 @@ from megatron.ucp.commit import OWNER_MARK, STAGING_SUFFIX, commit, flush, point
 from megatron.ucp.convert import Conversion, byte_counter, naming_files, require_apart
 from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors, require_space, write_and_flush
-from megatron.ucp.errors import CorruptFileError, DigestMismatchError, SourceError, UcpError, listed
+from megatron.ucp.errors import CorruptFileError, DigestMismatchError, OutputExistsError, SourceError, UcpError, listed
 from megatron.ucp.file_table import require_unchanged
 from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import FileInfo, Manifest, write_manifest
@@ -159,6 +159,10 @@ def _opened(output: Path, plan: str) -> Path:
 def _awaited(output: Path, plan: str, share: Share, seconds: float) -> Path:
     staging, until = output.with_name(output.name + STAGING_SUFFIX), time.monotonic() + seconds
     while _plan_in(staging) != plan:
+        if os.path.lexists(output):
+            raise OutputExistsError(
+                "the output is already there", where=output, do="choose another folder, or remove this one yourself"
+            )
         if time.monotonic() > until:
             raise UnfinishedSharesError(
                 f"share {share} waited {seconds:.0f} s for share 0 to begin",

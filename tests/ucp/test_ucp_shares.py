@@ -14,7 +14,7 @@ from ucp.synthetic import make_state, model, write_native
 
 from megatron.ucp import shares
 from megatron.ucp.convert import convert
-from megatron.ucp.errors import CorruptFileError, OwnedByOtherError, UcpError
+from megatron.ucp.errors import CorruptFileError, OutputExistsError, OwnedByOtherError, UcpError
 from megatron.ucp.shares import Share, UnfinishedSharesError, convert_share
 from megatron.ucp.sources import open_source
 from megatron.ucp.topology import Topology
@@ -158,6 +158,13 @@ def test_a_share_without_a_first_one_waits_and_says_for_what(native):
     first_alone(native)
     with pytest.raises(UnfinishedSharesError, match="another|something else"):  # of three, where there are two
         convert_share(native, native.parent / "u", Share(1, 3), wait_seconds=0.3)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_output_that_is_there_is_told_at_once(index, native):
+    convert(native, native.parent / "u")
+    with pytest.raises(OutputExistsError):
+        convert_share(native, native.parent / "u", Share(index, 2), wait_seconds=600)
 
 
 def test_of_another_source_nothing_is_gone_on_with(native):
