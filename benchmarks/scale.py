@@ -55,6 +55,15 @@ class Case:
     num_experts: int = 0
 
 
+PAPER = {
+    "7B": (4, 0.29, 0.73, 0.36),
+    "13B": (8, 0.38, 1.17, 0.47),
+    "42B MoE": (8, 0.42, 2.64, 0.58),
+    "176B": (48, 0.48, 1.67, 0.68),
+    "1T": (128, 0.50, 2.93, 0.69),
+}
+"""Its Table 3: nodes, and minutes of a save, a transformation and a load, end to end."""
+
 CASES = {
     "7B": Case(32, 4096, 32000, Topology(dp_size=2, tp_size=2, pp_size=2), Topology(dp_size=4, tp_size=1, pp_size=1)),
     "13B": Case(40, 5120, 50304, Topology(dp_size=4, tp_size=2, pp_size=2), Topology(dp_size=2, tp_size=4, pp_size=2)),
@@ -69,6 +78,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--folder", default=str(ROOT), help="where the scratch folder is made")
     parser.add_argument("--json", help="write the numbers to this file too")
+    parser.add_argument("--bandwidth", default="3GB/s", help="of each of the paper's nodes, for the prediction")
     parser.add_argument("--ask", nargs=3, metavar=("QUESTION", "CASE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.ask:
@@ -97,12 +107,30 @@ def main(argv: list[str]) -> int:
                 f"{name:10}{numbers}"
                 + "".join(f"{a['seconds']:9.2f},{a['peak_bytes'] / 1e6:6.0f}" for a in answers.values())
             )
+            rows[name] |= _beside_the_paper(name, scratch / name, arguments.bandwidth)
             shutil.rmtree(scratch / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    print(f"\nminutes: the disk's alone at {arguments.bandwidth} a node, and the paper's, end to end on its machines")
+    print(f"{'':10}{'nodes':>6}" + "".join(f"{step:>9}{'paper':>7}" for step in ("save", "convert", "load")))
+    for name, row in rows.items():
+        pairs = zip(row["predicted_minutes"], PAPER[name][1:], strict=True)
+        print(f"{name:10}{PAPER[name][0]:6}" + "".join(f"{ours:9.2f}{paper:7.2f}" for ours, paper in pairs))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1))
     return 0
+
+
+def _beside_the_paper(name: str, folder: Path, bandwidth: str) -> dict[str, object]:
+    """`ucp plan`'s prediction, for the paper's nodes."""
+    target = CASES[name].target
+    degrees = [f"--{axis}={getattr(target, f'{axis}_size')}" for axis in ("dp", "tp", "pp", "ep")]
+    command = [sys.executable, "-m", "megatron.ucp", "plan", str(folder), *degrees, "--json", "--bandwidth", bandwidth]
+    done = subprocess.run(
+        [*command, "--nodes", str(PAPER[name][0])], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    seconds = json.loads(done.stdout)["predicted_seconds"]
+    return {"predicted_minutes": [seconds[step] / 60 for step in ("save", "convert", "load")]}
 
 
 def _ask(question: str, name: str, folder: Path) -> dict[str, float]:

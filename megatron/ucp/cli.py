@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from megatron.ucp.diff import diff
 from megatron.ucp.digest import total
 from megatron.ucp.errors import NotACheckpointError, UcpError
 from megatron.ucp.manifest import Manifest
-from megatron.ucp.plan import plan
+from megatron.ucp.plan import plan, predicted_seconds
 from megatron.ucp.progress_line import ProgressLine
 from megatron.ucp.reshape import Reshaped, reshape
 from megatron.ucp.shares import Share, convert_share
@@ -91,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     for axis in ("dp", "tp", "pp", "sp", "ep"):
         p.add_argument(f"--{axis}", type=int, default=1, help=f"{axis}_size of the Target")
     p.add_argument("--zero", type=int, default=1, help="ZeRO stage of the Target (0, 1 or 2)")
+    p.add_argument("--bandwidth", type=_bandwidth, metavar="5GB/s", help="of each node: how long the disk will take")
+    p.add_argument("--nodes", type=_num_ranks, default=1, help="with --bandwidth: machines that share the work")
     p = command("convert", _convert, "folder", "output")
     p.add_argument("--num_workers", type=int, default=2)
     p.add_argument("--to", choices=NAMES, help="DeepSpeed's own files of this ZeRO stage, which stock DeepSpeed loads")
@@ -176,13 +179,31 @@ def _plan(arguments: argparse.Namespace) -> tuple[int, Any, str]:
     rows = [(str(r.rank), f"{r.num_bytes / 2**20:.2f}", str(len(r.files)), str(r.num_runs)) for r in reads]
     head = f"{source.folder} ({source.manifest.topology}) -> {target}, ZeRO-{arguments.zero}\n"
     data = {"folder": str(source.folder), "target": target.to_json(), "ranks": [asdict(r) for r in reads]}
-    return OK, data, head + _table(("rank", "MiB", "files", "copies"), rows)
+    text = head + _table(("rank", "MiB", "files", "copies"), rows)
+    if arguments.bandwidth:
+        seconds = predicted_seconds(source, reads, arguments.nodes, arguments.bandwidth)
+        data["predicted_seconds"] = asdict(seconds)
+        where = f"{arguments.nodes} node(s) of {arguments.bandwidth / 1e9:g} GB/s"
+        text += f"\npredicted for {where}: save {seconds.save:.1f} s, "
+        text += f"convert {seconds.convert:.1f} s, load {seconds.load:.1f} s"
+    return OK, data, text
 
 
 def _num_ranks(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= _MAX_RANKS:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks from 1 to {_MAX_RANKS}")
     return int(text)
+
+
+_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def _bandwidth(text: str) -> float:
+    """ "5GB/s" -> 5e9."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B/s", text)
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no bandwidth, as 5GB/s or 800MB/s")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 def _convert(arguments: argparse.Namespace) -> tuple[int, Any, str]:

@@ -4,6 +4,7 @@ A Target rank owns intervals of shards, a Source has pieces of the same paramete
 is counted instead of copied.
 
     for rank in plan(source, Topology(dp_size=4), zero_stage=1): rank.num_bytes, rank.files
+    predicted_seconds(source, reads, num_nodes=48, bandwidth=5e9)
 
 ZeRO partitions are modelled as DeepSpeed makes them: the shards of all parameters in order, padded to the number of
 ranks; pipeline stages as equal stretches of the parameter list. The vocabulary's padding of the Target is not counted.
@@ -74,6 +75,26 @@ def plan(source: Source, target: Topology, zero_stage: int = 1) -> list[RankRead
                         key = names.setdefault(piece.file, piece.file.relative_to(source.folder).as_posix())
                         rank.files[key] = rank.files.get(key, 0) + count * num_bytes
     return reads
+
+
+@dataclass(frozen=True)
+class Seconds:
+    save: float
+    convert: float
+    load: float
+
+
+def predicted_seconds(source: Source, reads: list[RankReads], num_nodes: int, bandwidth: float) -> Seconds:
+    """What the disk takes where each of `num_nodes` reads or writes `bandwidth` bytes a second: a save of the Source, a
+    conversion of it that all nodes share, and a resume by the ranks of `reads`, dealt to the nodes in order. Starting
+    programs and building models comes to it; where processors are slower than the disk, they decide."""
+    manifest = source.manifest
+    states = sum(4 * info.layout_of(state).numel for info in manifest.parameters.values() for state in info.states)
+    saved = sum(info.bytes for info in manifest.files.values()) or states
+    per_node = -(-len(reads) // num_nodes)
+    nodes = [sum(rank.num_bytes for rank in reads[i : i + per_node]) for i in range(0, len(reads), per_node)]
+    together = num_nodes * bandwidth
+    return Seconds(saved / together, (saved + states) / together, max(nodes, default=0) / bandwidth)
 
 
 class _Overlaps:

@@ -62,6 +62,22 @@ def test_convert_verify_diff_plan(native, capsys):
     assert code == 0 and len(json.loads(shown.out)["ranks"]) == 3
 
 
+def test_plan_predicts_what_the_disk_takes(native, capsys):
+    code, shown = ucp(capsys, "plan", native, "--dp", 4, "--json", "--bandwidth", "2KB/s", "--nodes", 2)
+    said = json.loads(shown.out)
+    states = sum(4 * tensor.numel() for states in STATE.values() for tensor in states.values())
+    saved = sum(path.stat().st_size for path in native.iterdir() if path.name != "ucp.json")
+    ranks = [rank["num_bytes"] for rank in said["ranks"]]
+    assert code == 0 and said["predicted_seconds"] == pytest.approx(
+        {"save": saved / 4e3, "convert": (saved + states) / 4e3, "load": max(sum(ranks[:2]), sum(ranks[2:])) / 2e3}
+    )
+    code, shown = ucp(capsys, "plan", native, "--bandwidth", "5GB/s")
+    assert code == 0 and "predicted for 1 node(s) of 5 GB/s: save 0.0 s" in shown.out
+    for wrong in ("5", "5 GB", "0GB/s", "-1GB/s", "fast"):
+        with pytest.raises(SystemExit):
+            cli.main(["plan", str(native), f"--bandwidth={wrong}"])
+
+
 def test_latest_names_the_newest(native, capsys):
     code, shown = ucp(capsys, "latest", native.parent)
     assert code == 0 and shown.out == f"{native}\n"
