@@ -540,6 +540,7 @@ static u32 crc32_by_table(py::buffer content, u32 crc) {
 
 PYBIND11_MODULE(_kernel, m) {
     m.doc() = "Inner loops of megatron.ucp; addresses are those of contiguous host memory.";
+    m.attr("VERSION") = 2;  // native.py asks for it
     py::register_exception_translator([](std::exception_ptr raised) {
         try {
             if (raised) std::rethrow_exception(raised);

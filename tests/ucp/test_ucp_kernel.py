@@ -5,6 +5,7 @@ import io
 import os
 import random
 import resource
+import types
 import zipfile
 import zlib
 from pathlib import Path
@@ -32,6 +33,14 @@ pytestmark = pytest.mark.skipif(native.kernel is None, reason="installed without
 
 BUFFER, BLOCK, LARGE = 4 << 20, 4096, 64 << 10
 """Of kernel.cpp: where it does something else than before."""
+
+
+def test_a_kernel_of_other_sources_is_not_used():
+    """Whoever takes new sources and builds nothing has the old one."""
+    assert native.usable(native.kernel) is native.kernel
+    for old in (types.ModuleType("old"), types.SimpleNamespace(VERSION=native.VERSION + 1)):
+        with pytest.warns(UserWarning, match="make install"):
+            assert native.usable(old) is None
 
 
 @pytest.mark.parametrize("function", ["crc32", "crc32_by_table"])
