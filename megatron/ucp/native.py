@@ -1,5 +1,5 @@
-"""The compiled part of ucp (kernel.cpp); None if it was installed without a compiler (Python does it then), or where what
-was compiled is of other sources than these."""
+"""The compiled part of ucp (kernel.cpp); None if it was installed without a compiler (Python does it then), or where
+what was compiled is of other sources than these."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def usable(module: ModuleType) -> ModuleType | None:
     if found == VERSION:
         return module
     warnings.warn(
-        f"the compiled kernel of megatron.ucp is of version {found}, these sources want {VERSION}: Python does its work, "
-        "slower. To build it: pip install -e . (or make install)",
+        f"the compiled kernel of megatron.ucp is of version {found}, these sources want {VERSION}: Python does its "
+        "work, slower. To build it: pip install -e . (or make install)",
         stacklevel=2,
     )
     return None
