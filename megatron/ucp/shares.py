@@ -31,7 +31,7 @@ from megatron.ucp.disk import disk_errors, require_space, write_and_flush
 from megatron.ucp.errors import CorruptFileError, DigestMismatchError, OutputExistsError, SourceError, UcpError, listed
 from megatron.ucp.file_table import require_unchanged
 from megatron.ucp.identity import Identity
-from megatron.ucp.manifest import FileInfo, Manifest, write_manifest
+from megatron.ucp.manifest import FileInfo, Manifest, read_manifest, write_manifest
 from megatron.ucp.owner import claim, claimed, lives, mark_of
 from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.pointers import LATEST_UNIVERSAL
@@ -100,11 +100,18 @@ def convert_share(
     num_bytes = tensor_bytes(source.manifest)
     if share.index == 0:
         require_space(output, num_bytes + _SPARE_BYTES)
-        staging = _opened(output, plan)
+        staging = _opened(output, plan, jobs)
+    elif found := _awaited(output, plan, share, source, wait_seconds):
+        staging = found
     else:
-        staging = _awaited(output, plan, share, wait_seconds)
-    if _read(staging, share.index, jobs[share.index]) is None:
-        _do(source, staging, share, jobs[share.index], num_workers, progress)
+        return None
+    try:
+        if _read(staging, share.index, jobs[share.index]) is None:
+            _do(source, staging, share, jobs[share.index], num_workers, progress)
+    except FileNotFoundError:
+        if share.index and _is_made(output, source):  # it was done before, and share 0 has just ended
+            return None
+        raise
     identity.require_unchanged()
     if share.index:
         return None
@@ -139,7 +146,7 @@ def _plan_of(identity: Identity, count: int) -> str:
 # -- the staging folder ----------------------------------------------------------------------------------------------
 
 
-def _opened(output: Path, plan: str) -> Path:
+def _opened(output: Path, plan: str, jobs: list[list[Job]]) -> Path:
     """Share 0's: what is there of the same plan is gone on with."""
     staging = output.with_name(output.name + STAGING_SUFFIX)
     if _plan_in(staging) == plan:
@@ -149,6 +156,9 @@ def _opened(output: Path, plan: str) -> Path:
             mark = mark_of(path) if path.suffix == ".owner" else None
             if path.suffix == ".failed" or (mark is not None and not lives(mark)):
                 path.unlink(missing_ok=True)
+        for index, of_share in enumerate(jobs):
+            if _read(staging, index, of_share) is None:
+                (staging / _SHARES / f"{index}.json").unlink(missing_ok=True)
         return staging
     staging = stage(output)
     (staging / _SHARES).mkdir()
@@ -156,9 +166,12 @@ def _opened(output: Path, plan: str) -> Path:
     return staging
 
 
-def _awaited(output: Path, plan: str, share: Share, seconds: float) -> Path:
+def _awaited(output: Path, plan: str, share: Share, source: Source, seconds: float) -> Path | None:
+    """None where all is done already: of shares that are started again share 0 may have found nothing missing."""
     staging, until = output.with_name(output.name + STAGING_SUFFIX), time.monotonic() + seconds
     while _plan_in(staging) != plan:
+        if _is_made(output, source):
+            return None
         if os.path.lexists(output):
             raise OutputExistsError(
                 "the output is already there", where=output, do="choose another folder, or remove this one yourself"
@@ -172,6 +185,17 @@ def _awaited(output: Path, plan: str, share: Share, seconds: float) -> Path:
             )
         time.sleep(_POLLED_EVERY)
     return staging
+
+
+def _is_made(output: Path, source: Source) -> bool:
+    """Whether the output is a conversion of this Source."""
+    try:
+        manifest = read_manifest(output)
+    except (UcpError, OSError):
+        return False
+    is_of_it = manifest.kind == "universal" and (manifest.source or {}).get("folder") == source.folder.name
+    saved = source.manifest.digests
+    return is_of_it and (not saved or total(saved) == total(manifest.digests))
 
 
 def _plan_in(staging: Path) -> str | None:
@@ -284,7 +308,7 @@ def _gathered(staging: Path, jobs: list[list[Job]], output: Path, wait_seconds: 
         lost = {index: why for index, why in reasons.items() if why}
         if lost:
             raise UnfinishedSharesError(
-                f"{len(missing)} of {len(jobs)} shares are not done",
+                f"{len(lost)} of {len(jobs)} shares will not come",
                 found=listed(f"share {index}: {why}" for index, why in lost.items()),
                 where=staging,
                 do=f"start these again (--share {min(lost)}/{len(jobs)}), and then share 0; what is done stays",

@@ -51,9 +51,9 @@ def ends(*processes: subprocess.Popen) -> list[tuple[int, str]]:
     return [(process.wait(), error) for process in processes for _, error in [process.communicate(timeout=120)]]
 
 
-def first_alone(native: Path, wait: float = 0.1) -> str:
+def first_alone(native: Path) -> str:
     """What share 0 says when the other does not come. Its process ends, so that another may take its place."""
-    [(code, error)] = ends(start(native, "0/2", wait=wait))
+    [(code, error)] = ends(start(native, "0/2", wait=0.1))
     assert code == 1 and not (native.parent / "u").exists()
     return error
 
@@ -109,7 +109,7 @@ def test_the_share_of_a_process_that_died_is_done_again(native):
     processes = [start(native, "0/3"), start(native, "1/3"), start(native, "2/3", DIES)]
     (code, error), (other, _), (killed, _) = ends(*processes)
     assert other == 0 and killed == -signal.SIGKILL
-    assert code and error.startswith("UnfinishedSharesError: 1 of 3 shares are not done")
+    assert code and error.startswith("UnfinishedSharesError: 1 of 3 shares will not come")
     assert "share 2: its process" in error and "--share 2/3" in error
     staging = native.parent / "u.tmp"
     assert not (native.parent / "u").exists() and not (native.parent / "latest_universal").exists()
@@ -160,11 +160,28 @@ def test_a_share_without_a_first_one_waits_and_says_for_what(native):
         convert_share(native, native.parent / "u", Share(1, 3), wait_seconds=0.3)
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_an_output_that_is_there_is_told_at_once(index, native):
+def test_an_output_that_is_there_is_told_at_once(native):
     convert(native, native.parent / "u")
     with pytest.raises(OutputExistsError):
-        convert_share(native, native.parent / "u", Share(index, 2), wait_seconds=600)
+        convert_share(native, native.parent / "u", Share(0, 2), wait_seconds=600)
+    # Of shares that are started again, one may come when the others have finished.
+    assert convert_share(native, native.parent / "u", Share(1, 2), wait_seconds=600) is None
+    shutil.rmtree(native)
+    write_native(native, make_state(model(), seed=9), Topology(dp_size=2), 1)
+    with pytest.raises(OutputExistsError):
+        convert_share(native, native.parent / "u", Share(1, 2), wait_seconds=600)
+
+
+def test_a_share_that_was_done_may_come_while_the_first_ends(native, monkeypatch):
+    """The staging folder becomes the output between two looks at it."""
+    staging = native.parent / "u.tmp"
+    convert(native, native.parent / "u")
+    monkeypatch.setattr(shares, "_awaited", lambda *args: staging)
+    assert convert_share(native, native.parent / "u", Share(1, 2)) is None
+    assert not staging.exists()
+    shutil.rmtree(native.parent / "u")
+    with pytest.raises(FileNotFoundError):
+        convert_share(native, native.parent / "u", Share(1, 2))
 
 
 def test_of_another_source_nothing_is_gone_on_with(native):
@@ -223,7 +240,9 @@ def test_files_that_are_gone_are_written_again(native):
     first_alone(native)
     assert ends(start(native, "1/2")) == [(0, "")]
     written_by(native.parent / "u.tmp", 1)[0].unlink()
-    assert "its files are not there any more" in first_alone(native, wait=600)
+    jobs = shares._dealt(open_source(native).manifest, 2)
+    assert "its files are not there any more" in str(shares._lost(native.parent / "u.tmp", 1, jobs[1], is_late=False))
+    assert "share 1: it did not begin" in first_alone(native)  # a new share 0 waits for it to be done again
     assert ends(start(native, "1/2"), start(native, "0/2")) == [(0, "")] * 2
     assert_as_by_one(native)
 
