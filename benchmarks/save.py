@@ -100,11 +100,13 @@ def _measure(rank: int, world_size: int, line: list[str], scratch: str, repeats:
 def _require_equal(stock: Path, ours: Path) -> None:
     import torch
 
+    from megatron.ucp.safe_load import load
+
     names = {path.name for path in stock.glob("*.pt")}
     if names != {path.name for path in ours.glob("*.pt")}:
         raise RuntimeError(f"other files: {names}")
     for name in sorted(names):
-        first, second = (torch.load(folder / name, weights_only=False) for folder in (stock, ours))
+        first, second = (load(folder / name) for folder in (stock, ours))
         pairs = list(zip(_tensors(first), _tensors(second), strict=True))
         if not all(torch.equal(one, other) for one, other in pairs):
             raise RuntimeError(f"{name}: ours and DeepSpeed's differ")

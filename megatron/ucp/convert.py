@@ -59,12 +59,7 @@ def convert(
 
     `progress(done, total)` in bytes, from several threads."""
     started = time.perf_counter()
-    # A trailing slash must not put the pointer inside the folder.
-    output = Path(str(output_folder).rstrip("/") or "/")
-    folder = find_checkpoint(input_folder)
-    require_apart(folder, output)
-    identity = Identity.of(folder)
-    source = open_source(folder, column_parallel=column_parallel)
+    source, output, identity = opened(input_folder, output_folder, column_parallel)
     num_bytes = tensor_bytes(source.manifest)
     require_space(output, num_bytes + _SPARE_BYTES)
     with whole_or_not_at_all(output, identity) as staging:
@@ -72,6 +67,18 @@ def convert(
     point_to(output.parent, LATEST_UNIVERSAL, output.name)
     seconds = time.perf_counter() - started
     return Conversion(source.folder, output, manifest, total(manifest.digests), num_bytes, seconds)
+
+
+def opened(
+    input_folder: str | Path, output_folder: str | Path, column_parallel: tuple[str, ...]
+) -> tuple[Source, Path, Identity]:
+    """(the checkpoint that is meant, where its conversion goes, what it was when it was opened). Nothing is made."""
+    # A trailing slash must not put the pointer inside the folder.
+    output = Path(str(output_folder).rstrip("/") or "/")
+    folder = find_checkpoint(input_folder)
+    require_apart(folder, output)
+    identity = Identity.of(folder)
+    return open_source(folder, column_parallel=column_parallel), output, identity
 
 
 @contextlib.contextmanager

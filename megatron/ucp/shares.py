@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.ucp.commit import OWNER_MARK, STAGING_SUFFIX, commit, flush, point_to, stage
-from megatron.ucp.convert import Conversion, byte_counter, naming_files, require_apart
+from megatron.ucp.convert import Conversion, byte_counter, naming_files, opened
 from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors, require_space, write_and_flush
 from megatron.ucp.errors import CorruptFileError, DigestMismatchError, OutputExistsError, SourceError, UcpError, listed
@@ -35,7 +35,7 @@ from megatron.ucp.manifest import FileInfo, Manifest, read_manifest, write_manif
 from megatron.ucp.owner import claim, claimed, lives, mark_of
 from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.pointers import LATEST_UNIVERSAL
-from megatron.ucp.sources import Source, find_checkpoint, open_source
+from megatron.ucp.sources import Source
 from megatron.ucp.targets.universal import Job, Written, tensor_bytes, tensor_jobs, universal_manifest, write_tensors
 
 _SHARES = ".shares"
@@ -90,11 +90,7 @@ def convert_share(
 
     Raises what `convert` raises, and UnfinishedSharesError."""
     started = time.perf_counter()
-    output = Path(str(output_folder).rstrip("/") or "/")
-    folder = find_checkpoint(input_folder)
-    require_apart(folder, output)
-    identity = Identity.of(folder)
-    source = open_source(folder, column_parallel=column_parallel)
+    source, output, identity = opened(input_folder, output_folder, column_parallel)
     jobs = _dealt(source.manifest, share.count)
     plan = _plan_of(identity, share.count)
     num_bytes = tensor_bytes(source.manifest)
@@ -123,7 +119,9 @@ def convert_share(
         write_manifest(staging, manifest)
     commit(staging, output)
     point_to(output.parent, LATEST_UNIVERSAL, output.name)
-    return Conversion(folder, output, manifest, total(manifest.digests), num_bytes, time.perf_counter() - started)
+    return Conversion(
+        source.folder, output, manifest, total(manifest.digests), num_bytes, time.perf_counter() - started
+    )
 
 
 def _dealt(manifest: Manifest, count: int) -> list[list[Job]]:

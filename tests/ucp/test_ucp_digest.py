@@ -2,6 +2,8 @@
 
 import hashlib
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +32,13 @@ def plain(values, indices, name, state, shape) -> Digest:
         k = ((x + seed1) * 0xD6E8FEB86659FD93) & M
         lane0, lane1 = (lane0 + x) & M, (lane1 + (k ^ k >> 32)) & M
     return Digest(lane0, lane1)
+
+
+def test_where_there_is_a_compiler_there_is_the_kernel():
+    """Without it the tests of the kernel are skipped, and a conversion takes three times as long."""
+    text = (Path(native.__file__).parent / "kernel.cpp").read_text()
+    assert f'm.attr("VERSION") = {native.VERSION};' in text
+    assert native.kernel is not None or not shutil.which("g++"), "run make install"
 
 
 @pytest.mark.parametrize(
