@@ -192,6 +192,29 @@ def test_of_another_source_nothing_is_gone_on_with(native):
     assert_as_by_one(native)
 
 
+LINGERS = """
+import contextlib, time
+owned = shares.claimed
+@contextlib.contextmanager
+def lingers(path):
+    with owned(path) as mark:
+        yield mark
+        time.sleep(3)
+shares.claimed = lingers
+"""
+
+
+def test_the_folder_is_not_taken_from_under_a_process_that_is_still_in_it(native):
+    processes = [start(native, "0/2"), start(native, "1/2", LINGERS)]
+    staging = native.parent / "u.tmp"
+    while not (staging / ".shares/1.json").exists() and processes[1].poll() is None:
+        time.sleep(0.01)
+    time.sleep(1.5)  # share 0 has looked at it many times
+    assert (staging / ".shares/1.owner").exists() and not (native.parent / "u").exists()
+    assert ends(*processes) == [(0, "")] * 2
+    assert_as_by_one(native)
+
+
 def test_two_processes_of_one_share_do_not_write_at_once(native):
     waits = "import time; write = shares.write_tensors\n"
     waits += "shares.write_tensors = lambda *a, **k: (time.sleep(3), write(*a, **k))[1]"
