@@ -26,9 +26,10 @@ from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from megatron.config.optimizer import OptimizerConfig
 from megatron.engine.deepspeed_names import require_built, require_names
 from megatron.engine.expert_groups import has_dealt_experts, mark_expert_groups
-from megatron.engine.grad_norms import Fp32GradNorm, align_group_norms, align_summed_norms
+from megatron.engine.grad_norms import Fp32GradNorm, align_group_norms, align_summed_norms, spare_fp64_copies
 from megatron.engine.muon_import import import_muon_uncompiled
 from megatron.engine.optimizers import build_optimizer
+from megatron.engine.unshared import spare_copies
 from megatron.model.build import parameter_groups
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.mpu import Mpu
@@ -52,11 +53,21 @@ class _ExpertParallel:
             self.has_moe_layers = has_moe_layers
 
 
-class PlainEngine(_ExpertParallel, Fp32GradNorm, DeepSpeedEngine):
+class _Unshared:
+    """Without ZeRO: gradients are not put into buckets where there is nobody to sum them with."""
+
+    context: ParallelContext
+
+    def buffered_allreduce_fallback(self, *args: Any, **kwargs: Any) -> None:
+        if self.context.zero_size > 1:
+            super().buffered_allreduce_fallback(*args, **kwargs)
+
+
+class PlainEngine(_ExpertParallel, Fp32GradNorm, _Unshared, DeepSpeedEngine):
     """DeepSpeed's engine for a model without pipeline stages."""
 
 
-class PipeEngine(_ExpertParallel, Fp32GradNorm, PipelineEngine):
+class PipeEngine(_ExpertParallel, Fp32GradNorm, _Unshared, PipelineEngine):
     """DeepSpeed's engine for a PipelineModule."""
 
     def _exec_reduce_tied_grads(self) -> None:
@@ -137,8 +148,7 @@ def build_engine(
         trained_later=trained_later,
     )
     mark_expert_groups(groups)
-    fused = fused_kernels if _steps_on_cuda(ds_config) else "torch"
-    client_optimizer = build_optimizer(optimizer, groups, block, fused)
+    client_optimizer = build_optimizer(optimizer, groups, block, fused_kernels, _steps_on_cuda(ds_config))
     if client_optimizer is not None:
         ds_config = {key: value for key, value in ds_config.items() if key != "optimizer"}
     is_pipelined = isinstance(model, PipelineModule)
@@ -157,6 +167,8 @@ def build_engine(
     require_built(engine)
     # Its own mpu will not do: a pipeline's "model parallel rank" counts stages too.
     engine.context = context
+    spare_copies(engine.optimizer)
+    spare_fp64_copies(engine.optimizer)
     if is_pipelined:
         align_group_norms(engine.optimizer)
     if isinstance(engine.optimizer, BF16_Optimizer):

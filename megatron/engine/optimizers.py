@@ -9,7 +9,7 @@ rank has whole matrices (config/run_checks.py).
 
 | --optimizer | class | states |
 |---|---|---|
-| adam | torch.optim.AdamW; on CUDA one that `fused_adam` finds | exp_avg, exp_avg_sq, step |
+| adam | the AdamW that `fused_adam` finds | exp_avg, exp_avg_sq, step |
 | sgd | torch.optim.SGD | momentum_buffer |
 | lion | Lion | exp_avg |
 | adagrad | Adagrad | sum |
@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.config.optimizer import MATRICES, OptimizerConfig
+from megatron.engine.cpu_adam import CpuAdamW
 from megatron.engine.engine_state import EngineState, OwnedInterval
 from megatron.kernels.importable import importable
 from megatron.ucp.layout import Layout
@@ -40,12 +41,16 @@ Closure = Callable[[], float] | None
 
 
 def build_optimizer(
-    config: OptimizerConfig, groups: Groups, block: Mapping[str, Any] | None = None, fused: str = "torch"
+    config: OptimizerConfig,
+    groups: Groups,
+    block: Mapping[str, Any] | None = None,
+    fused: str = "torch",
+    is_on_cuda: bool = False,
 ) -> torch.optim.Optimizer | None:
     """The one that --optimizer names, over the groups of `parameter_groups`; or that "optimizer" in the DeepSpeed JSON
     names, `block`. None where DeepSpeed itself is to build what that names.
 
-    `fused` is --fused-kernels where the optimizer's tensors will be on CUDA; elsewhere (CPU, offload) "torch".
+    `fused` is --fused-kernels; `is_on_cuda`, whether the optimizer's tensors will be there (CPU and offload: not).
     """
     groups = [dict(group) for group in groups]
     if block is not None:
@@ -65,12 +70,13 @@ def build_optimizer(
         dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
         return Muon(groups, dtype, config.muon_momentum, lr=lr, betas=betas, eps=config.adam_eps, weight_decay=decay)
     # Megatron's "adam" decouples weight decay.
-    kind = fused_adam(fused)
+    kind = fused_adam(fused, is_on_cuda)
     return kind(groups, lr=lr, betas=betas, eps=config.adam_eps, weight_decay=decay)
 
 
-def fused_adam(choice: str) -> Callable[..., torch.optim.Optimizer]:
-    """AdamW that reads and writes each state once, as --fused-kernels says.
+def fused_adam(choice: str, is_on_cuda: bool) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW that reads and writes each state once, as --fused-kernels says. On the CPU: torch's for "torch", else
+    CpuAdamW. On CUDA:
 
     | choice | class |
     |---|---|
@@ -85,6 +91,8 @@ def fused_adam(choice: str) -> Callable[..., torch.optim.Optimizer]:
     """
     if choice == "torch":
         return torch.optim.AdamW
+    if not is_on_cuda:
+        return CpuAdamW
     if choice != "triton":
         if importable("amp_C") is not None and hasattr(apex := importable("apex.optimizers"), "FusedAdam"):
             return partial(apex.FusedAdam, adam_w_mode=True)
