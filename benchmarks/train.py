@@ -53,7 +53,11 @@ class Ranks:
         with self.log.open("w") as log:
             self.processes = [
                 subprocess.Popen(
-                    [sys.executable, ROOT / "benchmarks/train_candidates.py", replace(task, rank=rank, port=port).to_json()],
+                    [
+                        sys.executable,
+                        ROOT / "benchmarks/train_candidates.py",
+                        replace(task, rank=rank, port=port).to_json(),
+                    ],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -93,14 +97,20 @@ def main(argv: list[str]) -> int:
     try:
         in_all = (arguments.rounds + 1) * arguments.steps
         size = SIZES[arguments.size]
-        task = Task(YARDSTICK, 0, 0, scratch, **size, precision=arguments.precision, steps=in_all, in_a_turn=arguments.steps)
+        task = Task(
+            YARDSTICK, 0, 0, scratch, **size, precision=arguments.precision, steps=in_all, in_a_turn=arguments.steps
+        )
         _prepare(task)
         # Those of one rank and those of two apart: not all fit into memory at once.
         for ranks in (1, 2):
             group = [name for name in names if CANDIDATES[name].ranks == ranks]
             if group or ranks == 1:
                 measured = _measure([YARDSTICK, *group], task, arguments)
-                rows |= measured if ranks == 1 else {f"{name} (again)" if name == YARDSTICK else name: row for name, row in measured.items()}
+                rows |= (
+                    measured
+                    if ranks == 1
+                    else {f"{name} (again)" if name == YARDSTICK else name: row for name, row in measured.items()}
+                )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     _report(rows, arguments)

@@ -1,11 +1,11 @@
 """AdamW on the CPU by torch's fused kernel, with the same rounding for every element wherever its tensor was cut.
 
-    optimizer = CpuAdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 The kernel reads and writes each state once, which is several times faster than torch's default on a CPU, a pass over
 memory for each operation. But it takes what is left over after the last whole vector register one by one, in
-instructions that round otherwise. Under ZeRO and pipelines that would be other elements in every topology, and copies of
-a tied weight would drift apart. So the left-over is stepped in a tensor that is filled up to whole registers.
+instructions that round otherwise. Under ZeRO and pipelines that would be other elements in every topology, and copies
+of a tied weight would drift apart. So the left-over is stepped in a tensor that is filled up to whole registers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ UNIT = 64
 cache lines of 64 bytes (aten/src/ATen/native/cpu/FusedAdamKernel.cpp), so only the end of a tensor is left over."""
 
 
-class CpuAdamW(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
     """Keeps what torch's AdamW keeps: exp_avg, exp_avg_sq and step of each parameter. All parameters are contiguous."""
 
     @torch.no_grad()

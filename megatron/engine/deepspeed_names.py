@@ -41,6 +41,7 @@ METHODS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "set_train_batch_size": ("self", "train_batch_size"),
         "zero_optimization_stage": ("self",),
         "gradient_clipping": ("self",),
+        "buffered_allreduce_fallback": ("self", "grads", "elements_per_buffer"),
     },
     _PIPELINE: {"_exec_reduce_tied_grads": ("self",)},
     _ZERO_1_2: {
@@ -50,6 +51,12 @@ METHODS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "get_grad_norm_direct": ("self", "gradients", "params", "norm_type"),
         "update_lp_params": ("self",),
         "_lazy_init_hp_params_optimizer_state": ("self",),
+        "_link_all_hp_params": ("self",),
+        "_model_parallel_all_reduce": ("self", "tensor", "op"),
+        "_use_compact_grad_partition_buffer": ("self", "group_idx"),
+        "buffered_reduce_fallback": (
+            "self", "rank", "grads", "communication_data_type", "elements_per_buffer", "log",
+        ),
     },
     _BF16: {
         "get_grads_for_norm": ("self", "for_clipping"),
@@ -76,7 +83,8 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "deepspeed.moe.utils": ("allreduce", "group_name"),
     "deepspeed.runtime.utils": ("model_parallel", "tensor_model_parallel", "ds_pipe_replicated"),
     "deepspeed.runtime.zero.stage_1_and_2": (
-        "scaled_global_norm", "_average_expert_grad_norms", "_hp_optimizer_states_linked",
+        "scaled_global_norm", "_average_expert_grad_norms", "_hp_optimizer_states_linked", "contiguous_gradients",
+        "buffered_reduce_fallback", "get_grad_norm_direct", "_zero_padding",
     ),
     "deepspeed.runtime.zero.stage3": ("ds_zero_placement_family", "ds_zero_partition_group_name"),
     "deepspeed.runtime.zero.partition_parameters": (
@@ -98,7 +106,9 @@ BUILT: Mapping[str, tuple[str, ...]] = {
     _PIPELINE: ("using_bf16_optimizer",),
     _ZERO_1_2: (
         "optimizer", "bit16_groups", "bit16_groups_flat", "real_dp_process_group", "averaged_gradients",
-        "params_in_partition", "cpu_offload", "loss_scaler", "_hp_optimizer_states_linked",
+        "params_in_partition", "cpu_offload", "loss_scaler", "_hp_optimizer_states_linked", "contiguous_gradients",
+        "single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups", "model_parallel_rank",
+        "dp_process_group", "device",
     ),
     _BF16: (
         "optimizer", "bf16_groups", "bf16_groups_flat", "real_dp_process_group", "has_moe_layers",

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.config.optimizer import MATRICES, OptimizerConfig
-from megatron.engine.cpu_adam import CpuAdamW
+from megatron.engine import cpu_adam
 from megatron.engine.engine_state import EngineState, OwnedInterval
 from megatron.kernels.importable import importable
 from megatron.ucp.layout import Layout
@@ -76,7 +76,7 @@ def build_optimizer(
 
 def fused_adam(choice: str, is_on_cuda: bool) -> Callable[..., torch.optim.Optimizer]:
     """AdamW that reads and writes each state once, as --fused-kernels says. On the CPU: torch's for "torch", else
-    CpuAdamW. On CUDA:
+    cpu_adam.AdamW. On CUDA:
 
     | choice | class |
     |---|---|
@@ -92,7 +92,7 @@ def fused_adam(choice: str, is_on_cuda: bool) -> Callable[..., torch.optim.Optim
     if choice == "torch":
         return torch.optim.AdamW
     if not is_on_cuda:
-        return CpuAdamW
+        return cpu_adam.AdamW
     if choice != "triton":
         if importable("amp_C") is not None and hasattr(apex := importable("apex.optimizers"), "FusedAdam"):
             return partial(apex.FusedAdam, adam_w_mode=True)

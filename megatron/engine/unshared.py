@@ -1,10 +1,10 @@
-"""ZeRO-1 and ZeRO-2 where a rank is alone in its data-parallel group: nothing is copied only to be exchanged with nobody.
+"""ZeRO-1 and ZeRO-2 where a rank is alone in its data-parallel group: nothing is copied to be exchanged with nobody.
 
     spare_copies(engine.optimizer)       # after the engine is built; before anything is loaded
 
-DeepSpeed copies each gradient into a bucket, divides it by one, sums it over a group of one, copies it out again, and in
-fp32 keeps a second copy of every weight as its master. Here gradients stay where backward left them, and in fp32 the
-master is the weight itself. The arithmetic is the same, so are the files.
+DeepSpeed copies each gradient into a bucket, divides it by one, sums it over a group of one, copies it out again, and
+in fp32 keeps a second copy of every weight as its master. Here gradients stay where backward left them, and in fp32
+the master is the weight itself. The arithmetic is the same, so are the files.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def spare_copies(optimizer: Any) -> None:
     ):
         if master.dtype == weights.dtype:
             master.data = weights
-    # DeepSpeed's own way from a parameter to its master was to the copies.
+    # DeepSpeed's own way from a parameter to its master was to the copies; to its moments it is found at the next step.
     optimizer._link_all_hp_params()
+    optimizer._hp_optimizer_states_linked = False
 
 
 def _reduce_over_nobody(rank: int | None, gradients: list[torch.Tensor], *_: Any, **__: Any) -> None:

@@ -20,6 +20,7 @@ CALLED_FROM_OUTSIDE = {
     "persistent_id",
     *("reducer_override", "find_class", "persistent_load", "load_persid"),  # pickle
     "filter",  # logging
+    "on_step_begin",  # transformers' Trainer
     # The library's, for programs that are not ours.
     *("read_into", "digest_tensor", "of_preset", "merge", "detokenize"),
 }

@@ -16,7 +16,7 @@ from harness.ranks import run_ranks
 from matrix.cells import Cell
 from matrix.recording import command_line, train, write_dataset
 from megatron.config.optimizer import OptimizerConfig
-from megatron.engine import engine
+from megatron.engine import cpu_adam, engine
 from megatron.engine.optimizers import build_optimizer
 
 CONFIG = OptimizerConfig(lr=1e-2, adam_beta1=0.8, weight_decay=0.3)
@@ -65,16 +65,19 @@ TORCH, TORCH_FUSED = (torch.optim.AdamW, None), (torch.optim.AdamW, True)
 )
 def test_which_adam(monkeypatch, fused, there, expected):
     _simulate(monkeypatch, set(there.split()))
-    optimizer = build_optimizer(CONFIG, [{"params": [torch.nn.Parameter(torch.ones(3))]}], None, fused)
+    optimizer = build_optimizer(CONFIG, [{"params": [torch.nn.Parameter(torch.ones(3))]}], None, fused, True)
     (group,) = optimizer.param_groups
     assert (type(optimizer), group["fused"]) == expected
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-2, (0.8, 0.999), 1e-8, 0.3)
 
 
-def test_the_default_is_torchs(monkeypatch):
+@pytest.mark.parametrize(
+    "fused, expected", [("torch", torch.optim.AdamW), ("auto", cpu_adam.AdamW), ("apex", cpu_adam.AdamW)]
+)
+def test_which_adam_on_the_cpu(monkeypatch, fused, expected):
     _simulate(monkeypatch, {"apex", "amp_C", "deepspeed"})
-    optimizer = build_optimizer(CONFIG, [{"params": [torch.nn.Parameter(torch.ones(3))]}])
-    assert (type(optimizer), optimizer.param_groups[0]["fused"]) == TORCH
+    optimizer = build_optimizer(CONFIG, [{"params": [torch.nn.Parameter(torch.ones(3))]}], None, fused, False)
+    assert type(optimizer) is expected
 
 
 @pytest.mark.parametrize(
@@ -99,8 +102,8 @@ def _train(rank: int, world_size: int, argv: list[str], fused: str):
     return run.losses
 
 
-def _build(config, groups, block, _, fused):
-    optimizer = build_optimizer(config, groups, block, fused)
+def _build(config, groups, block, *_, fused):
+    optimizer = build_optimizer(config, groups, block, fused, is_on_cuda=True)
     assert optimizer.param_groups[0]["fused"] is (None if fused == "torch" else True)
     check = optimizer.step
 
