@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks/train_candidates.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from train_candidates import CANDIDATES, Task  # noqa: E402 (the folder is on the path only now)
@@ -53,11 +54,7 @@ class Ranks:
         with self.log.open("w") as log:
             self.processes = [
                 subprocess.Popen(
-                    [
-                        sys.executable,
-                        ROOT / "benchmarks/train_candidates.py",
-                        replace(task, rank=rank, port=port).to_json(),
-                    ],
+                    [sys.executable, SCRIPT, replace(task, rank=rank, port=port).to_json()],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -106,11 +103,8 @@ def main(argv: list[str]) -> int:
             group = [name for name in names if CANDIDATES[name].ranks == ranks]
             if group or ranks == 1:
                 measured = _measure([YARDSTICK, *group], task, arguments)
-                rows |= (
-                    measured
-                    if ranks == 1
-                    else {f"{name} (again)" if name == YARDSTICK else name: row for name, row in measured.items()}
-                )
+                # The yardstick runs beside both: each is held against the turns that it had beside them.
+                rows |= {f"{name} (again)" if name in rows else name: row for name, row in measured.items()}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     _report(rows, arguments)
@@ -140,9 +134,8 @@ def _prepare(task: Task) -> None:
     num_tokens = (task.steps + 2) * task.batch * (task.sequence + 1)
     with IndexedDatasetWriter(Path(task.scratch) / "text", dtype=np.uint16) as writer:
         writer.add_document([*generator.integers(task.vocabulary - 1, size=num_tokens).tolist(), task.vocabulary - 1])
-    script = ROOT / "benchmarks/train_candidates.py"
     of_ours = replace(task, candidate="ours, ZeRO-0")
-    subprocess.run([sys.executable, script, of_ours.to_json(), "prepare"], env=_environment(1), check=True)
+    subprocess.run([sys.executable, SCRIPT, of_ours.to_json(), "prepare"], env=_environment(1), check=True)
 
 
 def _environment(threads: int) -> dict[str, str]:
