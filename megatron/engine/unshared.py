@@ -20,7 +20,8 @@ def spare_copies(optimizer: Any) -> None:
     that is offloaded or gathers gradients in another precision stay as they are. Local."""
     if not hasattr(optimizer, "bit16_groups") or optimizer.cpu_offload:
         return
-    if any(dist.get_world_size(group) > 1 for group in optimizer.real_dp_process_group):
+    # Experts may be this rank's alone while their gradients are a sum over others' samples too, to be divided.
+    if any(dist.get_world_size(group) > 1 for group in (optimizer.dp_process_group, *optimizer.real_dp_process_group)):
         return
     groups = range(len(optimizer.bit16_groups))
     if not any(optimizer._use_compact_grad_partition_buffer(group) for group in groups):
