@@ -10,6 +10,7 @@ import sys
 
 from megatron.config.arguments import parse
 from megatron.parallel.rank_errors import reported_by_rank_0
+from megatron.training.estimate import estimate
 from megatron.training.launch import LaunchInfo, check_precision, close_distributed, init_distributed
 from megatron.training.reporting import report_errors, set_up_logging
 
@@ -19,6 +20,10 @@ def main(argv: list[str]) -> int:
     with reported_by_rank_0(LaunchInfo.from_environment().rank):
         result = parse(argv)
         launch = LaunchInfo.from_environment(local_rank=result.config.run.local_rank)
+        if result.config.estimate.estimate:
+            if launch.rank == 0:
+                print(estimate(result.config, launch.world_size))
+            return 0
         log = set_up_logging(launch.rank)
         config = result.config.validate(launch.world_size)
     run = config.run

@@ -19,6 +19,7 @@ from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.config import Config
 from megatron.config.data import DataConfig
 from megatron.config.errors import ConfigError, Problem
+from megatron.config.estimate import EstimateConfig
 from megatron.config.flag import FlagField, flag_fields
 from megatron.config.implied_flags import fill_in_implied
 from megatron.config.model import ModelConfig
@@ -35,6 +36,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
     "run": RunConfig,
+    "estimate": EstimateConfig,
 }
 
 

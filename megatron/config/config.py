@@ -18,6 +18,7 @@ from megatron.config.batch_sizes import BatchSizes
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig
 from megatron.config.errors import ConfigError
+from megatron.config.estimate import EstimateConfig
 from megatron.config.length import RunLength
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
@@ -33,6 +34,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    estimate: EstimateConfig = EstimateConfig()
 
     def validate(self, world_size: int) -> Config:
         """This configuration for `world_size` ranks, with global batch size and token counts resolved. Local;

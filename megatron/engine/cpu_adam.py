@@ -22,11 +22,14 @@ UNIT = 64
 cache lines of 64 bytes (aten/src/ATen/native/cpu/FusedAdamKernel.cpp), so only the end of a tensor is left over."""
 
 
+Closure = Callable[[], float] | None
+
+
 class AdamW(torch.optim.AdamW):
     """Keeps what torch's AdamW keeps: exp_avg, exp_avg_sq and step of each parameter. All parameters are contiguous."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Closure = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():

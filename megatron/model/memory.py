@@ -4,9 +4,9 @@ memory = rank_memory(config, topology, zero_stage, stage=0)      # ZeRO stage an
 memory.weights, memory.optimizer, memory.activations, memory.peak          # bytes
 print(worst_stage(config, topology, zero_stage).peak / 2**30)
 
-What is counted is tensors; libraries themselves (some 0.4 GiB of a process, and a CUDA context) come on top. Activations
-are what autograd keeps of a block, operation by operation, and are held against torch's own account of it by tests;
-what DeepSpeed copies is measured (benchmarks/memory.py).
+What is counted is tensors; libraries themselves (some 0.4 GiB of a process, and a CUDA context) come on top.
+Activations are what autograd keeps of a block, operation by operation, and are held against torch's own account of it
+by tests; what DeepSpeed copies is measured (benchmarks/memory.py).
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ class RankMemory:
 
 def worst_stage(config: Config, topology: Topology, zero_stage: int, is_cuda: bool = False) -> tuple[int, RankMemory]:
     """(stage, its memory) of the pipeline stage that needs most."""
-    stages = [
-        (stage, rank_memory(config, topology, zero_stage, stage, is_cuda)) for stage in range(topology.pp_size)
-    ]
+    stages = [(stage, rank_memory(config, topology, zero_stage, stage, is_cuda)) for stage in range(topology.pp_size)]
     return max(stages, key=lambda pair: pair[1].peak)
 
 
@@ -72,7 +70,7 @@ def rank_memory(
         masters = 4 * shared
     weights = size * (shared if zero_stage == 3 else parameters)
     optimizer = masters + 4 * _states(config) * shared
-    accumulates = config.run.global_batch_size // (config.run.micro_batch_size * topology.dp_size) > 1  # type: ignore[operator]
+    accumulates = config.run.global_batch_size // (config.run.micro_batch_size * topology.dp_size) > 1
     in_fp32 = config.optimizer.precision == "bf16" and config.optimizer.accumulate_allreduce_grads_in_fp32
     gradients = size * (parameters if zero_stage < 2 else shared)
     # There from the start: ZeRO-3's part of the gradients, and the sums in fp32 of DeepSpeed's BF16_Optimizer.
@@ -126,7 +124,7 @@ def stage_parameters(model: ModelConfig, topology: Topology, stage: int) -> tupl
             dense += _mlp(model, model.ffn_hidden_size or 0, tp)
         else:
             dense += num_experts * h + _mlp(model, model.moe_shared_expert_intermediate_size, tp)
-            experts += num_experts / topology.ep_size * _mlp(model, model.moe_ffn_hidden_size or 0, tp)
+            experts += num_experts / topology.ep_size * _mlp(model, model.moe_ffn_hidden_size or 0, tp, bias_ranks=tp)
     table = _vocabulary(model, topology) * h / tp
     is_first, is_last = stage == 0, stage == topology.pp_size - 1
     if is_first:
@@ -193,7 +191,7 @@ def _activations(config: Config, topology: Topology, stage: int, is_cuda: bool) 
         kept = boundary * -(-recomputed // together) + sum(blocks[recomputed:]) if blocks else 0.0
     else:
         kept, one_group = sum(blocks), 0.0
-    num_micro_batches = config.run.global_batch_size // (config.run.micro_batch_size * topology.dp_size)  # type: ignore[operator]
+    num_micro_batches = config.run.global_batch_size // (config.run.micro_batch_size * topology.dp_size)
     in_flight = min(topology.pp_size - stage, num_micro_batches)
     if topology.pp_size > 1:
         kept += 2 * boundary  # received, and sent on
@@ -229,9 +227,10 @@ def _vocabulary(model: ModelConfig, topology: Topology) -> int:
     return model.padded_vocab_size(topology.tp_size)
 
 
-def _mlp(model: ModelConfig, width: int, tp: int) -> float:
+def _mlp(model: ModelConfig, width: int, tp: int, bias_ranks: int = 1) -> float:
+    """`bias_ranks`: over how many ranks the output's bias is cut; an expert's is (layers/experts.py)."""
     if not width:
         return 0.0
     up = (2 if model.swiglu else 1) * width
-    biases = up / tp + model.hidden_size if model.add_bias_linear else 0
+    biases = up / tp + model.hidden_size / bias_ranks if model.add_bias_linear else 0
     return model.hidden_size * (up + width) / tp + biases

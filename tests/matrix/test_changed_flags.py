@@ -86,7 +86,9 @@ def _load_stale(rank: int, world_size: int, argv: list[str]) -> str:
     return "loaded"
 
 
-@pytest.mark.parametrize("cell", [Cell(dp=2, zero=1), Cell(dp=2, zero=2), Cell(dp=2, zero=3)], ids=lambda cell: cell.name)
+@pytest.mark.parametrize(
+    "cell", [Cell(dp=2, zero=1), Cell(dp=2, zero=2), Cell(dp=2, zero=3)], ids=lambda cell: cell.name
+)
 def test_planted_fault_weights_that_are_not_refreshed(cell: Cell, data, saved):
     """The digest is of the masters; the weights that compute are held against them."""
     flags = {"iters": 8, "load": saved}
