@@ -297,6 +297,9 @@ def ours(task: Task, turns: Turns) -> None:
         def step(self, metrics: Any) -> None:
             turns.loss(metrics.loss)
 
+        def times(self, iteration: int, seconds: Any) -> None:
+            pass
+
     run.run_log = Losses()
     fit(run, begins=lambda iteration: turns.before_step())
 

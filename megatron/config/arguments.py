@@ -183,7 +183,7 @@ def _convert(spec: FlagField, occurrence: _Occurrence) -> Any:
         return spec.flag.stores
     values = tuple(_scalar(spec, text) for text in occurrence.values)
     if spec.is_list:
-        if not values:
+        if not values and not spec.flag.may_be_bare:
             raise ValueError("one or more values")
         return values
     return values[0]

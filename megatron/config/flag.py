@@ -36,6 +36,8 @@ class Flag:
     """Flags without a value, each storing its own constant in this one field."""
     instead: Callable[[Any], str | None] | None = None
     """Of a value that is none of the choices: what to do instead, where that is known."""
+    may_be_bare: bool = False
+    """Of a list: the flag may be given without a value."""
 
 
 def flag(
@@ -47,10 +49,11 @@ def flag(
     stores: bool = True,
     switches: Mapping[str, Any] | None = None,
     instead: Callable[[Any], str | None] | None = None,
+    may_be_bare: bool = False,
 ) -> Any:
     """A dataclass field with its flag. No names: `--` and the field's name with dashes.
     No default: the flag is required. With `switches` and no names the field has only the switches."""
-    spec = Flag(names, help, unit, choices, stores, dict(switches or {}), instead)
+    spec = Flag(names, help, unit, choices, stores, dict(switches or {}), instead, may_be_bare)
     if default is REQUIRED:
         return dataclasses.field(metadata={KEY: spec})
     return dataclasses.field(default=default, metadata={KEY: spec})

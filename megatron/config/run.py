@@ -52,8 +52,25 @@ class RunConfig:
         "fastest that can be imported, on a CPU torch",
         choices=("auto", "apex", "triton", "torch"),
     )
+    profile: tuple[str, ...] | None = flag(
+        None,
+        help="write a trace of torch's profiler to --tensorboard-dir (or here); pt-full: with shapes, memory and "
+        "stacks",
+        choices=("pt", "pt-full"),
+        may_be_bare=True,
+    )
+    profile_steps: str = flag(
+        "2,3", "--profile_steps", "--profile-steps", help="FIRST,LAST that are in the trace", unit="iterations"
+    )
+    profile_ranks: tuple[int, ...] = flag((0,), help="that write one each", unit="ranks")
     distributed_backend: str = flag(
         "nccl", help="of torch.distributed; without CUDA nccl becomes gloo", choices=("nccl", "gloo", "ccl", "hccl")
     )
     distributed_timeout_minutes: int = flag(10, help="of collectives", unit="minutes")
     local_rank: int | None = flag(None, "--local-rank", "--local_rank", help="set by the launcher")
+
+    @property
+    def profiled_steps(self) -> tuple[int, int]:
+        """(first, last). Raises ValueError for what is not two numbers."""
+        first, last = (int(word) for word in self.profile_steps.split(","))
+        return first, last

@@ -198,6 +198,18 @@ def run_problems(run: RunConfig) -> Iterator[Problem]:
     yield from at_least(0, run, "eval_iters", "seed")
     if run.deepspeed_config is not None:
         yield from _json_problems(run.deepspeed_config)
+    try:
+        first, last = run.profiled_steps
+        is_fine = 1 <= first <= last
+    except ValueError:
+        is_fine = False
+    if not is_fine:
+        yield Problem(
+            "--profile_steps is no range of steps",
+            found=run.profile_steps,
+            expected="FIRST,LAST such as 2,3",
+            flags=("--profile_steps",),
+        )
 
 
 def _json_problems(path: str) -> Iterator[Problem]:

@@ -36,6 +36,7 @@ _NOT_FUSED = "this step is not fused here, so there is nothing to turn off"
 _COMMUNICATION = "DeepSpeed's engine does this communication in its own way"
 _RECOMPUTE = "recomputed blocks keep only their input; set activation_checkpointing in --deepspeed_config"
 _LOGGED = "this curve is always written"
+_TIMED = "the parts of a step are always timed and written to TensorBoard (step-time/...)"
 _NOT_LOGGED = "this curve is not written"
 _STATE = "Megatron's own DDP and optimizer are not used: DeepSpeed's engine reduces gradients"
 _ALWAYS = "this is how it is always done here"
@@ -68,14 +69,14 @@ ACCEPTED = _table(
     ("--log-batch-size-to-tensorboard --log-validation-ppl-to-tensorboard", _LOGGED),
     ("--no-log-learnig-rate-to-tensorboard --no-log-learning-rate-to-tensorboard", _LOGGED),
     ("--no-log-loss-scale-to-tensorboard", _LOGGED + " with fp16"),
-    ("--log-timers-to-tensorboard", "iteration time and throughput are always written"),
+    ("--log-timers-to-tensorboard", "iteration time, its parts and throughput are always written"),
     ("--log-memory-to-tensorboard", "memory is on the console line; its curve is not written"),
     ("--log-world-size-to-tensorboard", "the topology is in run.json; there is no curve of it"),
     ("--log-optimizer-states-to-tensorboard --log-params-norm --log-num-zeros-in-grad", _NOT_LOGGED),
     ("--log-throughput --log-progress", "throughput is on the console line and in TensorBoard"),
     ("--tensorboard-log-interval", "every iteration is written", 1),
-    ("--timing-log-level --timing-log-option", "timers are not built; use torch's profiler", 1),
-    ("--no-barrier-with-level-1-timing", "timers are not built; use torch's profiler"),
+    ("--timing-log-level --timing-log-option", _TIMED, 1),
+    ("--no-barrier-with-level-1-timing", _TIMED),
     ("--wandb-project --wandb-exp-name --wandb-save-dir --wandb-entity",
      "the curves are in --tensorboard-dir; Weights & Biases is not used", 1),
     ("--use-mcore-models --use-legacy-models", "there is one implementation of the model"),
@@ -105,7 +106,6 @@ _FUSED_ADAM = (
     '--deepspeed_config: {"optimizer": {"type": "Adam"}}'
 )
 _OFFLOAD = "set zero_optimization.offload_optimizer or offload_param in --deepspeed_config"
-_PROFILE = "use torch's profiler or flops_profiler in --deepspeed_config"
 _SAVES = "a save without this could not be resumed exactly, and every save here can"
 _MODEL = "not built: it would change what the model computes"
 _SCHEDULE = "DeepSpeed's own pipeline schedule is used"
@@ -160,9 +160,6 @@ REFUSED = _table(
     ("--kill-switch-file", "use --exit-signal-handler and SIGTERM, which saves first", 1),
     ("--adlr-autoresume", "use --exit-signal-handler"),
     ("--adlr-autoresume-interval", "use --exit-signal-handler", 1),
-    ("--profile", _PROFILE, 1),
-    ("--profile_steps --profile-steps", _PROFILE, 1),
-    ("--profile-ranks", _PROFILE, "*"),
     ("--deepspeed_mpi", "start with the deepspeed launcher or torchrun"),
     ("--deepscale_config", "an old name: use --deepspeed_config", 1),
     ("--retro-add-retriever --retro-return-doc-ids", _RETRO),

@@ -29,7 +29,7 @@ class AdamW(torch.optim.AdamW):
     """Keeps what torch's AdamW keeps: exp_avg, exp_avg_sq and step of each parameter. All parameters are contiguous."""
 
     @torch.no_grad()
-    def step(self, closure: Closure = None) -> float | None:
+    def step(self, closure: Closure = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

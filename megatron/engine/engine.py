@@ -8,7 +8,8 @@ engine.get_global_grad_norm()                # the same number under every topol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,7 +22,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, LoadMicroBatch, OptimizerStep, ReduceTiedGrads
 
 from megatron.config.optimizer import OptimizerConfig
 from megatron.engine.deepspeed_names import require_built, require_names
@@ -29,6 +30,7 @@ from megatron.engine.expert_groups import has_dealt_experts, mark_expert_groups
 from megatron.engine.grad_norms import Fp32GradNorm, align_group_norms, align_summed_norms, spare_fp64_copies
 from megatron.engine.muon_import import import_muon_uncompiled
 from megatron.engine.optimizers import build_optimizer
+from megatron.engine.step_times import StepTimes
 from megatron.engine.unshared import spare_copies
 from megatron.model.build import parameter_groups
 from megatron.parallel.context import ParallelContext
@@ -67,6 +69,21 @@ class PlainEngine(_ExpertParallel, Fp32GradNorm, _Unshared, DeepSpeedEngine):
     """DeepSpeed's engine for a model without pipeline stages."""
 
 
+_PART_OF = {LoadMicroBatch: "data", ForwardPass: "forward", BackwardPass: "backward", OptimizerStep: "optimizer"}
+"""Of a step's time (step_times.PARTS); the other instructions of a pipeline communicate."""
+
+
+def _in_its_part(instruction: type, execute: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(execute)
+    def timed(engine: PipeEngine, **kwargs: Any) -> None:
+        if engine.step_times is None:
+            return execute(engine, **kwargs)
+        with engine.step_times.part(_PART_OF.get(instruction, "communication")):
+            return execute(engine, **kwargs)
+
+    return timed
+
+
 class PipeEngine(_ExpertParallel, Fp32GradNorm, _Unshared, PipelineEngine):
     """DeepSpeed's engine for a PipelineModule."""
 
@@ -92,8 +109,17 @@ class PipeEngine(_ExpertParallel, Fp32GradNorm, _Unshared, PipelineEngine):
             else:
                 grad.zero_()
 
+    step_times: StepTimes | None = None
+    """Told which instruction runs (steps.train_step)."""
+
     # DeepSpeed looks its instructions up here, and not by name.
-    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, ReduceTiedGrads: _exec_reduce_tied_grads}
+    _INSTRUCTION_MAP = {
+        instruction: _in_its_part(instruction, execute)
+        for instruction, execute in {
+            **PipelineEngine._INSTRUCTION_MAP,
+            ReduceTiedGrads: _exec_reduce_tied_grads,
+        }.items()
+    }
 
 
 def partitioned_construction(ds_config: dict[str, Any], mpu: Mpu) -> AbstractContextManager:

@@ -1,6 +1,6 @@
 """One optimizer step, and an evaluation, over micro batches; plain or pipelined.
 
-loss = train_step(engine, micro_batches)        # one global batch
+loss = train_step(engine, micro_batches, times)        # one global batch
 loss = evaluate(engine, micro_batches, num_batches, num_micro_batches)
 """
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.engine.protocols import Engine
+from megatron.engine.step_times import StepTimes
 
 
 def backward_scale(engine: Engine) -> float:
@@ -35,20 +36,29 @@ def set_global_batch_size(engine: Engine, size: int, data_parallel_size: int) ->
     engine.micro_steps = engine.global_steps * num_micro_batches
 
 
-def train_step(engine: Engine, micro_batches: Iterator[Mapping[str, torch.Tensor]]) -> float:
+def train_step(
+    engine: Engine, micro_batches: Iterator[Mapping[str, torch.Tensor]], times: StepTimes | None = None
+) -> float:
     """One optimizer step over one global batch; returns its mean loss. Collective over the world.
 
-    `micro_batches` yields this rank's micro batches: {"tokens", "labels", "loss_mask"}, each [b, s].
+    `micro_batches` yields this rank's micro batches: {"tokens", "labels", "loss_mask"}, each [b, s]. `times` is told
+    which part of the step begins and ends.
     """
+    times = times or StepTimes()
     if isinstance(engine, PipelineEngine):
+        engine.step_times = times
         return float(engine.train_batch(_pipe_items(engine, micro_batches)))
     engine.train()
     total = torch.zeros((), dtype=torch.float32, device=engine.device)
     for _ in range(engine.gradient_accumulation_steps()):
-        batch = _to_device(next(micro_batches), engine.device)
-        loss = engine(batch["tokens"], batch["labels"], batch["loss_mask"])
-        engine.backward(loss)
-        engine.step()
+        with times.part("data"):
+            batch = _to_device(next(micro_batches), engine.device)
+        with times.part("forward"):
+            loss = engine(batch["tokens"], batch["labels"], batch["loss_mask"])
+        with times.part("backward"):
+            engine.backward(loss)
+        with times.part("optimizer"):
+            engine.step()
         total += loss.detach().float()
     return _mean_over_data_parallel(engine, total / engine.gradient_accumulation_steps())
 

@@ -32,6 +32,7 @@ from megatron.engine.ds_config import deepspeed_config
 from megatron.engine.engine import build_engine, partitioned_construction, write_shard
 from megatron.engine.expert_groups import register_expert_groups
 from megatron.engine.schedule import LearningRateSchedule
+from megatron.engine.step_times import StepTimes
 from megatron.kernels.kernels import choose
 from megatron.layers.router_ledger import RouterLedger
 from megatron.model.build import build_model, parameter_layouts
@@ -44,6 +45,7 @@ from megatron.parallel.rng import RandomStreams
 from megatron.training.batches import Batches
 from megatron.training.launch import LaunchInfo
 from megatron.training.loop import Run
+from megatron.training.metrics import peak_tflops
 from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, parameters_trained_later, refuse_buffers
 from megatron.ucp.commit import RUN_MARK
@@ -141,7 +143,18 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
             {layer: config.model.num_experts_of(layer) for layer in config.model.moe_layers},
             config.run.tensorboard_queue_size,
         )
-    return Run(config, live, batches, progress, run_log, flops_per_token(config.model), ledger, ownership)
+    return Run(
+        config,
+        live,
+        batches,
+        progress,
+        run_log,
+        flops_per_token(config.model),
+        ledger,
+        times=StepTimes(None if get_accelerator().device_name() == "cpu" else get_accelerator().synchronize),
+        peak_tflops=config.estimate.peak_tflops or peak_tflops(config.optimizer.precision),
+        ownership=ownership,
+    )
 
 
 def _tokenizer(config: Config) -> Tokenizer:

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.saving import save
 from megatron.config.config import Config
+from megatron.engine.step_times import StepTimes
 from megatron.engine.steps import backward_scale, evaluate, set_global_batch_size, train_step
 from megatron.layers.router_ledger import RouterLedger
 from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.training.batches import Batches
 from megatron.training.expert_metrics import expert_metrics
 from megatron.training.metrics import Rate, StepMetrics, Throughput, console_line, duration
+from megatron.training.profiler import Profiler
 from megatron.training.stop_signal import StopSignal
 from megatron.training.tensorboard import RunLog
 
@@ -58,6 +60,9 @@ class Run:
     flops_per_token: float
     ledger: RouterLedger
     """What the MoE layers add to the loss and tell of themselves; empty without experts."""
+    times: StepTimes = field(default_factory=StepTimes)
+    peak_tflops: float | None = None
+    """Of one device in the run's precision, where it is known."""
     ownership: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     """Entered already; its end gives the folder of --save free for another run."""
 
@@ -84,15 +89,20 @@ def fit(run: Run, begins: Callable[[int], None] = lambda iteration: None) -> Pro
         )
         return progress
     started = time.monotonic()
+    profiler = Profiler.of(config.run, dist.get_rank())
     stop = StopSignal.install(config.run.exit_signal) if config.run.exit_signal_handler else None
     train = run.batches.train(progress.consumed_train_samples)
-    throughput = Throughput(progress.consumed_train_tokens, run.flops_per_token, dist.get_world_size())
+    throughput = Throughput(progress.consumed_train_tokens, run.flops_per_token, dist.get_world_size(), run.peak_tflops)
     saved_at = progress.iteration
     losses: list[float] = []
     skipped = since_line = 0
     while progress.iteration < last_iteration:
         begins(progress.iteration + 1)
-        step = _one_iteration(run, train)
+        profiler.before(progress.iteration + 1)
+        is_logged = (progress.iteration + 1) % config.run.log_interval == 0
+        with run.times.measuring() if is_logged or run.times.is_free else contextlib.nullcontext():
+            step = _one_iteration(run, train)
+        profiler.after(progress.iteration)
         run.run_log.step(step)
         skipped += step.is_skipped
         if not step.is_skipped:
@@ -108,7 +118,7 @@ def fit(run: Run, begins: Callable[[int], None] = lambda iteration: None) -> Pro
         reason = _exit_reason(config, progress, started, stop, run.live.engine.device)
         if _is_save_due(config, progress) or (reason and config.checkpoint.save):
             with throughput.paused():
-                save(run.live, Path(config.checkpoint.save), progress)
+                _save(run)
             saved_at = progress.iteration
         if reason:
             if stop is not None:
@@ -116,8 +126,14 @@ def fit(run: Run, begins: Callable[[int], None] = lambda iteration: None) -> Pro
             log.info("stopping at iteration %d: %s", progress.iteration, reason)
             return progress
     if config.checkpoint.save and saved_at != progress.iteration:
-        save(run.live, Path(config.checkpoint.save), progress)
+        _save(run)
     return progress
+
+
+def _save(run: Run) -> None:
+    started = time.perf_counter()
+    save(run.live, Path(run.config.checkpoint.save or ""), run.progress)
+    run.run_log.times(run.progress.iteration, {"checkpoint": time.perf_counter() - started})
 
 
 def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
@@ -131,7 +147,7 @@ def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
     try:
         with _explained_loss_scale(progress.iteration + 1):
             run.ledger.scale = backward_scale(engine)
-            loss = train_step(engine, train)
+            loss = train_step(engine, train, run.times)
     except StopIteration as error:
         raise OutOfSamplesError(
             f"the training set ended at iteration {progress.iteration + 1}, before --train-iters. What to do: resume "
@@ -215,6 +231,7 @@ def _log(run: Run, step: StepMetrics, rate: Rate, losses: list[float], skipped: 
     mean = sum(losses) / len(losses) if losses else math.nan
     log.info(console_line(step, rate, last_iteration, mean, skipped))
     run.run_log.rate(step.iteration, rate)
+    run.run_log.times(step.iteration, run.times.taken())
     run.run_log.expert_shares(step)
 
 

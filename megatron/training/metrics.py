@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from deepspeed.accelerator import get_accelerator
 
 from megatron.training.expert_metrics import ExpertMetrics
@@ -45,6 +46,8 @@ class Rate:
     """Of the whole run."""
     tflops: float
     """Per rank."""
+    mfu: float | None = None
+    """Model FLOP/s utilisation: `tflops` of the device's peak; None where that is not known."""
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Throughput:
     """Of the run, at the last line."""
     flops_per_token: float
     world_size: int
+    peak_tflops: float | None = None
     _last_time: float = field(default_factory=time.perf_counter)
 
     @contextlib.contextmanager
@@ -69,11 +73,29 @@ class Throughput:
         seconds = now - self._last_time
         tokens_per_second = (consumed_tokens - self.consumed_tokens) / seconds
         self._last_time, self.consumed_tokens = now, consumed_tokens
-        return Rate(
-            seconds / num_iterations,
-            tokens_per_second,
-            tokens_per_second * self.flops_per_token / self.world_size / 1e12,
-        )
+        tflops = tokens_per_second * self.flops_per_token / self.world_size / 1e12
+        mfu = None if self.peak_tflops is None else tflops / self.peak_tflops
+        return Rate(seconds / num_iterations, tokens_per_second, tflops, mfu)
+
+
+PEAK_TFLOPS = (
+    *(("H200", 989.0), ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("H800", 989.0), ("GH200", 989.0)),
+    *(("B200", 2250.0), ("A100", 312.0), ("A800", 312.0), ("A40", 150.0), ("A30", 165.0), ("A10", 125.0)),
+    *(("L40S", 362.0), ("L40", 181.0), ("L4", 121.0), ("V100", 125.0), ("T4", 65.0), ("RTX 4090", 165.0)),
+)
+"""Dense fp16 or bf16 matrix products with sums in fp32, by a part of the card's name, first match; NVIDIA's data sheets
+and the whitepapers of the architectures."""
+
+
+def peak_tflops(precision: str) -> float | None:
+    """Of this process's device; None for a CPU, an unknown card, and fp32, of which a card has several peaks."""
+    if get_accelerator().device_name() != "cuda" or precision == "fp32":
+        return None
+    return peak_of_card(torch.get_device_module("cuda").get_device_name())
+
+
+def peak_of_card(name: str) -> float | None:
+    return next((peak for part, peak in PEAK_TFLOPS if part in name), None)
 
 
 def memory_gib() -> float:
@@ -98,6 +120,8 @@ def console_line(step: StepMetrics, rate: Rate, train_iters: int, loss: float, s
         f"{memory_gib():.2f} GiB",
         f"ETA {duration(left)}",
     ]
+    if rate.mfu is not None:
+        fields.insert(7, f"MFU {rate.mfu:.1%}")
     if step.loss_scale is not None:
         fields.insert(5, f"loss scale {step.loss_scale:g}")
     if step.experts:

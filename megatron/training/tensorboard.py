@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron.checkpoint.progress import Progress
+from megatron.engine.step_times import PARTS
 from megatron.training.metrics import Rate, StepMetrics
 
 RUN_FILE = "run.json"
@@ -28,7 +29,10 @@ _OF_STEPS = (
     "batch-size/batch-size",
     "loss-scale/loss-scale",
 )
-_OF_RATES = ("iteration-time/iteration-time", "throughput/tokens per second", "throughput/TFLOPs per rank")
+_OF_RATES = (
+    *("iteration-time/iteration-time", "throughput/tokens per second", "throughput/TFLOPs per rank", "throughput/MFU"),
+    *(f"step-time/{part}" for part in (*PARTS, "checkpoint")),
+)
 _OF_ROUTERS = ("load balancing loss", "z loss", "router entropy", "dropped")
 _OF_VALIDATION = ("lm loss validation", "lm loss validation ppl")
 
@@ -92,6 +96,13 @@ class RunLog:
         self._add("iteration-time/iteration-time", rate.seconds_per_iteration, iteration)
         self._add("throughput/tokens per second", rate.tokens_per_second, iteration)
         self._add("throughput/TFLOPs per rank", rate.tflops, iteration)
+        if rate.mfu is not None:
+            self._add("throughput/MFU", rate.mfu, iteration)
+
+    def times(self, iteration: int, seconds: Mapping[str, float]) -> None:
+        """Of the parts of a step on rank 0, and of saves."""
+        for part, value in seconds.items():
+            self._add(f"step-time/{part}", value, iteration)
 
     def expert_shares(self, step: StepMetrics) -> None:
         """Each expert's share of its layer's choices: many curves, so not of every iteration."""

@@ -37,6 +37,9 @@ class RecordingLog:
     def expert_shares(self, step) -> None:
         pass
 
+    def times(self, iteration, seconds) -> None:
+        pass
+
     def validation(self, iteration, samples, tokens, loss) -> None:
         self.validations.append((iteration, loss))
 
