@@ -37,6 +37,7 @@ CANDIDATES = {
     "plain loop": Candidate("plain"),
     "ours, ZeRO-0": Candidate("ours"),
     "ours, ZeRO-1": Candidate("ours", flags=("--zero-stage", "1")),
+    "ours, compiled": Candidate("ours", flags=("--zero-stage", "1", "--torch-compile")),
     "HF Trainer": Candidate("trainer"),
     "FSDP2, 2 ranks": Candidate("fsdp", ranks=2),
     "ours, ZeRO-1, dp2": Candidate("ours", ranks=2, flags=("--zero-stage", "1")),

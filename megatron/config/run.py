@@ -63,6 +63,9 @@ class RunConfig:
         "2,3", "--profile_steps", "--profile-steps", help="FIRST,LAST that are in the trace", unit="iterations"
     )
     profile_ranks: tuple[int, ...] = flag((0,), help="that write one each", unit="ranks")
+    torch_compile: bool = flag(
+        False, help="compile each transformer block with torch.compile; the first step then takes a minute or more"
+    )
     distributed_backend: str = flag(
         "nccl", help="of torch.distributed; without CUDA nccl becomes gloo", choices=("nccl", "gloo", "ccl", "hccl")
     )

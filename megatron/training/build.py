@@ -36,6 +36,7 @@ from megatron.engine.step_times import StepTimes
 from megatron.kernels.kernels import choose
 from megatron.layers.router_ledger import RouterLedger
 from megatron.model.build import build_model, parameter_layouts
+from megatron.model.compiled import compile_blocks
 from megatron.model.flops import flops_per_token, num_parameters
 from megatron.parallel.agreement import stops_all_ranks
 from megatron.parallel.context import ParallelContext, build_context
@@ -102,6 +103,8 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
     with stops_all_ranks("building the model"):
         layouts = parameter_layouts(model)
         refuse_buffers(model)
+    if config.run.torch_compile:
+        log.info("torch.compile: %d blocks on this rank, at their first use", compile_blocks(model))
     freeze(model, config.optimizer.freeze_parameters, context)
     with stops_all_ranks("reading the checkpoint's parameter groups"):
         trained_later = _trained_later(config, plan)
