@@ -5,12 +5,13 @@
 # make fig9    LLaMA, BLOOM and a mixture of experts under another topology: the paper's Figure 9, into gallery/
 # make hf_trainer  a Hugging Face Trainer script with one line more: killed on 2 ranks, resumed on 1 and on 3
 # make bench   side-by-side measurements         make install only set up
+# make gpu     on a machine with a GPU: everything that only a GPU can tell, in one table (tools/gpu_check.py)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install ex1 ex2 ex3 ex4 fig7 fig9 hf_trainer test test-fast lint bench clean
+.PHONY: install ex1 ex2 ex3 ex4 fig7 fig9 hf_trainer test test-fast lint bench gpu clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -60,8 +61,13 @@ lint: $(STAMP) $(VENV)/.lint
 bench: $(STAMP)
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/save.py
+	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/kernels.py
+
+gpu: $(STAMP)
+	$(BIN)/python tools/gpu_check.py
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .ruff_cache

@@ -40,7 +40,8 @@ setup(
     cmdclass={"build_ext": build_ext},
     # What the checkpoint library and ucp_deepspeed need, in programs of others.
     install_requires=[
-        "torch==2.13.0",
+        # Tried: 2.11.0 and 2.13.0. A machine that has its own is not made to download another.
+        "torch>=2.11,<2.14",
         "deepspeed==0.19.8",
         "numpy==2.4.6",
         "safetensors==0.8.0",

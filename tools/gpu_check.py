@@ -58,13 +58,15 @@ class Check:
     def __init__(self, scratch: Path, is_rehearsal: bool, minutes: float) -> None:
         self.scratch, self.is_rehearsal = scratch, is_rehearsal
         self._ends = time.monotonic() + 60 * minutes
+        self.said = ""
+        """All that the last process printed."""
 
     def run(self, command: list[str | Path], device: str | None = None, limit: float = 600) -> tuple[int, str]:
         """(exit code, output) of a process; 124 if it did not end in time. `device` "cpu" hides the GPU."""
         environment = dict(os.environ)
         if device == "cpu" or self.is_rehearsal:
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        limit = min(limit, self._ends - time.monotonic())
+        limit, self.said = min(limit, self._ends - time.monotonic()), ""
         if limit <= 0:
             return 124, "out of time"
         try:
@@ -80,6 +82,7 @@ class Check:
             )
         except subprocess.TimeoutExpired as late:
             return 124, str(late.stdout or "")
+        self.said = done.stdout
         return done.returncode, done.stdout
 
     def data(self, shape: str) -> Path:
@@ -136,11 +139,13 @@ def main(argv: list[str]) -> int:
             for row in SECTIONS[name](check):
                 rows.append(row)
                 print(f"{row.verdict:8}{row.what:58}{row.found}", flush=True)
+                if row.verdict == FAILED:
+                    print(f"--- what it printed\n{check.said[-20_000:]}\n---", file=sys.stderr, flush=True)
     failed = [row for row in rows if row.verdict == FAILED]
     print(f"{card}: {len(rows)} checks, {len(failed)} failed")
     if arguments.markdown:
         lines = [f"On {card}:", "", "| check | found | |", "|---|---|---|"]
-        lines += [f"| {row.what} | {row.found} | {row.verdict} |" for row in rows]
+        lines += [f"| {row.what} | {row.found.replace(' |', ',')} | {row.verdict} |" for row in rows]
         Path(arguments.markdown).write_text("\n".join(lines) + "\n")
     return 1 if failed else 0
 
