@@ -210,6 +210,7 @@ def batches(task: Task) -> Iterator[tuple[Any, Any]]:
 
 def trainer(task: Task, turns: Turns) -> None:
     import torch
+    from model.huggingface_names import canonical
     from torch.utils.data import IterableDataset
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -228,8 +229,9 @@ def trainer(task: Task, turns: Turns) -> None:
     weights = torch.load(Path(task.scratch) / "weights.pt", weights_only=True)
     with torch.no_grad():
         for name, param in model.named_parameters():
-            ours = weights[_of_gpt2(name)]
-            param.copy_(ours.T if "c_" in name and name.endswith("weight") else ours)
+            place = canonical("gpt2", name)
+            ours = weights[place.name]
+            param.copy_(ours.T if place.form == "transposed" and ours.dim() == 2 else ours)
 
     class Samples(IterableDataset):
         def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -265,24 +267,6 @@ def trainer(task: Task, turns: Turns) -> None:
         dataloader_pin_memory=False,
     )
     Kept(model=model, args=arguments, train_dataset=Samples(), callbacks=[TurnsOfTrainer()]).train()
-
-
-def _of_gpt2(name: str) -> str:
-    """Our name of a parameter of transformers' GPT-2."""
-    for theirs, ours in (
-        ("transformer.wte", "embedding.word_embeddings"),
-        ("transformer.wpe", "embedding.position_embeddings"),
-        ("transformer.h.", "layers."),
-        ("ln_1", "input_norm"),
-        ("ln_2", "post_attention_norm"),
-        ("attn.c_attn", "attention.query_key_value"),
-        ("attn.c_proj", "attention.dense"),
-        ("mlp.c_fc", "mlp.dense_h_to_4h"),
-        ("mlp.c_proj", "mlp.dense_4h_to_h"),
-        ("transformer.ln_f", "final_norm"),
-    ):
-        name = name.replace(theirs, ours)
-    return name
 
 
 # -- ours ------------------------------------------------------------------------------------------------------------
@@ -380,7 +364,7 @@ def _join(task: Task) -> None:
 KINDS: dict[str, Callable[[Task, Turns], None]] = {"plain": plain, "fsdp": fsdp, "trainer": trainer, "ours": ours}
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     asked = Task(**json.loads(sys.argv[1]))
     body = prepare if sys.argv[2:] == ["prepare"] else KINDS[CANDIDATES[asked.candidate].kind]
     body(asked, Turns(asked.in_a_turn))
