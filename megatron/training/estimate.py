@@ -97,6 +97,8 @@ def _for_ranks(config: Config, ranks: int) -> Config:
 
 def _of_one(config: Config, ranks: int) -> str:
     topology, zero_stage = config.parallel.topology(ranks), config.parallel.zero_stage
+    if config.optimizer.precision != "fp32":
+        zero_stage = max(zero_stage, 1)  # as it is run (engine/ds_config.py)
     is_cuda = config.estimate.gpus is not None
     lines = [
         f"{num_parameters(config.model):,} parameters, {topology}, ZeRO-{zero_stage}, {config.optimizer.precision}, "
@@ -113,6 +115,8 @@ def _of_one(config: Config, ranks: int) -> str:
         "peak: at the beginning of backward or at the optimizer's step, whichever needs more; so less than the sum."
     )
     lines.append("Not counted: the libraries themselves, some 0.4 GiB of a process; on a GPU its context.")
+    if config.run.deepspeed_config is not None:
+        lines.append(f"Not looked at: what {config.run.deepspeed_config} offloads or buffers.")
     return "\n".join(lines)
 
 

@@ -89,45 +89,46 @@ def fit(run: Run, begins: Callable[[int], None] = lambda iteration: None) -> Pro
         )
         return progress
     started = time.monotonic()
-    profiler = Profiler.of(config.run, dist.get_rank())
     stop = StopSignal.install(config.run.exit_signal) if config.run.exit_signal_handler else None
     train = run.batches.train(progress.consumed_train_samples)
     throughput = Throughput(progress.consumed_train_tokens, run.flops_per_token, dist.get_world_size(), run.peak_tflops)
     saved_at = progress.iteration
     losses: list[float] = []
     skipped = since_line = 0
-    while progress.iteration < last_iteration:
-        begins(progress.iteration + 1)
-        profiler.before(progress.iteration + 1)
-        is_logged = (progress.iteration + 1) % config.run.log_interval == 0
-        with run.times.measuring() if is_logged or run.times.is_free else contextlib.nullcontext():
-            step = _one_iteration(run, train)
-        profiler.after(progress.iteration)
-        run.run_log.step(step)
-        skipped += step.is_skipped
-        if not step.is_skipped:
-            losses.append(step.loss)
-        since_line += 1
-        if progress.iteration % config.run.log_interval == 0:
-            rate, since_line = throughput.since_last(since_line, progress.consumed_train_tokens), 0
-            _log(run, step, rate, losses, skipped, last_iteration)
-            losses, skipped = [], 0
-        if config.run.eval_iters and progress.iteration % config.run.eval_interval == 0:
-            with throughput.paused():
-                validate(run)
-        reason = _exit_reason(config, progress, started, stop, run.live.engine.device)
-        if _is_save_due(config, progress) or (reason and config.checkpoint.save):
-            with throughput.paused():
-                _save(run)
-            saved_at = progress.iteration
-        if reason:
-            if stop is not None:
-                stop.ignore()
-            log.info("stopping at iteration %d: %s", progress.iteration, reason)
-            return progress
-    if config.checkpoint.save and saved_at != progress.iteration:
-        _save(run)
-    return progress
+    with Profiler.of(config.run, dist.get_rank()) as profiler:
+        profiler.warn_of(progress.iteration + 1, last_iteration)
+        while progress.iteration < last_iteration:
+            begins(progress.iteration + 1)
+            profiler.before(progress.iteration + 1)
+            is_logged = (progress.iteration + 1) % config.run.log_interval == 0
+            with run.times.measuring() if is_logged or run.times.is_free else contextlib.nullcontext():
+                step = _one_iteration(run, train)
+            profiler.after(progress.iteration)
+            run.run_log.step(step)
+            skipped += step.is_skipped
+            if not step.is_skipped:
+                losses.append(step.loss)
+            since_line += 1
+            if progress.iteration % config.run.log_interval == 0:
+                rate, since_line = throughput.since_last(since_line, progress.consumed_train_tokens), 0
+                _log(run, step, rate, losses, skipped, last_iteration)
+                losses, skipped = [], 0
+            if config.run.eval_iters and progress.iteration % config.run.eval_interval == 0:
+                with throughput.paused():
+                    validate(run)
+            reason = _exit_reason(config, progress, started, stop, run.live.engine.device)
+            if _is_save_due(config, progress) or (reason and config.checkpoint.save):
+                with throughput.paused():
+                    _save(run)
+                saved_at = progress.iteration
+            if reason:
+                if stop is not None:
+                    stop.ignore()
+                log.info("stopping at iteration %d: %s", progress.iteration, reason)
+                return progress
+        if config.checkpoint.save and saved_at != progress.iteration:
+            _save(run)
+        return progress
 
 
 def _save(run: Run) -> None:

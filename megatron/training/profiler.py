@@ -1,7 +1,7 @@
 """--profile: torch's profiler over a few steps, written as traces that TensorBoard, Perfetto and chrome://tracing open.
 
-profiler = Profiler.of(config.run, rank)
-profiler.before(iteration); ...; profiler.after(iteration)    # a no-op but for --profile_steps on --profile-ranks
+with Profiler.of(config.run, rank) as profiler:               # a run that ends before writes what there is
+    profiler.before(iteration); ...; profiler.after(iteration)    # a no-op but for --profile_steps on --profile-ranks
 """
 
 from __future__ import annotations
@@ -36,6 +36,20 @@ class Profiler:
         folder = Path(run.tensorboard_dir or ".")
         return cls(first, last, folder, rank, is_full="pt-full" in (run.profile or ()))
 
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.after(self.last)
+
+    def warn_of(self, first: int, last: int) -> None:
+        """If none of the steps that this run takes will be in a trace."""
+        if self.first <= self.last and not first <= self.first <= last:
+            log.warning(
+                "warning: --profile_steps %d,%d begin outside of this run's steps, %d to %d: there will be no trace",
+                *(self.first, self.last, first, last),
+            )
+
     def before(self, iteration: int) -> None:
         if iteration != self.first or self.last < self.first:
             return
@@ -53,4 +67,4 @@ class Profiler:
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / f"rank{self.rank}-steps{self.first}-{self.last}.pt.trace.json"
         running.export_chrome_trace(str(trace))
-        log.warning("--profile: wrote %s (TensorBoard, ui.perfetto.dev and chrome://tracing open it)", trace)
+        log.info("--profile: wrote %s (TensorBoard, ui.perfetto.dev and chrome://tracing open it)", trace)

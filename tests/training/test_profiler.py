@@ -11,6 +11,7 @@ from matrix.recording import command_line, train
 from megatron.config.arguments import parse
 from megatron.config.errors import ConfigError
 from megatron.training.metrics import Throughput, peak_of_card
+from megatron.training.profiler import Profiler
 
 
 def _names(path) -> list[str]:
@@ -42,6 +43,23 @@ def test_bare_and_full(data, tmp_path):
     assert not shapes()
     run_ranks(1, train, [*argv, "pt-full"])
     assert shapes()
+
+
+def test_a_run_that_ends_before_the_last_step_writes_what_there_is(data, tmp_path):
+    argv = [*command_line(data, tensorboard_dir=tmp_path, iters=3), "--profile_steps", "2,9", "--profile"]
+    run_ranks(1, train, argv)
+    (trace,) = tmp_path.glob("*.trace.json")
+    assert any("AdamW" in name for name in _names(trace))
+
+
+def test_steps_that_never_come_are_told(caplog):
+    run = parse(command_line("a", iters=3, profile_steps="2,3", profile="pt")).config.run
+    with caplog.at_level("WARNING", logger="megatron"):
+        Profiler.of(run, rank=0).warn_of(1, 3)
+        Profiler.of(run, rank=1).warn_of(101, 200)  # writes none anyway
+        assert not caplog.records
+        Profiler.of(run, rank=0).warn_of(101, 200)
+    assert "outside of this run's steps, 101 to 200" in caplog.text
 
 
 def test_without_the_flag_nothing_is_written(data, tmp_path):
