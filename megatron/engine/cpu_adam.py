@@ -51,6 +51,8 @@ class AdamW(torch.optim.AdamW):
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
             written = [tensor.view(-1) for tensor in (param.detach(), state["exp_avg"], state["exp_avg_sq"])]
             flats = (written[0], param.grad.reshape(-1), *written[1:])
+            if not param.numel():
+                state["step"] += 1  # as torch counts it
             whole = param.numel() // UNIT * UNIT
             if whole:
                 stepped.append(tuple(flat[:whole] for flat in flats))

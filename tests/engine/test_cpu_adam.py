@@ -55,6 +55,16 @@ def test_without_filling_up_the_ends_are_rounded_otherwise(monkeypatch):
     assert any(not torch.equal(cut[name], whole[name]) for cut in changed for name in whole)
 
 
+def test_the_steps_of_an_empty_tensor_are_counted_too():
+    empty, other = torch.nn.Parameter(torch.ones(0)), torch.nn.Parameter(torch.ones(3))
+    for kind in (cpu_adam.AdamW, torch.optim.AdamW):
+        optimizer = kind([empty, other], **HYPER)
+        for _ in range(2):
+            empty.grad, other.grad = torch.ones(0), torch.ones(3)
+            optimizer.step()
+        assert optimizer.state[empty]["step"] == optimizer.state[other]["step"] == 2
+
+
 def test_a_parameter_without_a_gradient_is_left_alone_and_matrices_are_taken():
     still, matrix = torch.nn.Parameter(torch.ones(70)), torch.nn.Parameter(torch.ones(9, 11))
     optimizer = cpu_adam.AdamW([still, matrix], **HYPER)
