@@ -108,6 +108,9 @@ class Presence:
             raise LostRankError(text) from error
         finally:
             self._ended.set()
+            if self._store is not None:
+                # A thread that is inside the store's C++ while the interpreter ends would abort the process.
+                self._thread.join(timeout=self._interval)
 
     # -- the thread ----------------------------------------------------------------------------------------------
 

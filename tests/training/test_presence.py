@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 
 from harness.ranks import run_ranks
 from matrix.recording import build, command_line
+from megatron.training.presence import Presence
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERVAL = 0.2
@@ -92,6 +94,38 @@ def test_a_rank_that_is_busy_is_not_called_missing():
         kind, text = outcomes[rank]
         assert kind == "LostRankError" and "Every rank still answers" in text and "No answer" not in text, text
         assert "has not answered" not in text
+
+
+class SlowStore:
+    """A store whose answer to the thread comes late, as under load."""
+
+    def __init__(self) -> None:
+        self.is_asked, self.may_answer = threading.Event(), threading.Event()
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        pass
+
+    def set(self, key: str, value: str) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            self.is_asked.set()
+            assert self.may_answer.wait(30)
+
+
+def test_whoever_leaves_waits_for_the_thread():
+    """Inside the store's C++ at the end of the interpreter it would abort a process that had done all its work."""
+    store = SlowStore()
+    with Presence(store, rank=1, world_size=2, timeout_minutes=1, interval=0.5) as presence:
+        assert store.is_asked.wait(30)
+        threading.Timer(0.1, store.may_answer.set).start()
+    assert not presence._thread.is_alive()
+
+
+def test_but_not_forever():
+    store = SlowStore()
+    with Presence(store, rank=1, world_size=2, timeout_minutes=1, interval=0.1) as presence:
+        assert store.is_asked.wait(30)
+    assert presence._thread.is_alive()  # a store that is gone answers never
+    store.may_answer.set()
 
 
 def _group_timeouts(rank: int, world_size: int, argv: list[str]) -> list[float]:
