@@ -57,13 +57,10 @@ def rank_memory(
     model, size = config.model, 4 if config.optimizer.precision == "fp32" else 2
     dense, experts = stage_parameters(model, topology, stage)
     parameters = dense + experts
-    zero_size, edp_size = topology.dp_size * topology.sp_size, topology.dp_size * topology.sp_size // topology.ep_size
-
-    def over_ranks(count: float, of_dense: float, of_experts: float) -> float:
-        return count * (dense / of_dense + experts / of_experts)
-
-    shared = over_ranks(1, zero_size, edp_size) if zero_stage else parameters
+    zero_size = topology.dp_size * topology.sp_size
     is_alone = zero_size == 1
+    # Of a state that ZeRO shares; experts over fewer ranks.
+    shared = (dense + experts * topology.ep_size) / zero_size if zero_stage else parameters
     if size == 4 and (zero_stage == 0 or (zero_stage < 3 and is_alone)):
         masters = 0.0  # the weights are the masters
     else:
