@@ -55,6 +55,12 @@ class Config:
         return self._resolved(world_size)
 
     @property
+    def zero_stage_as_run(self) -> int:
+        """--zero-stage, but low precision without ZeRO is run as ZeRO-1 (engine/ds_config.py says why)."""
+        stage = self.parallel.zero_stage
+        return stage if self.optimizer.precision == "fp32" else max(stage, 1)
+
+    @property
     def length(self) -> RunLength:
         """Needs a resolved configuration."""
         run = self.run

@@ -116,8 +116,8 @@ def deepspeed_config(config: Config, topology: Topology, user_json: Json | None 
     notes: list[str] = []
     if off:
         notes.append("switched off in the DeepSpeed JSON, so left out: " + ", ".join(off))
-    if flags["zero_optimization"]["stage"] == 0 and config.optimizer.precision != "fp32":
-        flags["zero_optimization"]["stage"] = 1
+    if config.zero_stage_as_run != config.parallel.zero_stage:
+        flags["zero_optimization"]["stage"] = config.zero_stage_as_run
         user.get("zero_optimization", {}).pop("stage", None)
         notes.append(
             f"ZeRO-0 with {config.optimizer.precision} is run as ZeRO-1, which trains the same weights: DeepSpeed's "

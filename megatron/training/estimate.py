@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from megatron.config import batch_checks, model_checks
 from megatron.config.config import Config
 from megatron.config.errors import ConfigError, Problem
-from megatron.config.parallel import ParallelConfig
 from megatron.model.flops import flops_per_token, num_parameters
 from megatron.model.memory import RankMemory, rank_memory, worst_stage
 from megatron.ucp.topology import Topology
@@ -96,9 +95,7 @@ def _for_ranks(config: Config, ranks: int) -> Config:
 
 
 def _of_one(config: Config, ranks: int) -> str:
-    topology, zero_stage = config.parallel.topology(ranks), config.parallel.zero_stage
-    if config.optimizer.precision != "fp32":
-        zero_stage = max(zero_stage, 1)  # as it is run (engine/ds_config.py)
+    topology, zero_stage = config.parallel.topology(ranks), config.zero_stage_as_run
     is_cuda = config.estimate.gpus is not None
     lines = [
         f"{num_parameters(config.model):,} parameters, {topology}, ZeRO-{zero_stage}, {config.optimizer.precision}, "
@@ -181,16 +178,13 @@ def _candidates(config: Config) -> Iterator[Config]:
                         sequence_parallel=config.parallel.sequence_parallel and tp > 1,
                         no_pipeline_parallel=pp == 1,
                     )
-                    if _is_new(parallel, config):
-                        try:
-                            yield _for_ranks(dataclasses.replace(config, parallel=parallel), ranks)
-                        except ConfigError:
-                            continue
-
-
-def _is_new(parallel: ParallelConfig, config: Config) -> bool:
-    """Low precision without ZeRO is run as ZeRO-1 (engine/ds_config.py)."""
-    return config.optimizer.precision == "fp32" or parallel.zero_stage > 0
+                    candidate = dataclasses.replace(config, parallel=parallel)
+                    if candidate.zero_stage_as_run != zero_stage:
+                        continue  # the one with the stage that is run is listed
+                    try:
+                        yield _for_ranks(candidate, ranks)
+                    except ConfigError:
+                        continue
 
 
 def _judged(config: Config, ranks: int) -> Fit:

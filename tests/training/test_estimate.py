@@ -44,6 +44,7 @@ def test_stages_of_one_topology():
     assert "tp2 pp4 dp2, ZeRO-1, bf16, 16 rank(s) on GPUs" in said
     peaks = [float(line.split()[-1]) for line in said.splitlines() if re.match(r"stage \d", line)]
     assert len(peaks) == 4 and peaks[0] > peaks[1] > peaks[2]  # fewer micro batches in flight
+    assert "ZeRO-1, bf16" in _said(f"{LLAMA} --gpus 8")  # what low precision without ZeRO is run as
     on_cpu = _said("--model-preset tiny-gpt --micro-batch-size 2 --vocab-size 1000 --estimate", ranks=2)
     assert "dp2, ZeRO-0, fp32, 2 rank(s) on CPUs" in on_cpu
 
