@@ -1,12 +1,14 @@
 """ucp.json of a native checkpoint: what a live engine's state says of the files that DeepSpeed wrote of it.
 
 files = checksums(staging, final, written)          # collective, as the next
-manifest = native_manifest(state, state_digests(state), files, model={}, common={"iteration": 100})
+manifest = native_manifest(state, ManifestPart.of(state), digests, files, model={}, common={"iteration": 100})
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch.distributed as dist
 
 import megatron
 from megatron.checkpoint.errors import CheckpointError, all_ranks_or_none
-from megatron.checkpoint.state_digest import expert_digests
+from megatron.checkpoint.state_digest import StateDigests
 from megatron.engine.engine_state import EngineState, OwnedInterval
 from megatron.parallel.agreement import gathered
 from megatron.ucp import commit
@@ -36,37 +38,53 @@ def checksums(staging: Path, final: Path, written: Mapping[str, FileInfo]) -> di
     return {name: known[name] for name in there}
 
 
+@dataclass(frozen=True)
+class ManifestPart:
+    """What this rank's engine says, beside the values, at the moment that is saved."""
+
+    numbers: dict[str, dict[str, Any]]
+    """{parameter: step, scalars, shapes}."""
+    groups: dict[str, str]
+    """{parameter: its group of the optimizer's}."""
+    hyper_parameters: dict[str, Any]
+    stage3_order: list[list[str]]
+    flat_table: list[tuple[str, int, int, int]]
+
+    @classmethod
+    def of(cls, state: EngineState) -> ManifestPart:
+        """Local."""
+        numbers = {interval.name: _numbers(state, interval) for interval in state.intervals}
+        groups = {interval.name: interval.group for interval in state.intervals}
+        hyper_parameters = copy.deepcopy(state.hyper_parameters())  # a schedule goes on changing them
+        return cls(numbers, groups, hyper_parameters, state.stage3_order, state.flat_table)
+
+
 def native_manifest(
     state: EngineState,
-    digests: Mapping[str, Mapping[str, str]],
+    own: ManifestPart,
+    digests: StateDigests,
     files: Mapping[str, FileInfo],
     *,
     model: Mapping[str, Any],
     common: Mapping[str, Any],
 ) -> Manifest:
-    """`digests`: of the live state, as it was saved. Collective over the world. Raises CheckpointError where ranks hold
-    a parameter at different steps."""
-    numbers: dict[str, dict[str, Any]] = {}
-    groups: dict[str, str] = {}
-    order: list[str] = []
-    for interval in state.intervals:
-        numbers[interval.name] = _numbers(state, interval)
-        groups[interval.name] = interval.group
-        order.append(interval.name)
-    everywhere = gathered((numbers, groups, state.hyper_parameters(), order, state.stage3_order, state.flat_table))
-    for other_numbers, other_groups, *_ in everywhere:
-        for name, there in other_numbers.items():
+    """`own` and `digests`: of the state as it was saved. Collective over the world. Raises CheckpointError where ranks
+    hold a parameter at different steps."""
+    everywhere = gathered(own)
+    numbers, groups = dict(own.numbers), dict(own.groups)
+    for part in everywhere:
+        for name, there in part.numbers.items():
             if numbers.setdefault(name, there) != there:
                 raise CheckpointError(f"ranks hold {name} at different optimizer steps: {numbers[name]} and {there}")
-        groups.update(other_groups)
-    hyper_parameters = {name: values for part in everywhere for name, values in part[2].items()}
+        groups.update(part.groups)
+    hyper_parameters = {name: values for part in everywhere for name, values in part.hyper_parameters.items()}
     parameters = {
         name: ParameterInfo(
             layout=layout,
             group=groups.get(name, ""),
             is_trainable=name not in state.frozen,
             pp_stages=state.pp_stages[name],
-            states=tuple(digests[name]),
+            states=tuple(digests.whole[name]),
             dtype=state.weight_dtype,
             **numbers.get(name, {}),
         )
@@ -89,12 +107,12 @@ def native_manifest(
         optimizer=OptimizerInfo(kind=type(state.base).__name__, wrapper=state.wrapper, groups=hyper_parameters),
         model=dict(model),
         common=dict(common),
-        digests={name: dict(values) for name, values in digests.items()},
-        expert_digests=expert_digests(state, digests),
+        digests={name: dict(values) for name, values in digests.whole.items()},
+        expert_digests=digests.of_experts,
         files=dict(files),
-        zero0_order=_by_mp_rank(topology, [part[3] for part in everywhere]) if state.is_replicated else [],
-        zero3_order=_by_mp_rank(topology, [part[4] for part in everywhere]) if state.stage3_order else [],
-        fragments=_fragments(topology, [part[5] for part in everywhere]),
+        zero0_order=_by_mp_rank(topology, [list(part.numbers) for part in everywhere]) if state.is_replicated else [],
+        zero3_order=_by_mp_rank(topology, [part.stage3_order for part in everywhere]) if own.stage3_order else [],
+        fragments=_fragments(topology, [part.flat_table for part in everywhere]),
         pipeline_layers=list(state.engine.module.entry_paths) if is_pipelined else [],
     )
 

@@ -10,53 +10,95 @@ against it: copies that drifted apart are found here, before they are saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron.checkpoint.live_memory import LiveMemory
 from megatron.engine.engine_state import MASTER, EngineState, IntervalState
 from megatron.parallel.agreement import gathered
 from megatron.parallel.rank_errors import reported_by_rank_0
-from megatron.ucp.digest import Digest, digest_runs
+from megatron.ucp.digest import Digest
 from megatron.ucp.expert_digests import expert_elements, num_experts
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.runs import Runs, clip_atomic
+from megatron.ucp.save_job import DigestRow, RowDigests, digest_row
 
 
 class DivergedCopiesError(RuntimeError):
     """Ranks that must hold the same values of a parameter do not."""
 
 
+@dataclass(frozen=True)
+class StateDigests:
+    whole: dict[str, dict[str, str]]
+    """{canonical name: {state: hex}}; of a frozen parameter only its weight's, widened to fp32."""
+    of_experts: dict[str, dict[str, list[str]]]
+    """{canonical name: {state: [hex of each expert]}} of all experts whose own add up to the whole."""
+
+    def of(self, names: Container[str]) -> StateDigests:
+        """Of these parameters only."""
+        whole = {name: values for name, values in self.whole.items() if name in names}
+        return StateDigests(whole, {name: values for name, values in self.of_experts.items() if name in names})
+
+
 def state_digests(state: EngineState) -> dict[str, dict[str, str]]:
-    """{canonical name: {state: hex}}; of a frozen parameter only its weight's, widened to fp32. Collective over the
-    world. Raises DivergedCopiesError on every rank."""
+    """`StateDigests.whole` of what the engine holds now. Collective over the world. Raises DivergedCopiesError on every
+    rank."""
+    memory = LiveMemory()
+    rows = digest_rows(state, memory.hold, with_experts=False)
+    return summed_digests(state, rows, [digest_row(row, memory) for row in rows]).whole
+
+
+def digest_rows(
+    state: EngineState, hold: Callable[[torch.Tensor], int], *, with_experts: bool = True
+) -> list[DigestRow]:
+    """Of everything this rank holds; `hold` numbers its tensors. Local."""
+    rows = []
+    for name, held, is_whole in _held(state):
+        is_all_counted = np.array_equal(held.counted_runs, held.runs)
+        experts: list[tuple[int, Runs]] = []
+        if with_experts and held.layout == state.layouts[name]:
+            clipped = [
+                (expert, clip_atomic(held.counted_runs, *expert_elements(held.layout, expert)))
+                for expert in range(num_experts(held.layout))
+            ]
+            experts = [(expert, runs) for expert, runs in clipped if len(runs)]
+        counted = None if is_all_counted else held.counted_runs
+        row = DigestRow(name, held.state, held.layout.shape, hold(held.values), held.runs, counted, is_whole)
+        rows.append(replace(row, experts=tuple(experts)))
+    return rows
+
+
+def _held(state: EngineState) -> Iterator[tuple[str, IntervalState, bool]]:
+    """(name, held, whether every data-parallel rank has all of it)."""
+    for interval in state.intervals:
+        yield from ((interval.name, held, state.is_replicated) for held in state.states_of(interval))
+    for frozen in state.frozen_intervals:
+        layout = state.layouts[frozen.name]
+        held = IntervalState(MASTER, frozen.weights, layout, frozen.runs, frozen.counted_runs)
+        yield frozen.name, held, state.has_whole_frozen
+
+
+def summed_digests(state: EngineState, rows: Sequence[DigestRow], digests: Sequence[RowDigests]) -> StateDigests:
+    """Of the whole state, from every rank's rows and their digests. Collective over the world. Raises
+    DivergedCopiesError on every rank."""
     names = sorted(state.layouts)
-    every_rank = gathered(state.state_names)
-    state_names = (MASTER, *sorted({name for of_rank in every_rank for name in of_rank}))
-    row = {name: index for index, name in enumerate(names)}
+    every_rank = gathered(sorted({row.state for row in rows}))
+    state_names = (MASTER, *sorted({name for of_rank in every_rank for name in of_rank} - {MASTER}))
+    index = {name: number for number, name in enumerate(names)}
     counted = torch.zeros(len(names), len(state_names), 2, dtype=torch.int64)
     # What a data-parallel rank has all of, and what it has a piece of.
     wholes, pieces = torch.zeros_like(counted), torch.zeros_like(counted)
     num_holders = torch.zeros(len(names), len(state_names), dtype=torch.int64)
-
-    def add(name: str, held: IntervalState, sums: torch.Tensor) -> None:
-        cell, identity = (row[name], state_names.index(held.state)), (name, held.state, held.layout.shape)
-        everything = own = _digest(held.values, held.runs, *identity)
-        if not np.array_equal(held.counted_runs, held.runs):
-            own = _digest(held.values, held.counted_runs, *identity)
-        sums[cell] += torch.tensor(everything.to_int64_pair())
-        counted[cell] += torch.tensor(own.to_int64_pair())
+    for row, found in zip(rows, digests, strict=True):
+        cell = index[row.name], state_names.index(row.state)
+        (wholes if row.is_whole else pieces)[cell] += torch.tensor(found.held.to_int64_pair())
+        counted[cell] += torch.tensor(found.counted.to_int64_pair())
         num_holders[cell] += 1
-
-    for interval in state.intervals:
-        for held in state.states_of(interval):
-            add(interval.name, held, wholes if state.is_replicated else pieces)
-    for frozen in state.frozen_intervals:
-        layout = state.layouts[frozen.name]
-        held = IntervalState(MASTER, frozen.weights, layout, frozen.runs, frozen.counted_runs)
-        add(frozen.name, held, wholes if state.has_whole_frozen else pieces)
     device = state.engine.device
     counted = _summed(counted.to(device), None)
     num_holders = _summed(num_holders.to(device), None).cpu()
@@ -68,7 +110,7 @@ def state_digests(state: EngineState) -> dict[str, dict[str, str]]:
     sums += _summed(pieces.to(device), context.zero_group, context.zero_size)
     _check_copies(state, names, state_names, sums, counted)
     counted = counted.cpu()
-    return {
+    whole = {
         name: {
             state_name: Digest.from_int64_pair(counted[i, j].tolist()).hex()
             for j, state_name in enumerate(state_names)
@@ -76,12 +118,13 @@ def state_digests(state: EngineState) -> dict[str, dict[str, str]]:
         }
         for i, name in enumerate(names)
     }
+    return StateDigests(whole, _expert_digests(state, rows, digests, whole))
 
 
-def expert_digests(state: EngineState, digests: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, list[str]]]:
-    """{canonical name: {state: [hex of each expert]}} of all experts, whose digests are `digests`. Collective over the
-    world."""
-    state_names = sorted({state_name for of_states in digests.values() for state_name in of_states})
+def _expert_digests(
+    state: EngineState, rows: Sequence[DigestRow], digests: Sequence[RowDigests], whole: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, list[str]]]:
+    state_names = sorted({state_name for of_states in whole.values() for state_name in of_states})
     first_row, num_rows = {}, 0
     for name, layout in sorted(state.layouts.items()):
         if count := num_experts(layout):
@@ -89,35 +132,18 @@ def expert_digests(state: EngineState, digests: Mapping[str, Mapping[str, str]])
     if not num_rows:
         return {}
     table = torch.zeros(num_rows, len(state_names), 2, dtype=torch.int64)
-    for name, held in _counted(state):
-        if name not in first_row or held.layout != state.layouts[name]:
-            continue
-        for expert in range(num_experts(held.layout)):
-            runs = clip_atomic(held.counted_runs, *expert_elements(held.layout, expert))
-            own = _digest(held.values, runs, name, held.state, held.layout.shape)
-            table[first_row[name] + expert, state_names.index(held.state)] += torch.tensor(own.to_int64_pair())
+    for row, digested in zip(rows, digests, strict=True):
+        for (expert, _), own in zip(row.experts, digested.experts, strict=True):
+            table[first_row[row.name] + expert, state_names.index(row.state)] += torch.tensor(own.to_int64_pair())
     table = _summed(table.to(state.engine.device), None).cpu()
     found: dict[str, dict[str, list[str]]] = {}
-    for name, row in first_row.items():
-        for state_name, whole in digests[name].items():
-            column = table[row : row + num_experts(state.layouts[name]), state_names.index(state_name)]
+    for name, first in first_row.items():
+        for state_name, of_whole in whole[name].items():
+            column = table[first : first + num_experts(state.layouts[name]), state_names.index(state_name)]
             of_experts = [Digest.from_int64_pair(pair) for pair in column.tolist()]
-            if sum(of_experts, Digest()).hex() == whole:
+            if sum(of_experts, Digest()).hex() == of_whole:
                 found.setdefault(name, {})[state_name] = [digest.hex() for digest in of_experts]
     return found
-
-
-def _counted(state: EngineState) -> Iterator[tuple[str, IntervalState]]:
-    """(name, held) of all that this rank holds."""
-    for interval in state.intervals:
-        yield from ((interval.name, held) for held in state.states_of(interval))
-    for frozen in state.frozen_intervals:
-        layout = state.layouts[frozen.name]
-        yield frozen.name, IntervalState(MASTER, frozen.weights, layout, frozen.runs, frozen.counted_runs)
-
-
-def _digest(values: torch.Tensor, runs: Runs, name: str, state: str, shape: tuple[int, ...]) -> Digest:
-    return digest_runs(values, runs, name=name, state=state, shape=shape)
 
 
 def frozen_digests(state: EngineState, own: Mapping[str, Digest]) -> dict[str, str]:

@@ -1,14 +1,16 @@
-"""DeepSpeed's own save of an engine: its files, summed while they are written, and without waiting for ever where one
-rank cannot write.
+"""What DeepSpeed saves of an engine, given to whoever writes it: at once, or later from a copy.
 
-written = write_engine_files(engine, Path("runs/a"), "global_step100.tmp", {"iteration": 100}, deals_experts=False)
-written["zero_pp_rank_0_mp_rank_00_optim_states.pt"].crc32
+    def take(name: str, content: dict) -> None: ...
+    take_engine_files(engine, Path("runs/a"), "global_step100.tmp", {"iteration": 100}, take, deals_experts=False)
+
+DeepSpeed asks its checkpoint engine to write each file; for the time of a save that is ours. No rank waits for ever
+where another one cannot write.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +19,79 @@ from deepspeed.checkpoint.constants import (
     AUTOEP_ZERO3_EXPERT_STATE_FORMAT_KEY,
     AUTOEP_ZERO3_PARTITIONED_EXPERT_STATE_FORMAT,
 )
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from megatron.engine.protocols import Engine
 from megatron.ucp.disk import disk_errors
-from megatron.ucp.manifest import FileInfo
-from megatron.ucp.output_file import SummedFile
+
+Take = Callable[[str, Any], None]
+"""(name relative to the checkpoint's folder, content): what torch.save would have been given."""
 
 
-def write_engine_files(
-    engine: Engine, folder: Path, tag: str, client_state: Mapping[str, Any], *, deals_experts: bool
-) -> dict[str, FileInfo]:
-    """Into `folder`/`tag`. Returns what this rank wrote, by name. Collective over the world. Raises this rank's first
-    error, when all ranks are through. `deals_experts`: the ranks of an expert-parallel group hold different experts."""
+def take_engine_files(
+    engine: Engine, folder: Path, tag: str, client_state: Mapping[str, Any], take: Take, *, deals_experts: bool
+) -> None:
+    """Of `folder`/`tag`, which is made. Collective over the world. Raises this rank's first error, when all ranks are
+    through. `deals_experts`: the ranks of an expert-parallel group hold different experts."""
     warning = _warning_of_dealt_experts() if deals_experts and engine.zero_optimization_stage() == 3 else {}
-    with summed_writes(engine, folder / tag) as written:
+    with taken_files(engine, folder / tag, take):
         engine.save_checkpoint(str(folder), tag=tag, client_state={**client_state, **warning}, save_latest=False)
-    return written
 
 
 @contextlib.contextmanager
-def summed_writes(engine: Engine, folder: Path) -> Iterator[dict[str, FileInfo]]:
-    """Gives a table of what this rank writes into `folder` in the block, by relative path, as it is written: size and
-    checksum come out of the writing. Nothing of what a checkpoint engine other than torch's writes.
+def taken_files(engine: Engine, folder: Path, take: Take) -> Iterator[None]:
+    """What DeepSpeed has written into `folder` in the block goes to `take` instead. What a checkpoint engine other
+    than torch's writes, it writes itself.
 
     DeepSpeed writes files between barriers: a rank that raised there would leave the others waiting in the next one. So
     a rank goes on after an error of its own, and raises when it is through."""
-    write = engine.checkpoint_engine.save
-    is_torch = type(engine.checkpoint_engine) is TorchCheckpointEngine
-    written: dict[str, FileInfo] = {}
-    errors: list[Exception] = []
+    before = engine.checkpoint_engine
+    taking = _Taking(before, folder, take)
+    if type(before) is TorchCheckpointEngine:
+        engine.checkpoint_engine = taking
+    else:  # whose other methods are its own business
+        before.save, write = taking.save, before.save
+        taking.write = write
+    try:
+        yield
+    finally:
+        if engine.checkpoint_engine is taking:
+            engine.checkpoint_engine = before
+        else:
+            before.save = taking.write
+    if taking.errors:
+        raise taking.errors[0]
 
-    def save(state_dict: Any, path: str, **kwargs: Any) -> Any:
+
+class _Taking(CheckpointEngine):
+    def __init__(self, before: CheckpointEngine, folder: Path, take: Take):
+        self._before, self._folder, self._take = before, folder, take
+        self.write: Callable[..., Any] = before.save
+        self.errors: list[Exception] = []
+
+    def save(self, state_dict: Any, path: str, **kwargs: Any) -> Any:
         try:
             with disk_errors(path):
-                if not is_torch or not Path(path).is_relative_to(folder):
-                    return write(state_dict, path, **kwargs)
-                # torch.save takes a file as well as a path, and writes it front to back.
-                with SummedFile(Path(path)) as file:
-                    write(state_dict, file, **kwargs)
-                written[Path(path).relative_to(folder).as_posix()] = file.info
-                return None
+                if type(self._before) is not TorchCheckpointEngine or not Path(path).is_relative_to(self._folder):
+                    return self.write(state_dict, path, **kwargs)
+                return self._take(Path(path).relative_to(self._folder).as_posix(), state_dict)
         except Exception as error:
-            errors.append(error)
+            self.errors.append(error)
             return None
 
-    engine.checkpoint_engine.save = save
-    try:
-        yield written
-    finally:
-        engine.checkpoint_engine.save = write
-    if errors:
-        raise errors[0]
+    def preserves_storage_sharing(self) -> bool:
+        """Elements are written, not the storages they are views of: DeepSpeed need not clone them first."""
+        return False
+
+    def create(self, info: Any) -> Any:
+        return self._before.create(info)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return self._before.load(path, map_location)
+
+    def commit(self, info: Any) -> Any:
+        return self._before.commit(info)
 
 
 def _warning_of_dealt_experts() -> dict[str, Any]:

@@ -21,7 +21,7 @@ import math
 import pickle
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -134,12 +134,17 @@ def save_streamed(content: Any, path: str | Path) -> FileInfo:
             where=path.name,
             do="use another checkpoint",
         ) from error
+    return write_archive(path, buffer.getvalue(), pickler.tensors)
+
+
+def write_archive(path: Path, content: bytes, tensors: Sequence[StreamedTensor]) -> FileInfo:
+    """The file of a content that is pickled already, whose tensors are numbered in it. Raises as save_streamed."""
     with disk_errors(path):
         archive = _Archive(open_output(path), path.stem)
         try:
-            archive.add("data.pkl", buffer.getvalue())
+            archive.add("data.pkl", content)
             archive.add("byteorder", b"little")
-            for number, tensor in enumerate(pickler.tensors):
+            for number, tensor in enumerate(tensors):
                 archive.add_tensor(f"data/{number}", tensor)
             archive.add("version", b"3\n")
             archive.add(".data/serialization_id", b"0" * 40)

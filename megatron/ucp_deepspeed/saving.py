@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.errors import CheckpointError, all_ranks_or_none, on_rank_0
-from megatron.checkpoint.native_manifest import checksums, native_manifest
-from megatron.checkpoint.state_digest import DivergedCopiesError, state_digests
+from megatron.checkpoint.live_memory import LiveMemory
+from megatron.checkpoint.native_manifest import ManifestPart, checksums, native_manifest
+from megatron.checkpoint.snapshot import file_to_write
+from megatron.checkpoint.state_digest import DivergedCopiesError, digest_rows, summed_digests
 from megatron.engine.counters import loss_scaler_state
-from megatron.engine.engine_files import summed_writes
+from megatron.engine.engine_files import taken_files
 from megatron.engine.optimizer_states import UnsupportedOptimizerError
 from megatron.engine.protocols import ForeignEngine
 from megatron.ucp import commit
 from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors
-from megatron.ucp.manifest import Manifest, write_manifest
+from megatron.ucp.manifest import FileInfo, Manifest, write_manifest
 from megatron.ucp.pointers import LATEST
+from megatron.ucp.save_job import digest_row, write_files
 from megatron.ucp_deepspeed.engine_view import engine_state
 
 log = logging.getLogger(__name__)
@@ -51,14 +54,22 @@ def save(
         with all_ranks_or_none("describing", final):
             state = engine_state(engine)
             state.make_states(is_saved=True)
-        digests = state_digests(state)
+        memory = LiveMemory()
+        rows = digest_rows(state, memory.hold)
+        digests = summed_digests(state, rows, [digest_row(row, memory) for row in rows])
     except (CheckpointError, UnsupportedOptimizerError, DivergedCopiesError) as error:
         log.warning("warning: %s is saved without ucp.json, as DeepSpeed saves it: %s", final, error)
         write(tag, save_latest)
         return
     on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True))
     staging = on_rank_0(lambda: commit.stage(final, replace=True))
-    with all_ranks_or_none("saving", final), summed_writes(engine, staging) as written:
+    written: dict[str, FileInfo] = {}
+
+    def take(name: str, content: Any) -> None:
+        own = LiveMemory()
+        written.update(write_files([file_to_write(name, content, own)], staging, own))
+
+    with all_ranks_or_none("saving", final), taken_files(engine, staging, take):
         write(staging.name, False)
     common: dict[str, Any] = {
         "iteration": engine.global_steps,
@@ -67,13 +78,13 @@ def save(
         "engine": {"global_samples": engine.global_samples, "skipped_steps": engine.skipped_steps},
     }
     if exclude_frozen and state.frozen:
-        common[LEFT_OUT] = {"digest": total({name: digests[name] for name in state.frozen})}
+        common[LEFT_OUT] = {"digest": total({name: digests.whole[name] for name in state.frozen})}
         state = engine_state(engine, without=state.frozen)
-        digests = {name: values for name, values in digests.items() if name in state.layouts}
+        digests = digests.of(state.layouts)
     files = checksums(staging, final, written)
-    manifest = native_manifest(state, digests, files, model={}, common=common)
+    manifest = native_manifest(state, ManifestPart.of(state), digests, files, model={}, common=common)
     on_rank_0(lambda: _commit(staging, final, manifest, save_latest))
-    log.info("saved %s, state digest %s", final, total(digests))
+    log.info("saved %s, state digest %s", final, total(digests.whole))
 
 
 def _commit(staging: Path, final: Path, manifest: Manifest, save_latest: bool) -> None:

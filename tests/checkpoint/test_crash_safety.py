@@ -161,7 +161,7 @@ def _save_with_broken_disk(rank: int, world_size: int, argv: list[str], save: st
 
     from megatron.checkpoint import saving
     from megatron.training.loop import fit
-    from megatron.ucp import commit
+    from megatron.ucp import commit, save_job
 
     run = build(argv, rank, world_size)
     progress = fit(run)
@@ -173,7 +173,7 @@ def _save_with_broken_disk(rank: int, world_size: int, argv: list[str], save: st
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     owner, name = {
         "limit": (commit, "stage"),
-        "files": (torch, "save"),
+        "files": (save_job, "write_archive"),
         "streams": (safetensors.torch, "save"),
         "checksums": (commit, "checksum_file"),
         "flush": (commit, "flush"),
