@@ -29,9 +29,15 @@ RNG_FILE = "rng_state.safetensors"
 
 
 def save_streams(folder: Path, states: list[dict[str, torch.Tensor]]) -> None:
-    tensors = {f"rank{rank}/{key}": value for rank, state in enumerate(states) for key, value in state.items()}
     with disk_errors(folder / RNG_FILE):
-        (folder / RNG_FILE).write_bytes(safetensors.torch.save(tensors))
+        (folder / RNG_FILE).write_bytes(streams_content(states))
+
+
+def streams_content(states: list[dict[str, torch.Tensor]]) -> bytes:
+    """Of the file, from every rank's states by rank."""
+    return safetensors.torch.save(
+        {f"rank{rank}/{key}": value for rank, state in enumerate(states) for key, value in state.items()}
+    )
 
 
 def restore_streams(streams: RandomStreams, source: Source, iteration: int, is_same_topology: bool) -> None:

@@ -75,11 +75,16 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
     return final
 
 
+def pointers_to(final: Path, iteration: int) -> tuple[tuple[str, str], ...]:
+    """(pointer, what it says), in the order in which they are moved."""
+    return (LATEST, final.name), (LATEST_ITERATION, str(iteration))
+
+
 def _commit(staging: Path, final: Path, manifest: Manifest) -> None:
     with disk_errors(staging):
         write_manifest(staging, manifest)
     commit.commit(staging, final, replace=True)
-    commit.point_to(final.parent, LATEST, final.name)
-    commit.point_to(final.parent, LATEST_ITERATION, str(manifest.common["iteration"]))
+    for pointer, content in pointers_to(final, manifest.common["iteration"]):
+        commit.point_to(final.parent, pointer, content)
     if removed := commit.remove_left_overs(final.parent):
         log.info("removed what earlier saves had left unfinished in %s: %s", final.parent, ", ".join(removed))

@@ -16,6 +16,16 @@ class CheckpointConfig:
 
     save: str | None = flag(None, help="run folder to save into")
     save_interval: int | None = flag(None, help="between saves", unit="iterations")
+    async_save: bool = flag(False, help="write saves while training goes on, from a copy in host memory")
+    async_save_max_gib: float | None = flag(
+        None,
+        help="host memory that a rank's copy may take, else training waits for the save; default: half of what is "
+        "available on its host, shared by its ranks",
+        unit="GiB",
+    )
+    exit_on_save_failure: bool = flag(
+        False, help="stop when an --async-save fails, instead of trying again at the next --save-interval"
+    )
     load: str | None = flag(None, help="run folder to resume from")
     load_tag: str | None = flag(None, help="folder inside --load, such as global_step100; default: the latest")
     universal_checkpoint: bool = flag(False, help="resume from the universal folder that latest_universal names")

@@ -240,6 +240,15 @@ def checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
         )
     if checkpoint.save_interval is not None:
         yield from at_least(1, checkpoint, "save_interval")
+    if checkpoint.async_save and checkpoint.save is None:
+        yield Problem("--async-save without --save", flags=("--async-save", "--save"), fix="give --save RUN_FOLDER")
+    for name in ("async_save_max_gib", "exit_on_save_failure"):
+        if getattr(checkpoint, name) and not checkpoint.async_save:
+            yield Problem(
+                f"{flag_of(name)} without --async-save", flags=(flag_of(name), "--async-save"), fix="give --async-save"
+            )
+    if checkpoint.async_save_max_gib is not None:
+        yield from within(0.0, math.inf, checkpoint, "async_save_max_gib")
     for name in ("universal_checkpoint", "load_tag", "finetune", "load_strict", "exit_on_missing_checkpoint"):
         if getattr(checkpoint, name) and checkpoint.load is None:
             yield Problem(

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ import torch.distributed as dist
 
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.progress import Progress
-from megatron.checkpoint.saving import save
 from megatron.config.config import Config
 from megatron.engine.step_times import StepTimes
 from megatron.engine.steps import backward_scale, evaluate, set_global_batch_size, train_step
@@ -30,6 +28,7 @@ from megatron.training.batches import Batches
 from megatron.training.expert_metrics import expert_metrics
 from megatron.training.metrics import Rate, StepMetrics, Throughput, console_line, duration
 from megatron.training.profiler import Profiler
+from megatron.training.saves import Saves
 from megatron.training.stop_signal import StopSignal
 from megatron.training.tensorboard import RunLog
 
@@ -78,8 +77,7 @@ class Run:
 def fit(run: Run, begins: Callable[[int], None] = lambda iteration: None) -> Progress:
     """Train until train_iters or an exit condition; returns how far it came. `begins` is told each iteration as it
     begins. Collective over the world."""
-    config, progress = run.config, run.progress
-    last_iteration = run.last_iteration
+    progress, last_iteration = run.progress, run.last_iteration
     if progress.iteration >= last_iteration:
         log.info(
             "nothing to train: iteration %d of %d is reached, %d samples",
@@ -88,11 +86,20 @@ def fit(run: Run, begins: Callable[[int], None] = lambda iteration: None) -> Pro
             progress.consumed_train_samples,
         )
         return progress
+    with Saves(run.config.checkpoint, run.live, progress, run.run_log) as saves:
+        try:
+            return _fit(run, saves, last_iteration, begins)
+        except (NonFiniteLossError, LossScaleError, OutOfSamplesError):  # raised on all ranks: what is staged is whole
+            saves.finish_last()
+            raise
+
+
+def _fit(run: Run, saves: Saves, last_iteration: int, begins: Callable[[int], None]) -> Progress:
+    config, progress = run.config, run.progress
     started = time.monotonic()
     stop = StopSignal.install(config.run.exit_signal) if config.run.exit_signal_handler else None
     train = run.batches.train(progress.consumed_train_samples)
     throughput = Throughput(progress.consumed_train_tokens, run.flops_per_token, dist.get_world_size(), run.peak_tflops)
-    saved_at = progress.iteration
     losses: list[float] = []
     skipped = since_line = 0
     with Profiler.of(config.run, dist.get_rank()) as profiler:
@@ -117,24 +124,14 @@ def fit(run: Run, begins: Callable[[int], None] = lambda iteration: None) -> Pro
                 with throughput.paused():
                     validate(run)
             reason = _exit_reason(config, progress, started, stop, run.live.engine.device)
-            if _is_save_due(config, progress) or (reason and config.checkpoint.save):
-                with throughput.paused():
-                    _save(run)
-                saved_at = progress.iteration
+            with throughput.paused():
+                saves.after_step(is_last=reason is not None or progress.iteration >= last_iteration)
             if reason:
                 if stop is not None:
                     stop.ignore()
                 log.info("stopping at iteration %d: %s", progress.iteration, reason)
                 return progress
-        if config.checkpoint.save and saved_at != progress.iteration:
-            _save(run)
         return progress
-
-
-def _save(run: Run) -> None:
-    started = time.perf_counter()
-    save(run.live, Path(run.config.checkpoint.save or ""), run.progress)
-    run.run_log.times(run.progress.iteration, {"checkpoint": time.perf_counter() - started})
 
 
 def _one_iteration(run: Run, train: Iterator) -> StepMetrics:
@@ -234,11 +231,6 @@ def _log(run: Run, step: StepMetrics, rate: Rate, losses: list[float], skipped: 
     run.run_log.rate(step.iteration, rate)
     run.run_log.times(step.iteration, run.times.taken())
     run.run_log.expert_shares(step)
-
-
-def _is_save_due(config: Config, progress: Progress) -> bool:
-    interval = config.checkpoint.save_interval
-    return bool(config.checkpoint.save and interval and progress.iteration % interval == 0)
 
 
 def _exit_reason(

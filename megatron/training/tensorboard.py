@@ -32,6 +32,7 @@ _OF_STEPS = (
 _OF_RATES = (
     *("iteration-time/iteration-time", "throughput/tokens per second", "throughput/TFLOPs per rank", "throughput/MFU"),
     *(f"step-time/{part}" for part in (*PARTS, "checkpoint")),
+    *(f"checkpoint/{stage}" for stage in ("staged", "written", "durable", "failed")),
 )
 _OF_ROUTERS = ("load balancing loss", "z loss", "router entropy", "dropped")
 _OF_VALIDATION = ("lm loss validation", "lm loss validation ppl")
@@ -103,6 +104,10 @@ class RunLog:
         """Of the parts of a step on rank 0, and of saves."""
         for part, value in seconds.items():
             self._add(f"step-time/{part}", value, iteration)
+
+    def save(self, iteration: int, stage: str, seconds: float) -> None:
+        """How long after its begin a save was staged, written, durable, or had failed."""
+        self._add(f"checkpoint/{stage}", seconds, iteration)
 
     def expert_shares(self, step: StepMetrics) -> None:
         """Each expert's share of its layer's choices: many curves, so not of every iteration."""

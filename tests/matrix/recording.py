@@ -21,6 +21,8 @@ class RecordingLog:
 
     steps: list = field(default_factory=list)
     validations: list = field(default_factory=list)
+    saves: list = field(default_factory=list)
+    """(iteration, stage) of saves behind training."""
 
     def __enter__(self):
         return self
@@ -39,6 +41,9 @@ class RecordingLog:
 
     def times(self, iteration, seconds) -> None:
         pass
+
+    def save(self, iteration, stage, seconds) -> None:
+        self.saves.append((iteration, stage))
 
     def validation(self, iteration, samples, tokens, loss) -> None:
         self.validations.append((iteration, loss))

@@ -1,0 +1,107 @@
+"""When a run saves, and how: while training waits, or behind it.
+
+with Saves(run) as saves:
+    saves.after_step(is_last=False)          # at every step; collective
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+
+from megatron.checkpoint.background import BackgroundSaves, SaveEvent
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.live_run import LiveRun
+from megatron.checkpoint.progress import Progress
+from megatron.checkpoint.saving import save
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.training.tensorboard import RunLog
+
+log = logging.getLogger(__name__)
+
+
+class Saves:
+    """Nothing without --save. Leaving the block with a save in flight leaves that undone; the last step waits for it.
+    All methods are collective over the world."""
+
+    def __init__(self, config: CheckpointConfig, live: LiveRun, progress: Progress, run_log: RunLog):
+        """`progress`: of the run, which goes on."""
+        self._config, self._live, self._progress, self._run_log = config, live, progress, run_log
+        self._saved_at = progress.iteration
+        """Of the newest save that is durable; what was resumed from needs no save either."""
+        is_behind = config.async_save and config.save is not None
+        self._behind = BackgroundSaves(live, config.async_save_max_gib) if is_behind else None
+        self._is_prepared = False
+
+    def __enter__(self) -> Saves:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._behind is not None:
+            self._behind.close()
+
+    def after_step(self, *, is_last: bool) -> None:
+        """Saves if it is time to, and sees what became of a save behind. `is_last`: the run stops here, with all that
+        it has come to saved. Raises CheckpointError, and DivergedCopiesError."""
+        if self._config.save is None:
+            return
+        if self._behind is not None:
+            if not self._is_prepared:
+                self._behind.prepare()
+                self._is_prepared = True
+            self._see(*self._behind.poll())
+        iteration, interval = self._progress.iteration, self._config.save_interval
+        if interval and iteration % interval == 0:
+            self._save(Path(self._config.save))
+        if is_last:
+            self.finish_last()
+            if self._saved_at != iteration:
+                self._save_now(Path(self._config.save))
+
+    def finish_last(self) -> None:
+        """Waits for the save in flight."""
+        if self._behind is not None:
+            if self._behind.is_busy:
+                log.info("waiting for the save that is being written")
+            self._see(*self._behind.wait())
+
+    def _save(self, folder: Path) -> None:
+        if self._behind is None:
+            self._save_now(folder)
+            return
+        try:
+            self._begin(self._behind, folder)
+        except CheckpointError as error:  # on every rank; what was saved before is whole
+            if self._config.exit_on_save_failure:
+                raise
+            log.error("error: %s\nTraining goes on, and tries again at the next --save-interval.", error)
+
+    def _begin(self, behind: BackgroundSaves, folder: Path) -> None:
+        started = time.perf_counter()
+        if behind.is_busy:
+            log.warning("warning: training waits: the save before is not written yet; --save-interval is too short")
+            self._see(*behind.wait())
+        if not behind.begin(folder, self._progress):
+            self._save_now(folder)
+            return
+        seconds = time.perf_counter() - started
+        self._run_log.times(self._progress.iteration, {"checkpoint": seconds})
+        self._run_log.save(self._progress.iteration, "staged", seconds)
+
+    def _save_now(self, folder: Path) -> None:
+        started, iteration = time.perf_counter(), self._progress.iteration
+        save(self._live, folder, self._progress)
+        self._saved_at = iteration
+        self._run_log.times(iteration, {"checkpoint": time.perf_counter() - started})
+
+    def _see(self, *events: SaveEvent) -> None:
+        for event in events:
+            self._run_log.save(event.iteration, event.kind, event.seconds)
+            if event.kind == "durable":
+                self._saved_at = event.iteration
+            elif event.kind == "failed" and self._config.exit_on_save_failure:
+                raise CheckpointError(f"{event.error}\nThe run stops here, as --exit-on-save-failure asks.")
