@@ -50,6 +50,9 @@ _SHARE = 0.5
 """Of the memory that is available on a host, for all of its ranks' copies."""
 _SPARE = 1.02
 """What is reserved over what the state needs: small tensors come and go."""
+_SHARE_OF_A_PROCESSOR = 0.05
+"""That a rank's worker takes where training computes on the processors: steps beside a save are not to be a twentieth
+slower."""
 _WAITS = 0.5
 """Seconds between two agreements while nothing else is to be done."""
 
@@ -134,7 +137,8 @@ class BackgroundSaves:
         with all_ranks_or_none("staging", final):
             assert self._memory is not None and self._worker is not None
             placed = self._memory.copy(memory.tensors)
-            self._worker.send(WriteOrder(staging, self._memory.num_bytes, tuple(files), tuple(rows), placed))
+            share = _SHARE_OF_A_PROCESSOR if live.engine.device.type == "cpu" else 1.0
+            self._worker.send(WriteOrder(staging, self._memory.num_bytes, tuple(files), tuple(rows), placed, share))
         staged = time.perf_counter() - started
         self._in_flight = _InFlight(final, staging, progress.iteration, snapshot, rows, started, staged)
         log.info("staged %s in %.3f s; it is written while training goes on", final, staged)
@@ -152,7 +156,9 @@ class BackgroundSaves:
             yield self._written(save)
 
     def wait(self) -> Iterator[SaveEvent]:
-        """Until nothing is in flight. Collective over the world."""
+        """Until nothing is in flight, which now has all of the machine. Collective over the world."""
+        if self._in_flight is not None and self._worker is not None:
+            self._worker.hurry()
         while self._in_flight is not None:
             yield from self.poll(_WAITS)
 

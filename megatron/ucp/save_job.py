@@ -24,6 +24,9 @@ from megatron.ucp.runs import Runs
 from megatron.ucp.stored import DTYPES, float32_of
 from megatron.ucp.torch_file import Record, StreamedTensor, write_archive
 
+_PIECE = 1 << 18
+"""Elements that are written before it is asked whether to go on."""
+
 
 @dataclass(frozen=True)
 class Values:
@@ -101,7 +104,7 @@ class RowDigests:
 def write_files(
     files: Iterable[FileToWrite], folder: Path, memory: Memory, go_on: Callable[[], None] = lambda: None
 ) -> dict[str, FileInfo]:
-    """Returns size and checksum by name, which come out of the writing. `go_on` is called before each tensor, and may
+    """Returns size and checksum by name, which come out of the writing. `go_on` is called every megabyte or so, and may
     raise. Raises NotEnoughSpaceError, OSError."""
     return {file.name: _write(file, folder / file.name, memory, go_on) for file in files}
 
@@ -120,8 +123,10 @@ def _streamed(number: int, memory: Memory, go_on: Callable[[], None]) -> Streame
     described = memory.values(number)
 
     def write(record: Record) -> None:
-        go_on()
-        record.write(memory.array(number))
+        whole = memory.array(number)
+        for start in range(0, whole.size, _PIECE):
+            go_on()
+            record.write(whole[start : start + _PIECE])
 
     return StreamedTensor((described.numel,), DTYPES[described.dtype], write)
 

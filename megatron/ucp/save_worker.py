@@ -3,6 +3,7 @@
     worker = SaveWorker.start(memory_handle)             # in the training process
     worker.send(WriteOrder(staging, memory_bytes, files, rows, placed))
     worker.has_answer()                                  # at every step, at no cost
+    worker.hurry()                                       # where training waits
     answer = worker.receive()                            # Answer, or SaveWorkerError where the process is gone
 
 It has values in memory that it shares with its parent, does one order after the other at a low priority, and ends when
@@ -34,6 +35,7 @@ from megatron.ucp.save_job import CopiedMemory, DigestRow, FileToWrite, RowDiges
 
 NICENESS = 10
 """Training goes first where they share processors."""
+_HURRY = "hurry"
 _ENDS_WITHIN = 10.0
 """Seconds that a worker is given to see that it is no longer needed."""
 _START = "import sys; sys.path[:0] = [sys.argv[1]]; from megatron.ucp.save_worker import serve_parent; serve_parent()"
@@ -53,6 +55,9 @@ class WriteOrder:
     rows: tuple[DigestRow, ...]
     placed: tuple[Values, ...]
     """Where in the memory the numbered tensors lie."""
+    share: float = 1.0
+    """Of a processor's time that it may take until told to hurry: less than all where training computes on the
+    processors itself, and every moment that one of its threads is kept from running all the others wait for it."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,10 @@ class SaveWorker:
         root = str(Path(__file__).resolve().parents[2])
         arguments = [sys.executable, "-c", _START, root, str(its.fileno()), str(memory_handle)]
         try:
-            # A session of its own: a signal to the job's process group, such as Ctrl-C, is its parent's to act on.
+            # A process group of its own: a signal to the job's, such as Ctrl-C, is its parent's to act on. Not a
+            # session of its own: Linux shares processors among sessions evenly, however nice their processes are.
             process = subprocess.Popen(
-                arguments, pass_fds=(its.fileno(), memory_handle), stdin=subprocess.DEVNULL, start_new_session=True
+                arguments, pass_fds=(its.fileno(), memory_handle), stdin=subprocess.DEVNULL, process_group=0
             )
         except OSError as error:
             raise SaveWorkerError(f"the process that writes saves could not be started: {error}") from error
@@ -108,6 +114,11 @@ class SaveWorker:
             self._connection.send(order)
         except OSError as error:
             raise self._lost() from error
+
+    def hurry(self) -> None:
+        """Whatever it does, at full speed from here on. Where it is gone, `receive` tells."""
+        with contextlib.suppress(OSError):
+            self._connection.send(_HURRY)
 
     def has_answer(self, seconds: float = 0.0) -> bool:
         """Whether `receive` returns, or raises, at once; waits for that up to `seconds`."""
@@ -142,6 +153,28 @@ class _ParentIsGone(Exception):
     pass
 
 
+class _Pace:
+    """Called often while an order is done: sees whether the parent is there, and rests."""
+
+    def __init__(self, connection: Connection):
+        self._connection, self._share, self._worked_until = connection, 1.0, 0.0
+
+    def begin(self, share: float) -> None:
+        self._share, self._worked_until = share, time.thread_time()
+
+    def __call__(self) -> None:
+        if self._share < 1.0:
+            worked = time.thread_time() - self._worked_until
+            self._connection.poll(worked * (1.0 / self._share - 1.0))  # a rest that a message ends
+            self._worked_until = time.thread_time()
+        if self._connection.poll(0):
+            try:
+                if self._connection.recv() == _HURRY:
+                    self._share = 1.0
+            except (EOFError, OSError) as error:
+                raise _ParentIsGone from error
+
+
 def serve_parent() -> None:
     """The worker's main function: sys.argv has the handles of the connection and of the memory."""
     connection, memory_handle = Connection(int(sys.argv[2])), int(sys.argv[3])
@@ -154,17 +187,16 @@ def serve_parent() -> None:
 
 def serve(connection: Connection, memory_handle: int) -> None:
     """Does orders until the connection ends."""
-
-    def go_on() -> None:
-        if connection.poll(0):  # nothing is sent while an order is being done: it is the end
-            raise _ParentIsGone
-
+    pace = _Pace(connection)
     with contextlib.suppress(EOFError, ConnectionError, _ParentIsGone):
         while True:
             order = connection.recv()
+            if order == _HURRY:  # it came after the answer
+                continue
             started = time.perf_counter()
             try:
-                answer = _done(order, memory_handle, go_on)
+                pace.begin(order.share if isinstance(order, WriteOrder) else 1.0)
+                answer = _done(order, memory_handle, pace)
             except Exception as error:
                 if isinstance(error, _ParentIsGone):
                     raise
@@ -181,16 +213,13 @@ def _done(order: WriteOrder | CommitOrder, memory_handle: int, go_on: Callable[[
 
 
 def _written(order: WriteOrder, memory_handle: int, go_on: Callable[[], None]) -> Answer:
-    with mmap.mmap(memory_handle, max(order.memory_bytes, 1), access=mmap.ACCESS_READ) as mapped:
-        memory = CopiedMemory(order.placed, np.frombuffer(mapped, dtype=np.uint8))
-        digests = []
-        try:
-            for row in order.rows:
-                go_on()
-                digests.append(digest_row(row, memory))
-            files = write_files(order.files, order.folder, memory, go_on)
-        finally:
-            del memory  # else the mapping could not be closed
+    mapped = mmap.mmap(memory_handle, max(order.memory_bytes, 1), access=mmap.ACCESS_READ)
+    memory = CopiedMemory(order.placed, np.frombuffer(mapped, dtype=np.uint8))
+    digests = []
+    for row in order.rows:
+        go_on()
+        digests.append(digest_row(row, memory))
+    files = write_files(order.files, order.folder, memory, go_on)
     for name in files:
         with disk_errors(order.folder / name):
             commit.flush(order.folder / name)

@@ -120,6 +120,7 @@ def test_planted_faults_are_found():
         ("megatron.ucp.cli", ("deepspeed", "torch", "transformers", *TRAINER, "megatron.config")),
         ("megatron.ucp.sources.foreign", ("deepspeed", "torch")),
         ("megatron.ucp.convert_command", ("deepspeed", "torch")),
+        ("megatron.ucp.save_worker", ("deepspeed", "torch", "transformers", *TRAINER, "megatron.config")),
         ("megatron.data", ("deepspeed", "megatron.ucp", *TRAINER)),
         ("megatron.config.arguments", ("deepspeed", "torch", *TRAINER)),
     ],
