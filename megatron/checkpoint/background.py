@@ -112,8 +112,8 @@ class BackgroundSaves:
         """Memory for the copy, touched, and the process that will write it: otherwise the first save pays for both.
         Whether there is room, on every rank. Collective over the world."""
         memory = LiveMemory()
-        for param in self._live.engine.param_names:
-            memory.hold(param.ds_tensor if hasattr(param, "ds_tensor") else param)
+        for weight in self._live.state.held_weights():
+            memory.hold(weight)
         digest_rows(self._live.state, memory.hold, with_experts=False)
         return self._reserve(int(_SPARE * bytes_to_copy(memory.tensors)) + (1 << 20))
 

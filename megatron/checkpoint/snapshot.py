@@ -1,6 +1,7 @@
 """What a checkpoint of a live run is to hold, taken at one moment: all that the run would change afterwards.
 
-    snapshot = take_snapshot(live, staging, progress, files)        # collective over the world
+    memory = LiveMemory()
+    snapshot = take_snapshot(live, staging, progress, memory, files.append)        # collective over the world
 
 Values are numbered tensors (live_memory.py), still the engine's own: who writes them later has to copy them first.
 """

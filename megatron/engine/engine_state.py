@@ -283,6 +283,10 @@ class EngineState(OptimizerStates):
         elif not self.is_replicated:
             optimizer.update_lp_params()
 
+    def held_weights(self) -> list[torch.Tensor]:
+        """What this rank holds of the live weights: under ZeRO-3 its pieces."""
+        return [getattr(param, "ds_tensor", param).detach() for param in self.engine.param_names]
+
     def stale_weights(self) -> list[str]:
         """Parameters whose live weights are not their masters, rounded: computing would go on with something else
         than what was placed. Local: this rank's own intervals."""

@@ -38,7 +38,6 @@ NICENESS = 10
 _HURRY = "hurry"
 _ENDS_WITHIN = 10.0
 """Seconds that a worker is given to see that it is no longer needed."""
-_START = "import sys; sys.path[:0] = [sys.argv[1]]; from megatron.ucp.save_worker import serve_parent; serve_parent()"
 
 
 class SaveWorkerError(RuntimeError):
@@ -183,6 +182,10 @@ def serve_parent() -> None:
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     serve(connection, memory_handle)
+
+
+_START = f"import sys; sys.path[:0] = [sys.argv[1]]; import {__name__} as worker; worker.{serve_parent.__name__}()"
+"""What the process is told to run: Python finds this module wherever its parent has found it."""
 
 
 def serve(connection: Connection, memory_handle: int) -> None:

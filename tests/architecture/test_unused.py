@@ -17,6 +17,7 @@ CALLED_FROM_OUTSIDE = {
     *("get_data_parallel_src_rank", "get_pipeline_model_parallel_rank", "get_pipeline_model_parallel_world_size"),
     "get_pipeline_model_parallel_group",
     "get_last_lr",  # torch's schedulers
+    "preserves_storage_sharing",  # DeepSpeed, of a checkpoint engine
     "persistent_id",
     *("reducer_override", "find_class", "persistent_load", "load_persid"),  # pickle
     "filter",  # logging
