@@ -61,6 +61,7 @@ lint: $(STAMP) $(VENV)/.lint
 bench: $(STAMP)
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/save.py
+	$(BIN)/python benchmarks/async_save.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scale.py

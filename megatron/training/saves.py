@@ -1,6 +1,6 @@
 """When a run saves, and how: while training waits, or behind it.
 
-with Saves(run) as saves:
+with Saves(config.checkpoint, live, progress, run_log) as saves:
     saves.after_step(is_last=False)          # at every step; collective
 """
 
