@@ -10,6 +10,7 @@ Both are collective over the world.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,13 @@ import torch.distributed as dist
 
 from megatron.parallel.agreement import failures_everywhere
 from megatron.parallel.rank_errors import reported_by_rank_0
+from megatron.ucp.errors import (
+    CorruptFileError,
+    DigestMismatchError,
+    ManifestError,
+    MissingFileError,
+    UnsafePickleError,
+)
 
 _Result = TypeVar("_Result")
 
@@ -45,6 +53,18 @@ def on_rank_0(action: Callable[[], _Result]) -> _Result:
     return outcome[0]
 
 
+class DamagedCheckpointError(CheckpointError):
+    """What a checkpoint holds is not what was saved, or part of it is gone. An older one may be whole."""
+
+
+_DAMAGE = tuple(
+    f"{kind.__name__}:" for kind in (CorruptFileError, DigestMismatchError, ManifestError, MissingFileError)
+)
+_DAMAGE += (f"{UnsafePickleError.__name__}:", f"OSError: [Errno {errno.EIO}]")
+"""How what is told of a damaged file begins. A class that nobody may load is no other thing: bytes of a pickle that
+have changed may name one, and nothing of it is run."""
+
+
 @contextlib.contextmanager
 def all_ranks_or_none(what: str, folder: Path) -> Iterator[None]:
     """Ends with an error on every rank where one rank failed, instead of a hang in the next collective."""
@@ -57,5 +77,7 @@ def all_ranks_or_none(what: str, folder: Path) -> Iterator[None]:
         by_text.setdefault(text, []).append(rank)
     lines = [f"ranks {ranks[:8]}{'...' if len(ranks) > 8 else ''}: {text}" for text, ranks in by_text.items()]
     kind = SourceMismatchError if isinstance(failures.own, SourceMismatchError) else CheckpointError
+    if all(text.startswith(_DAMAGE) for text in failures.by_rank.values()):
+        kind = DamagedCheckpointError
     with reported_by_rank_0(dist.get_rank()):
         raise kind(f"{what} {folder} failed on {failures.how_many}\n" + "\n".join(lines)) from failures.own

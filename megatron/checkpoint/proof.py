@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 
-from megatron.checkpoint.errors import CheckpointError, on_rank_0
+from megatron.checkpoint.errors import DamagedCheckpointError, on_rank_0
 from megatron.checkpoint.frozen_weights import FrozenParts, frozen_faults
 from megatron.checkpoint.judging import is_trained_in
 from megatron.checkpoint.state_digest import state_digests
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def prove(state: EngineState, source: Source, *, with_optimizer: bool, kind: str, frozen: FrozenParts) -> None:
     """`kind` of resume, for the log; `frozen`: of the weights that are not trained, what was read. Raises
-    CheckpointError, on every rank, naming what differs and the files that changed."""
+    DamagedCheckpointError, on every rank, naming what differs and the files that changed."""
     placed = state_digests(state)
     saved = source.manifest.digests
     if not saved:
@@ -42,7 +42,7 @@ def prove(state: EngineState, source: Source, *, with_optimizer: bool, kind: str
     if wrong:
         changed = on_rank_0(lambda: changed_files(source.folder, source.manifest))
         lines = on_rank_0(lambda: _naming_experts(source, wrong))
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"what was placed in the engine is not what was saved in {source.folder}; "
             f"{len(wrong)} digests differ: {listed(lines, 20, is_sorted=True)}. "
             + (

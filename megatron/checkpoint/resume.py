@@ -16,12 +16,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron.checkpoint.opening import OpenCheckpoint, open_everywhere
-from megatron.ucp.commit import REPLACED_SUFFIX, STAGING_SUFFIX
-from megatron.ucp.errors import NotACheckpointError, UcpError
+from megatron.ucp.commit import DAMAGE_MARK, REPLACED_SUFFIX, STAGING_SUFFIX, damage_of
+from megatron.ucp.errors import ManifestError, NotACheckpointError, UcpError
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
 from megatron.ucp.pointers import LATEST, LATEST_UNIVERSAL, read_pointer
 from megatron.ucp.topology import Topology
@@ -63,6 +65,9 @@ class FoundCheckpoints:
     lost: tuple[str, ...] = ()
     """What is wrong with a pointer or with a checkpoint that was passed over; then `native` and `universal` are the
     newest whole ones."""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Why, by name, of those that a pointer names: then there was something to go on from, and a fresh start is no
+    answer."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,15 @@ class ResumePlan:
         return self.folder is None
 
 
-def find_checkpoints(load: Path, tag: str | None = None, only_universal: bool = False) -> FoundCheckpoints:
+def find_checkpoints(
+    load: Path, tag: str | None = None, only_universal: bool = False, damaged: Mapping[str, str] = MappingProxyType({})
+) -> FoundCheckpoints:
     """What `load` holds: a run folder with its pointers (or a `tag` in it), or a checkpoint folder itself. With
     `only_universal` the native pointer is not followed: what it names may be gone after a conversion.
 
     Where a pointer is lost (missing, unreadable, naming nothing) the newest whole checkpoint of its kind is found
-    instead. Raises NotACheckpointError for a tag or a folder that is no committed checkpoint.
+    instead; where it names a damaged one, the newest whole that is not newer. `damaged`: why, by name, of those that
+    carry no mark. Raises NotACheckpointError for a tag or a folder that is no committed checkpoint.
     """
     if _is_checkpoint_folder(load):
         return _sorted_by_kind(load, [_describe(load)])
@@ -110,17 +118,35 @@ def find_checkpoints(load: Path, tag: str | None = None, only_universal: bool = 
     kinds = {LATEST_UNIVERSAL: "universal"} if only_universal else {LATEST: "native", LATEST_UNIVERSAL: "universal"}
     named: list[Found] = []
     faults: dict[str, str] = {}
+    limits: dict[str, int] = {}
+    found_damaged: dict[str, str] = {}
+    unreadable: ManifestError | None = None
     for pointer, kind in kinds.items():
         found = read_pointer(load, pointer)
         if found.folder is not None or _is_replaced(load, found.named):
-            named.append(_describe(load / found.named))
+            why = damaged.get(found.named) or damage_of(load / found.named)
+            try:
+                described = _describe(load / found.named)
+            except ManifestError as error:
+                described, why, unreadable = None, why or error.what, error
+            if described is not None and not why:
+                named.append(described)
+                continue
+            faults[kind] = f"{pointer} names {found.named}, which is damaged ({why})"
+            found_damaged[found.named] = why
+            if described is not None:
+                limits[kind] = described.iteration
         elif found.fault:
             faults[kind] = found.fault
     if not named:  # a folder with one of the pointers does not need the other
         faults = {kind: faults.get(kind, f"there is no {pointer}") for pointer, kind in kinds.items()}
-    newest, passed_over = _newest_whole(load, set(faults)) if faults else ({}, [])
+    newest, passed_over = _newest_whole(load, set(faults), limits, damaged) if faults else ({}, [])
+    if unreadable is not None and not named and not newest:
+        raise unreadable
     told = [fault for kind, fault in faults.items() if kind in newest or not fault.startswith("there is no")]
-    return dataclasses.replace(_sorted_by_kind(load, [*newest.values(), *named]), lost=(*told, *passed_over))
+    return dataclasses.replace(
+        _sorted_by_kind(load, [*newest.values(), *named]), lost=(*told, *passed_over), damaged=found_damaged
+    )
 
 
 def _is_checkpoint_folder(folder: Path) -> bool:
@@ -140,8 +166,11 @@ def _is_replaced(load: Path, name: str) -> bool:
     return bool(name) and (load / f"{name}{REPLACED_SUFFIX}" / MANIFEST_NAME).is_file()
 
 
-def _newest_whole(load: Path, kinds: set[str]) -> tuple[dict[str, Found], list[str]]:
-    """By kind, and why others were passed over. Whole: its ucp.json can be believed and all files have their sizes."""
+def _newest_whole(
+    load: Path, kinds: set[str], limits: Mapping[str, int], damaged: Mapping[str, str]
+) -> tuple[dict[str, Found], list[str]]:
+    """By kind, up to its limit in iterations, and why others were passed over. Whole: its ucp.json can be believed, all
+    files have their sizes, and nobody has found it damaged."""
     candidates: list[Found] = []
     newest: dict[str, Found] = {}
     passed_over: list[str] = []
@@ -151,7 +180,10 @@ def _newest_whole(load: Path, kinds: set[str]) -> tuple[dict[str, Found], list[s
         except (UcpError, OSError) as error:
             passed_over.append(_passed(folder, error))
     for found in sorted(candidates, key=lambda candidate: -candidate.iteration):
-        if found.kind not in kinds or found.kind in newest:
+        if found.kind not in kinds or found.kind in newest or found.iteration > limits.get(found.kind, 1 << 62):
+            continue
+        if why := damaged.get(found.folder.name) or damage_of(found.folder):
+            passed_over.append(f"{found.folder.name} is passed over: it is damaged ({why})")
             continue
         try:
             newest[found.kind] = dataclasses.replace(found, opened=found.opened or OpenCheckpoint.of(found.folder))
@@ -249,6 +281,11 @@ def _choose(found: FoundCheckpoints, wanted: Wanted) -> ResumePlan:
         raise ResumeError(
             f"no checkpoint in {found.load} and --exit-on-missing-checkpoint was given. Expected a file named "
             f"{LATEST} or {LATEST_UNIVERSAL} there, or a checkpoint.{''.join(f' {line}.' for line in found.lost)}"
+        )
+    if found.damaged:
+        raise ResumeError(
+            f"no checkpoint in {found.load} is whole: {'; '.join(found.lost)}. What to do: copy one again from where "
+            f"it was saved and remove its file {DAMAGE_MARK}, or start afresh in another folder"
         )
     if found.lost:
         return ResumePlan("fresh", None, f"starting fresh: no whole checkpoint is in {found.load}")

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,20 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import megatron
+from megatron.checkpoint.errors import DamagedCheckpointError
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.loading import load
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.restoring import progress_of
-from megatron.checkpoint.resume import LoadOptions, ResumePlan, Wanted, choose_resume, find_checkpoints, open_planned
+from megatron.checkpoint.resume import (
+    LoadOptions,
+    ResumeError,
+    ResumePlan,
+    Wanted,
+    choose_resume,
+    find_checkpoints,
+    open_planned,
+)
 from megatron.config.config import Config
 from megatron.config.model import ModelConfig
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
@@ -49,9 +59,8 @@ from megatron.training.loop import Run
 from megatron.training.metrics import peak_tflops
 from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, parameters_trained_later, refuse_buffers
-from megatron.ucp.commit import RUN_MARK
+from megatron.ucp.commit import RUN_MARK, damage_of, mark_damaged
 from megatron.ucp.owner import claimed
-from megatron.ucp.topology import Topology
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +87,8 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
     for note in notes:
         log.info("note: %s", note)
     zero_stage = ds_config["zero_optimization"]["stage"]
-    plan = _plan(config, topology, zero_stage)
-    for note in plan.notes:
-        log.warning("warning: %s", note)
-    log.info("%s", plan.reason)
-
-    plan = open_planned(plan)
+    damaged: dict[str, str] = {}
+    plan = _opened(config, _plan(config, zero_stage, damaged), zero_stage, damaged)
     with stops_all_ranks("reading how far the checkpoint had come"):
         start = _start(config, plan)
         config.require_batch_sizes(launch.world_size, start.consumed_train_samples)
@@ -135,8 +140,19 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
     with stops_all_ranks("checking the optimizer"):
         live.state.check_optimizer(is_saved=config.checkpoint.save is not None)
     progress = Progress()
-    if not plan.is_fresh:
-        progress = load(live, plan, _load_options(config))
+    while not plan.is_fresh:
+        try:
+            progress = load(live, plan, _load_options(config))
+            break
+        except DamagedCheckpointError as error:
+            plan = _opened(config, _next_plan(config, plan, zero_stage, error, damaged), zero_stage, damaged)
+        if _trained_later(config, plan) != trained_later:
+            raise ResumeError(
+                f"{plan.folder} is older than some parameters' training, which this run was built for: start again"
+            )
+        with stops_all_ranks("reading the dataset"):
+            batches = Batches(config, context, eod=tokenizer.eod, start=_start(config, plan))
+        live = dataclasses.replace(live, train_order=batches.train_order())
     with stops_all_ranks("opening --tensorboard-dir"):
         run_log = RunLog.open(
             config.run.tensorboard_dir,
@@ -191,7 +207,51 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _plan(config: Config, topology: Topology, zero_stage: int) -> ResumePlan:
+def _opened(config: Config, plan: ResumePlan, zero_stage: int, damaged: dict[str, str]) -> ResumePlan:
+    """The plan's checkpoint, or the next whole one where that cannot be opened. Collective."""
+    while True:
+        for note in plan.notes:
+            log.warning("warning: %s", note)
+        log.info("%s", plan.reason)
+        try:
+            return open_planned(plan)
+        except DamagedCheckpointError as error:
+            plan = _next_plan(config, plan, zero_stage, error, damaged)
+
+
+def _next_plan(
+    config: Config, plan: ResumePlan, zero_stage: int, error: DamagedCheckpointError, damaged: dict[str, str]
+) -> ResumePlan:
+    """What to start from instead of a checkpoint that was found damaged, which joins the `damaged` and is marked, so
+    that the next start need not find out again. Raises the error where this one was asked for by name or with
+    --load-strict, and where there is no other. Collective."""
+    checkpoint, folder = config.checkpoint, plan.folder
+    is_chosen_here = checkpoint.load_tag is None and folder is not None and folder.parent == Path(checkpoint.load or "")
+    if folder is None or not is_chosen_here or checkpoint.load_strict:
+        raise error
+    damaged[folder.name] = " ".join(str(error).split())[:300]
+    try:
+        other = _plan(config, zero_stage, damaged)
+    except ResumeError:
+        raise error from None
+    log.error("error: %s", error)
+    log.warning("warning: %s is damaged, is marked as such and passed over (--load-strict stops instead)", folder)
+    if dist.get_rank() == 0:
+        _mark(folder.parent, {folder.name: str(error)})
+    return other
+
+
+def _mark(run_folder: Path, damaged: Mapping[str, str]) -> None:
+    """Those that carry no mark yet."""
+    for name, why in damaged.items():
+        if not damage_of(run_folder / name):
+            try:
+                mark_damaged(run_folder / name, why)
+            except OSError as fault:
+                log.warning("warning: the mark could not be left in %s: %s", run_folder / name, fault)
+
+
+def _plan(config: Config, zero_stage: int, damaged: Mapping[str, str]) -> ResumePlan:
     """Decided on rank 0, the same everywhere: folders may look different from another node."""
     outcome: list[Any] = [None, None]
     opened = None
@@ -201,9 +261,11 @@ def _plan(config: Config, topology: Topology, zero_stage: int) -> ResumePlan:
             found = None
             if checkpoint.load:
                 folder, only_universal = Path(checkpoint.load), checkpoint.universal_checkpoint
-                found = find_checkpoints(folder, checkpoint.load_tag, only_universal)
+                found = find_checkpoints(folder, checkpoint.load_tag, only_universal, damaged)
+                if not checkpoint.load_strict:
+                    _mark(folder, found.damaged)
             wanted = Wanted(
-                topology,
+                config.parallel.topology(dist.get_world_size()),
                 zero_stage,
                 checkpoint.universal_checkpoint,
                 checkpoint.exit_on_missing_checkpoint,

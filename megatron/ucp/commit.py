@@ -13,10 +13,12 @@ In a distributed save rank 0 calls these, with a barrier before `commit`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import shutil
 import stat
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,9 +26,10 @@ from typing import BinaryIO
 
 from megatron.ucp import native
 from megatron.ucp.disk import disk_errors, write_and_flush
-from megatron.ucp.errors import NotACheckpointError, OutputExistsError, OwnedByOtherError
+from megatron.ucp.errors import NotACheckpointError, OutputExistsError, OwnedByOtherError, UcpError
 from megatron.ucp.manifest import MANIFEST_NAME, FileInfo
 from megatron.ucp.owner import claim, lives, mark_of
+from megatron.ucp.safe_paths import open_file
 
 STAGING_SUFFIX = ".tmp"
 REPLACED_SUFFIX = ".replaced"
@@ -35,6 +38,9 @@ OWNER_MARK = ".writing"
 """In a folder that is being written."""
 RUN_MARK = ".owner"
 """In the folder of a run that is going on."""
+DAMAGE_MARK = ".damaged"
+"""In a checkpoint of which somebody found that it is not what was saved; why, and since when. A resume passes it over,
+and nobody removes it."""
 _BLOCK = 1 << 20
 
 
@@ -99,8 +105,36 @@ def commit(staging: str | Path, final: str | Path, replace: bool = False) -> Non
     (final / OWNER_MARK).unlink()
     flush(final)
     flush(final.parent)
-    if is_replacing:
+    if is_replacing and (aside / DAMAGE_MARK).is_file():
+        _keep_damaged(aside, final)
+    elif is_replacing:
         _remove(aside)
+
+
+def mark_damaged(folder: str | Path, why: str) -> None:
+    """Raises OSError where nothing can be written there."""
+    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {' '.join(why.split())[:1000]}\n"
+    handle = os.open(Path(folder) / DAMAGE_MARK, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+    write_and_flush(handle, text.encode())
+
+
+def damage_of(folder: str | Path) -> str:
+    """When and why it was marked; empty where it was not."""
+    if not os.path.lexists(Path(folder) / DAMAGE_MARK):
+        return ""
+    try:
+        with open_file(folder, DAMAGE_MARK) as file:
+            return file.read(2000).decode(errors="replace").strip() or "it was marked so"
+    except (UcpError, OSError):
+        return "it was marked so"
+
+
+def _keep_damaged(aside: Path, final: Path) -> None:
+    """The replaced checkpoint, under a name that says what it is."""
+    (aside / OWNER_MARK).unlink(missing_ok=True)
+    numbers = (f".{number}" if number else "" for number in itertools.count())
+    kept = next(path for number in numbers if not (path := final.with_name(f"{final.name}.damaged{number}")).exists())
+    os.rename(aside, kept)
 
 
 def remove_left_overs(run_folder: str | Path) -> list[str]:
@@ -204,7 +238,7 @@ def data_files(folder: str | Path) -> list[str]:
     return sorted(
         p.relative_to(folder).as_posix()
         for p in folder.rglob("*")
-        if p.is_file() and p.name not in (MANIFEST_NAME, OWNER_MARK)
+        if p.is_file() and p.name not in (MANIFEST_NAME, OWNER_MARK, DAMAGE_MARK)
     )
 
 

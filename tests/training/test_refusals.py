@@ -101,14 +101,18 @@ def test_missing_shard_file(data, copy):
     (copy / f"global_step{NUM_STEPS}" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     argv = command_line(data, zero=1, iters=4, load=copy)
     _refused(
-        argv, "CheckpointError", "failed on 2 of 2 ranks", "zero_pp_rank_1_mp_rank_00_optim_states.pt", world_size=2
+        argv,
+        "DamagedCheckpointError",
+        "failed on 2 of 2 ranks",
+        "zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        world_size=2,
     )
 
 
 def test_truncated_shard_file(data, copy):
     path = copy / f"global_step{NUM_STEPS}" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     os.truncate(path, path.stat().st_size // 2)
-    _refused(command_line(data, iters=4, load=copy), "CheckpointError", "CorruptFileError", path.name)
+    _refused(command_line(data, iters=4, load=copy), "DamagedCheckpointError", "CorruptFileError", path.name)
 
 
 def test_flipped_bits_are_named(data, copy):
@@ -117,7 +121,7 @@ def test_flipped_bits_are_named(data, copy):
     content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].data[7] += 1e-3
     save_again(content, path)
     told = "1 digests differ", "(fp32)", f"Files changed since they were written: {path.name}: copy"
-    _refused(command_line(data, zero=1, iters=4, load=copy), "CheckpointError", *told, world_size=2)
+    _refused(command_line(data, zero=1, iters=4, load=copy), "DamagedCheckpointError", *told, world_size=2)
 
 
 def test_uncommitted_checkpoint(data, copy):
@@ -136,7 +140,7 @@ def test_malicious_checkpoint_runs_nothing(data, copy):
     # Whoever means harm writes the table of files too.
     manifest = read_manifest(path.parent)
     write_manifest(path.parent, replace(manifest, files={**manifest.files, path.name: checksum_file(path)}))
-    _refused(command_line(data, iters=4, load=copy), "CheckpointError", "UnsafePickleError")
+    _refused(command_line(data, iters=4, load=copy), "DamagedCheckpointError", "UnsafePickleError")
     assert not (copy / "exploded").exists()
 
 
