@@ -32,7 +32,7 @@ from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.native_manifest import native_manifest
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.saved_streams import RNG_FILE, streams_content
-from megatron.checkpoint.saving import pointers_to
+from megatron.checkpoint.saving import pointers_to, tell_removed
 from megatron.checkpoint.snapshot import Snapshot, take_snapshot
 from megatron.checkpoint.staging_memory import StagingMemory, available_bytes, bytes_to_copy, is_supported
 from megatron.checkpoint.state_digest import digest_rows, summed_digests
@@ -41,6 +41,7 @@ from megatron.ucp import commit
 from megatron.ucp.crc32 import crc32
 from megatron.ucp.digest import total
 from megatron.ucp.manifest import FileInfo
+from megatron.ucp.retention import Keep
 from megatron.ucp.save_job import DigestRow, FileToWrite
 from megatron.ucp.save_worker import Answer, CommitOrder, SaveWorker, SaveWorkerError, WriteOrder
 
@@ -86,10 +87,10 @@ class _InFlight:
 
 class BackgroundSaves:
     """`max_gib`: of host memory for each rank's copy; by default half of what is available on its host, shared by its
-    ranks."""
+    ranks. `keep`: which earlier checkpoints stay."""
 
-    def __init__(self, live: LiveRun, max_gib: float | None = None):
-        self._live, self._max_gib = live, max_gib
+    def __init__(self, live: LiveRun, max_gib: float | None = None, keep: Keep | None = None):
+        self._live, self._max_gib, self._keep = live, max_gib, keep or Keep()
         self._memory: StagingMemory | None = None
         self._worker: SaveWorker | None = None
         self._in_flight: _InFlight | None = None
@@ -243,9 +244,8 @@ class BackgroundSaves:
         manifest = native_manifest(
             live.state, save.snapshot.part, digests, files, model=live.model, common=save.snapshot.common
         )
-        order = CommitOrder(
-            save.staging, save.final, manifest, ((RNG_FILE, streams),), pointers_to(save.final, save.iteration)
-        )
+        pointers = pointers_to(save.final, save.iteration)
+        order = CommitOrder(save.staging, save.final, manifest, ((RNG_FILE, streams),), pointers, self._keep)
         with failures_everywhere() as failures:
             if dist.get_rank() == 0 and self._worker is not None:
                 self._worker.send(order)
@@ -258,9 +258,10 @@ class BackgroundSaves:
 
     def _committed(self, save: _InFlight) -> SaveEvent:
         self._in_flight = None
+        removed: tuple[str, ...] = ()
         with failures_everywhere() as failures:
             if dist.get_rank() == 0:
-                self._answer()
+                removed = self._answer().removed
         if failures.by_rank:
             return self._failed(save, failures.by_rank)
         seconds = time.perf_counter() - save.started
@@ -272,6 +273,7 @@ class BackgroundSaves:
             save.staged,
             save.digest,
         )
+        tell_removed(removed)
         return SaveEvent("durable", save.iteration, seconds)
 
     def _failed(self, save: _InFlight, by_rank: dict[int, str]) -> SaveEvent:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.checkpoint.errors import all_ranks_or_none, on_rank_0
@@ -27,6 +28,7 @@ from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors
 from megatron.ucp.manifest import FileInfo, Manifest, write_manifest
 from megatron.ucp.pointers import LATEST
+from megatron.ucp.retention import Keep
 from megatron.ucp.save_job import FileToWrite, digest_row, write_files
 
 log = logging.getLogger(__name__)
@@ -35,8 +37,9 @@ LATEST_ITERATION = "latest_checkpointed_iteration.txt"
 """Megatron's own pointer, kept for scripts that read it."""
 
 
-def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
-    """Write `folder`/global_step<iteration> and point `latest` to it. Returns the checkpoint's folder.
+def save(live: LiveRun, folder: Path, progress: Progress, keep: Keep | None = None) -> Path:
+    """Write `folder`/global_step<iteration> and point `latest` to it; then remove what `keep` does not. Returns the
+    checkpoint's folder.
 
     Collective over the world. Raises DivergedCopiesError before anything is written, CheckpointError on every rank
     where one of them failed; what was saved before is untouched then.
@@ -61,7 +64,7 @@ def save(live: LiveRun, folder: Path, progress: Progress) -> Path:
     on_rank_0(lambda: save_streams(staging, streams))
     files = checksums(staging, final, written)
     manifest = native_manifest(live.state, snapshot.part, digests, files, model=live.model, common=snapshot.common)
-    on_rank_0(lambda: _commit(staging, final, manifest))
+    on_rank_0(lambda: _commit(staging, final, manifest, keep or Keep()))
     num_bytes = sum(entry.bytes for entry in files.values())
     seconds = time.perf_counter() - started
     log.info(
@@ -80,11 +83,17 @@ def pointers_to(final: Path, iteration: int) -> tuple[tuple[str, str], ...]:
     return (LATEST, final.name), (LATEST_ITERATION, str(iteration))
 
 
-def _commit(staging: Path, final: Path, manifest: Manifest) -> None:
+def tell_removed(removed: Sequence[str]) -> None:
+    if removed:
+        log.info("removed, as --keep-last asks: %s", ", ".join(removed))
+
+
+def _commit(staging: Path, final: Path, manifest: Manifest, keep: Keep) -> None:
     with disk_errors(staging):
         write_manifest(staging, manifest)
     commit.commit(staging, final, replace=True)
     for pointer, content in pointers_to(final, manifest.common["iteration"]):
         commit.point_to(final.parent, pointer, content)
+    tell_removed(keep.thin_out(final.parent, manifest.common["iteration"]))
     if removed := commit.remove_left_overs(final.parent):
         log.info("removed what earlier saves had left unfinished in %s: %s", final.parent, ", ".join(removed))

@@ -26,6 +26,12 @@ class CheckpointConfig:
     exit_on_save_failure: bool = flag(
         False, help="stop when an --async-save fails, instead of trying again at the next --save-interval"
     )
+    keep_last: int | None = flag(
+        None, help="checkpoints that stay after each save, the newest ones; default: all", unit="checkpoints"
+    )
+    keep_every: int | None = flag(
+        None, help="with --keep-last: the checkpoint of every so many iterations stays too", unit="iterations"
+    )
     load: str | None = flag(None, help="run folder to resume from")
     load_tag: str | None = flag(None, help="folder inside --load, such as global_step100; default: the latest")
     universal_checkpoint: bool = flag(False, help="resume from the universal folder that latest_universal names")

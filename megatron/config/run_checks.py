@@ -247,6 +247,15 @@ def checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
             yield Problem(
                 f"{flag_of(name)} without --async-save", flags=(flag_of(name), "--async-save"), fix="give --async-save"
             )
+    for name, other in (("keep_last", "save"), ("keep_every", "keep_last")):
+        if getattr(checkpoint, name) is not None:
+            yield from at_least(1, checkpoint, name)
+            if getattr(checkpoint, other) is None:
+                yield Problem(
+                    f"{flag_of(name)} without {flag_of(other)}",
+                    flags=(flag_of(name), flag_of(other)),
+                    fix=f"give {flag_of(other)}",
+                )
     if checkpoint.async_save_max_gib is not None:
         yield from within(0.0, math.inf, checkpoint, "async_save_max_gib")
     for name in ("universal_checkpoint", "load_tag", "finetune", "load_strict", "exit_on_missing_checkpoint"):

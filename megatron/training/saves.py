@@ -18,6 +18,7 @@ from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.saving import save
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.training.tensorboard import RunLog
+from megatron.ucp.retention import Keep
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ class Saves:
         self._saved_at = progress.iteration
         """Of the newest save that is durable; what was resumed from needs no save either."""
         is_behind = config.async_save and config.save is not None
-        self._behind = BackgroundSaves(live, config.async_save_max_gib) if is_behind else None
+        self._keep = Keep(config.keep_last, config.keep_every)
+        self._behind = BackgroundSaves(live, config.async_save_max_gib, self._keep) if is_behind else None
         self._is_prepared = False
 
     def __enter__(self) -> Saves:
@@ -94,7 +96,7 @@ class Saves:
 
     def _save_now(self, folder: Path) -> None:
         started, iteration = time.perf_counter(), self._progress.iteration
-        save(self._live, folder, self._progress)
+        save(self._live, folder, self._progress, self._keep)
         self._saved_at = iteration
         self._run_log.times(iteration, {"checkpoint": time.perf_counter() - started})
 

@@ -154,6 +154,13 @@ def remove_left_overs(run_folder: str | Path) -> list[str]:
     return removed
 
 
+def remove_checkpoint(folder: Path) -> None:
+    """A committed one. If this process dies meanwhile, what is left is a left-over of its. Raises OSError, and
+    OwnedByOtherError where another process is at it."""
+    claim(folder / OWNER_MARK)
+    _remove(folder)
+
+
 def _require_left_over(folder: Path) -> None:
     """Raises OwnedByOtherError unless it carries our mark and its owner is dead, or this process."""
     is_folder = stat.S_ISDIR(os.lstat(folder).st_mode)

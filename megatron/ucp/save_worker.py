@@ -31,6 +31,7 @@ from megatron.ucp import commit
 from megatron.ucp.disk import disk_errors
 from megatron.ucp.errors import NotACheckpointError, listed
 from megatron.ucp.manifest import FileInfo, Manifest, write_manifest
+from megatron.ucp.retention import Keep
 from megatron.ucp.save_job import CopiedMemory, DigestRow, FileToWrite, RowDigests, Values, digest_row, write_files
 
 NICENESS = 10
@@ -68,6 +69,8 @@ class CommitOrder:
     """(name, content) of what is written right before."""
     pointers: tuple[tuple[str, str], ...]
     """(name, content), in the order in which they are moved."""
+    keep: Keep = Keep()
+    """What stays beside it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Answer:
     """Type and message; empty where the order was done."""
     files: dict[str, FileInfo] = field(default_factory=dict)
     digests: tuple[RowDigests, ...] = ()
-    seconds: float = 0.0
+    removed: tuple[str, ...] = ()
+    """Keep.thin_out's."""
 
 
 class SaveWorker:
@@ -196,7 +200,6 @@ def serve(connection: Connection, memory_handle: int) -> None:
             order = connection.recv()
             if order == _HURRY:  # it came after the answer
                 continue
-            started = time.perf_counter()
             try:
                 pace.begin(order.share if isinstance(order, WriteOrder) else 1.0)
                 answer = _done(order, memory_handle, pace)
@@ -204,15 +207,14 @@ def serve(connection: Connection, memory_handle: int) -> None:
                 if isinstance(error, _ParentIsGone):
                     raise
                 answer = Answer(error=f"{type(error).__name__}: {error}")
-            connection.send(Answer(answer.error, answer.files, answer.digests, time.perf_counter() - started))
+            connection.send(answer)
 
 
 def _done(order: WriteOrder | CommitOrder, memory_handle: int, go_on: Callable[[], None]) -> Answer:
     go_on()
     if isinstance(order, WriteOrder):
         return _written(order, memory_handle, go_on)
-    _commit(order)
-    return Answer()
+    return Answer(removed=tuple(_commit(order)))
 
 
 def _written(order: WriteOrder, memory_handle: int, go_on: Callable[[], None]) -> Answer:
@@ -229,7 +231,7 @@ def _written(order: WriteOrder, memory_handle: int, go_on: Callable[[], None]) -
     return Answer(files=files, digests=tuple(digests))
 
 
-def _commit(order: CommitOrder) -> None:
+def _commit(order: CommitOrder) -> list[str]:
     with disk_errors(order.staging):
         for name, raw in order.small_files:
             (order.staging / name).write_bytes(raw)
@@ -241,3 +243,4 @@ def _commit(order: CommitOrder) -> None:
     commit.commit(order.staging, order.final, replace=True)
     for pointer, content in order.pointers:
         commit.point_to(order.final.parent, pointer, content)
+    return order.keep.thin_out(order.final.parent, int(order.manifest.iteration or 0))
