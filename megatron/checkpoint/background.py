@@ -32,7 +32,7 @@ from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.native_manifest import native_manifest
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.saved_streams import RNG_FILE, streams_content
-from megatron.checkpoint.saving import pointers_to, tell_removed
+from megatron.checkpoint.saving import pointers_to, require_room, tell_removed
 from megatron.checkpoint.snapshot import Snapshot, take_snapshot
 from megatron.checkpoint.staging_memory import StagingMemory, available_bytes, bytes_to_copy, is_supported
 from megatron.checkpoint.state_digest import digest_rows, summed_digests
@@ -133,6 +133,7 @@ class BackgroundSaves:
         with all_ranks_or_none("staging", final):
             snapshot = take_snapshot(live, staging, progress, memory, files.append)
             rows = digest_rows(live.state, memory.hold)
+        require_room(final, files, memory)
         if not self._reserve(bytes_to_copy(memory.tensors)):
             return False
         with all_ranks_or_none("staging", final):

@@ -25,7 +25,7 @@ from megatron.checkpoint.state_digest import digest_rows, summed_digests
 from megatron.parallel.agreement import gathered
 from megatron.ucp import commit
 from megatron.ucp.digest import total
-from megatron.ucp.disk import disk_errors
+from megatron.ucp.disk import disk_errors, require_space
 from megatron.ucp.manifest import FileInfo, Manifest, write_manifest
 from megatron.ucp.pointers import LATEST
 from megatron.ucp.retention import Keep
@@ -53,13 +53,13 @@ def save(live: LiveRun, folder: Path, progress: Progress, keep: Keep | None = No
     rows = digest_rows(live.state, memory.hold)
     digests = summed_digests(live.state, rows, [digest_row(row, memory) for row in rows])
     staging = on_rank_0(lambda: commit.stage(final, replace=True))
-    written: dict[str, FileInfo] = {}
-
-    def write(file: FileToWrite) -> None:
-        written.update(write_files([file], staging, memory))
-
+    files_to_write: list[FileToWrite] = []
     with all_ranks_or_none("saving", final):
-        snapshot = take_snapshot(live, staging, progress, memory, write)
+        snapshot = take_snapshot(live, staging, progress, memory, files_to_write.append)
+    require_room(final, files_to_write, memory)
+    written: dict[str, FileInfo] = {}
+    with all_ranks_or_none("saving", final):
+        written = write_files(files_to_write, staging, memory)
     streams = gathered(snapshot.streams)
     on_rank_0(lambda: save_streams(staging, streams))
     files = checksums(staging, final, written)
@@ -76,6 +76,13 @@ def save(live: LiveRun, folder: Path, progress: Progress, keep: Keep | None = No
         total(digests.whole),
     )
     return final
+
+
+def require_room(final: Path, files: Sequence[FileToWrite], memory: LiveMemory) -> None:
+    """Before anything is written. Collective over the world. Raises CheckpointError on every rank where the disk has no
+    room for what all of them write."""
+    num_bytes = sum(gathered(sum(file.num_bytes(memory) for file in files)))
+    on_rank_0(lambda: require_space(final.parent, num_bytes))
 
 
 def pointers_to(final: Path, iteration: int) -> tuple[tuple[str, str], ...]:

@@ -74,6 +74,10 @@ class FileToWrite:
     tensors: tuple[int, ...] = ()
     """Their numbers, in the order of the pickle's."""
 
+    def num_bytes(self, memory: Memory) -> int:
+        """About: without what a zip has around its records."""
+        return len(self.content) + sum(memory.values(number).num_bytes for number in self.tensors)
+
 
 @dataclass(frozen=True)
 class DigestRow:

@@ -154,6 +154,38 @@ def test_killed_between_the_renames_of_a_replacing_save(data, tmp_path):
     assert run_ranks(2, _resume_and_save, argv) == [2, 2]
 
 
+@pytest.mark.parametrize("is_behind", [False, True], ids=["waits", "behind"])
+def test_a_disk_without_room_is_told_before_anything_is_written(is_behind: bool, data, tmp_path):
+    argv = _argv(data, tmp_path, 2)
+    for told, written in run_ranks(2, _save_where_there_is_no_room, argv, str(tmp_path), is_behind):
+        assert "NotEnoughSpaceError: the disk is too full" in told and "0 MiB free" in told
+        assert not [name for name in written if name.endswith(".pt")]
+    assert (tmp_path / "latest").read_text() == FIRST
+
+
+def _save_where_there_is_no_room(rank: int, world_size: int, argv: list[str], save: str, is_behind: bool):
+    from collections import namedtuple
+
+    from megatron.checkpoint import saving
+    from megatron.checkpoint.background import BackgroundSaves
+    from megatron.training.loop import fit
+    from megatron.ucp import disk
+
+    run = build(argv, rank, world_size)
+    progress = fit(run)
+    progress.iteration += 1
+    disk.shutil.disk_usage = lambda path: namedtuple("usage", "total used free")(10**6, 10**6 - 1000, 1000)
+    try:
+        if is_behind:
+            with BackgroundSaves(run.live) as saves:
+                saves.begin(Path(save), progress)
+        else:
+            saving.save(run.live, Path(save), progress)
+    except Exception as error:
+        return str(error), sorted(path.name for path in Path(save, f"{SECOND}.tmp").iterdir())
+    return "saved", []
+
+
 def _save_with_broken_disk(rank: int, world_size: int, argv: list[str], save: str, what: str, victim: int):
     """What each rank hears of a disk error on `victim`, and of the save after it."""
     import safetensors.torch
