@@ -40,6 +40,8 @@ class CheckpointConfig:
     no_load_rng: bool = flag(False, help="do not load the state of the random streams")
     no_load_lr_state: bool = flag(False, help="do not load the schedule")
     load_strict: bool = flag(
-        False, help="stop if latest in --load is lost, instead of resuming from the newest whole checkpoint there"
+        False,
+        help="stop if latest in --load is lost, or what it names is damaged, instead of resuming from the newest whole "
+        "checkpoint there",
     )
     exit_on_missing_checkpoint: bool = flag(False, help="stop if --load has no checkpoint, instead of starting afresh")

@@ -34,6 +34,11 @@ class RunConfig:
         None, help="save and stop at the first iteration divisible by this", unit="iterations"
     )
     exit_duration_in_mins: int | None = flag(None, help="save and stop after this long", unit="minutes")
+    verify_state_every: int | None = flag(
+        None,
+        help="after so many steps: weights and moments must still be what the step left when the next begins",
+        unit="iterations",
+    )
     exit_signal_handler: bool = flag(False, help="save and stop on --exit-signal")
     exit_signal: str = flag(
         "SIGTERM",

@@ -191,7 +191,14 @@ def run_problems(run: RunConfig) -> Iterator[Problem]:
             expected="one of them",
             flags=lengths[:2],
         )
-    for name in ("train_iters", "train_samples", "train_tokens", "exit_interval", "exit_duration_in_mins"):
+    for name in (
+        "train_iters",
+        "train_samples",
+        "train_tokens",
+        "exit_interval",
+        "exit_duration_in_mins",
+        "verify_state_every",
+    ):
         if getattr(run, name) is not None:
             yield from at_least(1, run, name)
     yield from at_least(1, run, "log_interval", "eval_interval", "distributed_timeout_minutes")

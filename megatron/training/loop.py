@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.progress import Progress
+from megatron.checkpoint.state_watch import StateWatch
 from megatron.config.config import Config
 from megatron.engine.step_times import StepTimes
 from megatron.engine.steps import backward_scale, evaluate, set_global_batch_size, train_step
@@ -100,6 +101,7 @@ def _fit(run: Run, saves: Saves, last_iteration: int, begins: Callable[[int], No
     stop = StopSignal.install(config.run.exit_signal) if config.run.exit_signal_handler else None
     train = run.batches.train(progress.consumed_train_samples)
     throughput = Throughput(progress.consumed_train_tokens, run.flops_per_token, dist.get_world_size(), run.peak_tflops)
+    watch, watched_every = StateWatch(run.live.state), config.run.verify_state_every
     losses: list[float] = []
     skipped = since_line = 0
     with Profiler.of(config.run, dist.get_rank()) as profiler:
@@ -108,9 +110,12 @@ def _fit(run: Run, saves: Saves, last_iteration: int, begins: Callable[[int], No
             begins(progress.iteration + 1)
             profiler.before(progress.iteration + 1)
             is_logged = (progress.iteration + 1) % config.run.log_interval == 0
+            watch.check()
             with run.times.measuring() if is_logged or run.times.is_free else contextlib.nullcontext():
                 step = _one_iteration(run, train)
             profiler.after(progress.iteration)
+            if watched_every and progress.iteration % watched_every == 0:
+                watch.remember(progress.iteration)
             run.run_log.step(step)
             skipped += step.is_skipped
             if not step.is_skipped:
