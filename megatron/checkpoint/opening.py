@@ -6,8 +6,6 @@ opened.source, opened.identity
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,21 +15,8 @@ from megatron.parallel.agreement import gathered
 from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import MANIFEST_NAME
-from megatron.ucp.sources import Source, open_source
-
-
-@dataclass(frozen=True, eq=False)
-class OpenCheckpoint:
-    """A Source, and what its folder was when it was opened."""
-
-    source: Source
-    identity: Identity
-
-    @classmethod
-    def of(cls, folder: Path, optimizer_order: Sequence[str] = ()) -> OpenCheckpoint:
-        """`optimizer_order`: see open_source. Raises what opening raises. Local."""
-        identity = Identity.of(folder)
-        return cls(open_source(folder, optimizer_order=optimizer_order), identity)
+from megatron.ucp.run_folder import OpenCheckpoint
+from megatron.ucp.sources import open_source
 
 
 def open_everywhere(folder: Path, opened: OpenCheckpoint | None = None) -> OpenCheckpoint:

@@ -26,15 +26,7 @@ from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.loading import load
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.restoring import progress_of
-from megatron.checkpoint.resume import (
-    LoadOptions,
-    ResumeError,
-    ResumePlan,
-    Wanted,
-    choose_resume,
-    find_checkpoints,
-    open_planned,
-)
+from megatron.checkpoint.resume import LoadOptions, ResumeError, ResumePlan, Wanted, choose_resume, open_planned
 from megatron.config.config import Config
 from megatron.config.model import ModelConfig
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
@@ -61,6 +53,7 @@ from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, parameters_trained_later, refuse_buffers
 from megatron.ucp.commit import RUN_MARK, damage_of, mark_damaged
 from megatron.ucp.owner import claimed
+from megatron.ucp.run_folder import find_checkpoints
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,9 @@
 Questions about any checkpoint folder, DeepSpeed's or universal, of any topology.
 
     inspect DIR              what is in it
-    latest DIR               which checkpoint of a run folder is its newest
+    latest DIR               which checkpoint of a run folder a resume would take; on stderr: why not another
+    doctor DIR               what is each thing in a run folder; --full reads every byte, --fix mends what has one
+                             right answer           exit 0 all is well, 1 not
     verify DIR               is it whole            exit 0 sound, 1 not; --quick: by sizes, reading no data
     diff A B                 the same state?        exit 0 equal, 1 not
     plan DIR --tp 2 --dp 2   what would each rank of that topology read
@@ -22,16 +24,19 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megatron.ucp.convert import Conversion, convert
 from megatron.ucp.diff import diff
 from megatron.ucp.digest import total
+from megatron.ucp.doctor import examine, mend
 from megatron.ucp.errors import NotACheckpointError, UcpError
 from megatron.ucp.manifest import Manifest
 from megatron.ucp.plan import plan, predicted_seconds
 from megatron.ucp.progress_line import ProgressLine
 from megatron.ucp.reshape import Reshaped, reshape
+from megatron.ucp.run_folder import find_checkpoints
 from megatron.ucp.shares import Share, convert_share
 from megatron.ucp.sources import find_checkpoint, open_source
 from megatron.ucp.targets.native_target import NAMES, NativeTarget
@@ -82,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command("inspect", _inspect, "folder")
     command("latest", _latest, "folder")
+    p = command("doctor", _doctor, "folder")
+    p.add_argument("--full", action="store_true", help="checksums and digests too: reads everything")
+    p.add_argument("--fix", action="store_true", help="mend pointers, interrupted replacements, left-overs and marks")
+    p.add_argument("--num_workers", type=int, default=2)
     p = command("verify", _verify, "folder")
     p.add_argument("--num_workers", type=int, default=2)
     p.add_argument("--quick", action="store_true", help="sizes of the files and their tiling, without reading data")
@@ -134,8 +143,34 @@ def _inspect(arguments: argparse.Namespace) -> tuple[int, Any, str]:
 
 
 def _latest(arguments: argparse.Namespace) -> tuple[int, Any, str]:
-    folder = find_checkpoint(arguments.folder)
-    return OK, {"folder": str(folder)}, str(folder)
+    given, passed_over = Path(arguments.folder), list[str]()
+    try:
+        found = find_checkpoints(given)
+        chosen = found.native or found.universal
+        folder, passed_over = chosen.folder if chosen else find_checkpoint(given), list(found.lost)
+    except NotACheckpointError:  # of another program, or a root of run folders
+        folder = find_checkpoint(given)
+    for line in passed_over:
+        print(_plain(line), file=sys.stderr)
+    return OK, {"folder": str(folder), "passed_over": passed_over}, str(folder)
+
+
+def _doctor(arguments: argparse.Namespace) -> tuple[int, Any, str]:
+    options = {"full": arguments.full, "num_workers": arguments.num_workers}
+    examined = examine(arguments.folder, **options)
+    mended = mend(examined) if arguments.fix else []
+    if mended:
+        examined = examine(arguments.folder, **options)
+    to_mend = sum(bool(entry.fix) for entry in examined.entries)
+    lines = [
+        _table(("name", "is", "why"), [(_plain(e.name), e.what, _plain(e.why)) for e in examined.entries]),
+        *(f"mended: {_plain(line)}" for line in mended),
+        f"a resume would take {examined.would_resume}" if examined.would_resume else "there is nothing to resume from",
+        *(f"  {_plain(note)}" for note in examined.notes),
+        *([f"--fix would mend {to_mend}"] if to_mend and not arguments.fix else []),
+    ]
+    data = {**asdict(examined), "folder": str(examined.folder), "is_well": examined.is_well, "mended": mended}
+    return (OK if examined.is_well else NOT), data, "\n".join(lines)
 
 
 def _verify(arguments: argparse.Namespace) -> tuple[int, Any, str]:
@@ -257,6 +292,11 @@ def _kind(manifest: Manifest) -> str:
 
 def _origin(manifest: Manifest) -> str:
     return str(Topology.from_json((manifest.source or {})["topology"]))
+
+
+def _plain(text: str) -> str:
+    """On one line, and without what a terminal would obey: names and marks in a folder are anybody's."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

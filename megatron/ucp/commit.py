@@ -161,6 +161,12 @@ def remove_checkpoint(folder: Path) -> None:
     _remove(folder)
 
 
+def remove_left_over(folder: Path) -> None:
+    """Raises OwnedByOtherError unless it carries our mark and its owner is dead, and OSError."""
+    _require_left_over(folder)
+    _remove(folder)
+
+
 def _require_left_over(folder: Path) -> None:
     """Raises OwnedByOtherError unless it carries our mark and its owner is dead, or this process."""
     is_folder = stat.S_ISDIR(os.lstat(folder).st_mode)

@@ -21,7 +21,7 @@ import torch
 from megatron.checkpoint.errors import CheckpointError, SourceMismatchError, all_ranks_or_none
 from megatron.checkpoint.frozen_weights import place_frozen
 from megatron.checkpoint.judging import is_trained_in, parameter_problems, state_problems
-from megatron.checkpoint.opening import OpenCheckpoint, open_everywhere
+from megatron.checkpoint.opening import open_everywhere
 from megatron.checkpoint.placing import place_states
 from megatron.checkpoint.proof import prove
 from megatron.checkpoint.state_digest import state_digests
@@ -31,6 +31,7 @@ from megatron.engine.protocols import ForeignEngine
 from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.digest import total
 from megatron.ucp.errors import listed
+from megatron.ucp.run_folder import OpenCheckpoint
 from megatron.ucp.safe_load import load as load_file
 from megatron.ucp.sources import Source
 from megatron.ucp.sources.deepspeed_files import list_files

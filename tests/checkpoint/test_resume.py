@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from ucp.synthetic import make_state, model, write_native
 
-from megatron.checkpoint.resume import Found, FoundCheckpoints, ResumeError, Wanted, choose_resume, find_checkpoints
+from megatron.checkpoint.resume import ResumeError, Wanted, choose_resume
 from megatron.ucp.errors import NotACheckpointError
 from megatron.ucp.manifest import Manifest, read_manifest, write_manifest
+from megatron.ucp.run_folder import Found, FoundCheckpoints, find_checkpoints
 from megatron.ucp.topology import Topology
 
 TP2, DP2 = Topology(tp_size=2), Topology(dp_size=2)

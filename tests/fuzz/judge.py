@@ -36,7 +36,7 @@ from fuzz.faults import WAYS, Fault
 from matrix.taking import fill_with_noise
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.loading import load
-from megatron.checkpoint.resume import ResumeError, Wanted, choose_resume, find_checkpoints, open_planned
+from megatron.checkpoint.resume import ResumeError, Wanted, choose_resume, open_planned
 from megatron.checkpoint.state_digest import state_digests
 from megatron.engine.schedule import ScheduleError
 from megatron.ucp import cli
@@ -47,6 +47,7 @@ from megatron.ucp.errors import UcpError, UnsupportedCheckpointError
 from megatron.ucp.manifest import MANIFEST_NAME
 from megatron.ucp.pointers import POINTERS
 from megatron.ucp.reshape import reshape
+from megatron.ucp.run_folder import find_checkpoints
 from megatron.ucp.targets.native_target import NativeTarget
 from megatron.ucp.topology import Topology
 from megatron.ucp.verify import verify
