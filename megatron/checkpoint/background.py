@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint.errors import all_ranks_or_none, on_rank_0
+from megatron.checkpoint.errors import CheckpointError, all_ranks_or_none, on_rank_0
 from megatron.checkpoint.live_memory import LiveMemory
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.native_manifest import native_manifest
@@ -54,6 +54,8 @@ _SPARE = 1.02
 _SHARE_OF_A_PROCESSOR = 0.05
 """That a rank's worker takes where training computes on the processors: steps beside a save are not to be a twentieth
 slower."""
+_TELLS_EVERY = 60.0
+"""Seconds."""
 _WAITS = 0.5
 """Seconds between two agreements while nothing else is to be done."""
 
@@ -136,11 +138,15 @@ class BackgroundSaves:
         require_room(final, files, memory)
         if not self._reserve(bytes_to_copy(memory.tensors)):
             return False
-        with all_ranks_or_none("staging", final):
-            assert self._memory is not None and self._worker is not None
-            placed = self._memory.copy(memory.tensors)
-            share = _SHARE_OF_A_PROCESSOR if live.engine.device.type == "cpu" else 1.0
-            self._worker.send(WriteOrder(staging, self._memory.num_bytes, tuple(files), tuple(rows), placed, share))
+        try:
+            with all_ranks_or_none("staging", final):
+                assert self._memory is not None and self._worker is not None
+                placed = self._memory.copy(memory.tensors)
+                share = _SHARE_OF_A_PROCESSOR if live.engine.device.type == "cpu" else 1.0
+                self._worker.send(WriteOrder(staging, self._memory.num_bytes, tuple(files), tuple(rows), placed, share))
+        except CheckpointError:
+            self._drop_worker()  # it may be at work on an order that nobody wants any more
+            raise
         staged = time.perf_counter() - started
         self._in_flight = _InFlight(final, staging, progress.iteration, snapshot, rows, started, staged)
         log.info("staged %s in %.3f s; it is written while training goes on", final, staged)
@@ -161,16 +167,25 @@ class BackgroundSaves:
         """Until nothing is in flight, which now has all of the machine. Collective over the world."""
         if self._in_flight is not None and self._worker is not None:
             self._worker.hurry()
+        began = told = time.monotonic()
         while self._in_flight is not None:
             yield from self.poll(_WAITS)
+            if time.monotonic() - told > _TELLS_EVERY:
+                told = time.monotonic()
+                log.warning("warning: the save is still being written; training has waited %.0f s", told - began)
 
     def close(self) -> None:
         """Without waiting: a save that is in flight is left undone. Local."""
-        if self._worker is not None:
-            self._worker.close()
+        self._drop_worker()
         if self._memory is not None:
             self._memory.close()
-        self._worker = self._memory = self._in_flight = None
+        self._memory = self._in_flight = None
+
+    def _drop_worker(self) -> None:
+        """The next save starts another."""
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = None
 
     def _reserve(self, num_bytes: int) -> bool:
         """Memory and worker, on every rank or on none."""
@@ -182,6 +197,8 @@ class BackgroundSaves:
             try:
                 self._memory = self._memory or StagingMemory()
                 self._memory.reserve(num_bytes)
+                if self._worker is not None and not self._worker.is_running:
+                    self._drop_worker()  # killed while it had nothing to do
                 self._worker = self._worker or SaveWorker.start(self._memory.handle)
             except (OSError, SaveWorkerError) as error:
                 problem = f"{type(error).__name__}: {error}"
@@ -223,8 +240,7 @@ class BackgroundSaves:
         try:
             answer = self._worker.receive()
         except SaveWorkerError:
-            self._worker.close()
-            self._worker = None  # the next save starts another
+            self._drop_worker()
             raise
         if answer.error:
             raise SaveWorkerError(answer.error)

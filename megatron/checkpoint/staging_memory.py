@@ -11,6 +11,7 @@ memory belongs to no file (memfd), so nothing is left when the last process that
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Iterable, Sequence
@@ -53,9 +54,12 @@ class StagingMemory:
         os.ftruncate(self.handle, num_bytes)
         mapped = mmap.mmap(self.handle, num_bytes)
         self._bytes, self.num_bytes = torch.frombuffer(mapped, dtype=torch.uint8), num_bytes
+        system = ctypes.CDLL(None, use_errno=True)
         address = ctypes.c_void_p(self._bytes.data_ptr())
-        if ctypes.CDLL(None).madvise(address, ctypes.c_size_t(num_bytes), _POPULATE_WRITE):
-            self._bytes[:: mmap.PAGESIZE] = 0
+        if system.madvise(address, ctypes.c_size_t(num_bytes), _POPULATE_WRITE):
+            if (code := ctypes.get_errno()) != errno.EINVAL:
+                raise OSError(code, f"no memory for a copy of {num_bytes} bytes: {os.strerror(code)}")
+            self._bytes[:: mmap.PAGESIZE] = 0  # an older Linux
 
     def copy(self, tensors: Sequence[torch.Tensor]) -> tuple[Values, ...]:
         """Flat and contiguous ones; all that a save needs, in place of what was there. Raises OSError where it had to

@@ -52,6 +52,7 @@ from megatron.training.metrics import peak_tflops
 from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, parameters_trained_later, refuse_buffers
 from megatron.ucp.commit import RUN_MARK, damage_of, mark_damaged
+from megatron.ucp.errors import UcpError
 from megatron.ucp.owner import claimed
 from megatron.ucp.run_folder import find_checkpoints
 
@@ -225,7 +226,7 @@ def _next_plan(
     damaged[folder.name] = " ".join(str(error).split())[:300]
     try:
         other = _plan(config, zero_stage, damaged)
-    except ResumeError:
+    except (ResumeError, UcpError):
         raise error from None
     log.error("error: %s", error)
     log.warning("warning: %s is damaged, is marked as such and passed over (--load-strict stops instead)", folder)

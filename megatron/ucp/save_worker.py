@@ -111,6 +111,10 @@ class SaveWorker:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def send(self, order: WriteOrder | CommitOrder) -> None:
         """Raises SaveWorkerError."""
         try:

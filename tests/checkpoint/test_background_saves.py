@@ -110,6 +110,49 @@ def _kills_first_worker(run, rank: int) -> None:
     SaveWorker.send = send_and_kill
 
 
+def test_the_worker_is_killed_while_it_has_nothing_to_do(data, tmp_path):
+    saves, _ = run_ranks(2, _fit, _argv(data, tmp_path, "--async-save", zero=1), _kills_idle_worker)[0]
+    assert [i for i, stage in saves if stage == "durable"] == [2, 4, 6]
+
+
+def _kills_idle_worker(run, rank: int) -> None:
+    from megatron.checkpoint.background import BackgroundSaves
+
+    begin = BackgroundSaves.begin
+
+    def kill_and_begin(saves, folder, progress):
+        if rank == 1 and progress.iteration == 4:
+            os.kill(saves._worker.pid, signal.SIGKILL)
+            saves._worker._process.wait()
+        return begin(saves, folder, progress)
+
+    BackgroundSaves.begin = kill_and_begin
+
+
+def test_an_order_that_only_some_ranks_could_give(data, tmp_path):
+    """The others' workers are at it already: what they answer must not be taken for an answer to the next order."""
+    run_ranks(2, _fit, _argv(data, tmp_path / "waits", zero=1))
+    saves, _ = run_ranks(2, _fit, _argv(data, tmp_path / "behind", "--async-save", zero=1), _cannot_send_once)[0]
+    assert [i for i, stage in saves if stage == "durable"] == [4, 6]
+    behind, waits = _files(tmp_path / "behind"), _files(tmp_path / "waits")
+    assert behind == {name: content for name, content in waits.items() if not name.startswith("global_step2")}
+
+
+def _cannot_send_once(run, rank: int) -> None:
+    from megatron.ucp.save_worker import SaveWorker, SaveWorkerError
+
+    _slow(run, rank)
+    send, failed = SaveWorker.send, []
+
+    def send_or_fail(worker, order):
+        if rank == 1 and not failed:
+            failed.append(True)
+            raise SaveWorkerError("planted")
+        send(worker, order)
+
+    SaveWorker.send = send_or_fail
+
+
 def test_a_failure_stops_the_run_if_asked(data, tmp_path):
     argv = _argv(data, tmp_path, "--async-save", "--exit-on-save-failure", zero=1)
     with pytest.raises(
