@@ -228,10 +228,10 @@ def _next_plan(
         other = _plan(config, zero_stage, damaged)
     except (ResumeError, UcpError):
         raise error from None
+    if other.is_fresh:
+        raise error
     log.error("error: %s", error)
     log.warning("warning: %s is damaged, is marked as such and passed over (--load-strict stops instead)", folder)
-    if dist.get_rank() == 0:
-        _mark(folder.parent, {folder.name: str(error)})
     return other
 
 
@@ -256,8 +256,6 @@ def _plan(config: Config, zero_stage: int, damaged: Mapping[str, str]) -> Resume
             if checkpoint.load:
                 folder, only_universal = Path(checkpoint.load), checkpoint.universal_checkpoint
                 found = find_checkpoints(folder, checkpoint.load_tag, only_universal, damaged)
-                if not checkpoint.load_strict:
-                    _mark(folder, found.damaged)
             wanted = Wanted(
                 config.parallel.topology(dist.get_world_size()),
                 zero_stage,
@@ -266,6 +264,8 @@ def _plan(config: Config, zero_stage: int, damaged: Mapping[str, str]) -> Resume
                 checkpoint.load_strict,
             )
             plan = choose_resume(found, wanted)
+            if found is not None:
+                _mark(found.load, found.damaged)
             opened, outcome[0] = plan.opened, dataclasses.replace(plan, opened=None)  # what is open stays here
         except Exception as error:
             outcome[1] = error

@@ -58,8 +58,8 @@ class FoundCheckpoints:
     """What is wrong with a pointer or with a checkpoint that was passed over; then `native` and `universal` are the
     newest whole ones."""
     damaged: Mapping[str, str] = field(default_factory=dict)
-    """Why, by name, of those that a pointer names: then there was something to go on from, and a fresh start is no
-    answer."""
+    """Why, by name, of those that a pointer names or that would have been the newest: then there was something to go on
+    from, and a fresh start is no answer."""
 
 
 def find_checkpoints(
@@ -108,7 +108,9 @@ def find_checkpoints(
             faults[kind] = found.fault
     if not named:  # a folder with one of the pointers does not need the other
         faults = {kind: faults.get(kind, f"there is no {pointer}") for pointer, kind in kinds.items()}
-    newest, passed_over = _newest_whole(load, set(faults), limits, damaged) if faults else ({}, [])
+    newest, passed_over = dict[str, Found](), list[str]()
+    if faults:
+        newest, passed_over = _newest_whole(load, set(faults), limits, damaged, found_damaged)
     if unreadable is not None and not named and not newest:
         raise unreadable
     told = [fault for kind, fault in faults.items() if kind in newest or not fault.startswith("there is no")]
@@ -135,10 +137,10 @@ def _is_replaced(load: Path, name: str) -> bool:
 
 
 def _newest_whole(
-    load: Path, kinds: set[str], limits: Mapping[str, int], damaged: Mapping[str, str]
+    load: Path, kinds: set[str], limits: Mapping[str, int], damaged: Mapping[str, str], found_damaged: dict[str, str]
 ) -> tuple[dict[str, Found], list[str]]:
     """By kind, up to its limit in iterations, and why others were passed over. Whole: its ucp.json can be believed, all
-    files have their sizes, and nobody has found it damaged."""
+    files have their sizes, and nobody has found it damaged; who has joins `found_damaged`."""
     candidates: list[Found] = []
     newest: dict[str, Found] = {}
     passed_over: list[str] = []
@@ -152,6 +154,7 @@ def _newest_whole(
             continue
         if why := damaged.get(found.folder.name) or damage_of(found.folder):
             passed_over.append(f"{found.folder.name} is passed over: it is damaged ({why})")
+            found_damaged[found.folder.name] = why
             continue
         try:
             newest[found.kind] = dataclasses.replace(found, opened=found.opened or OpenCheckpoint.of(found.folder))

@@ -124,6 +124,18 @@ def test_where_nothing_is_whole_nothing_is_begun_anew(saved, data, tmp_path):
     assert (folder / "latest").read_text() == NEWEST
 
 
+def test_a_lost_pointer_does_not_make_a_damaged_one_a_fresh_start(saved, data, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved / NEWEST, folder / NEWEST)
+    DAMAGES["a byte of a moment"](folder / NEWEST)
+    argv = command_line(data, zero=1, iters=7, load=folder)
+    with pytest.raises(RankFailure, match="DamagedCheckpointError"):
+        run_ranks(2, _fit, argv)
+    (folder / NEWEST / DAMAGE_MARK).write_text("by another run\n")
+    with pytest.raises(RankFailure, match=r"ResumeError: no checkpoint in .* is whole.*by another run"):
+        run_ranks(2, _fit, argv)
+
+
 def test_a_model_that_does_not_fit_is_no_damage(saved, data, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
