@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,6 +65,14 @@ _DAMAGE += (f"{UnsafePickleError.__name__}:", f"OSError: [Errno {errno.EIO}]")
 have changed may name one, and nothing of it is run."""
 
 
+def _is_damage(by_rank: Mapping[int, str]) -> bool:
+    """A file that only some ranks miss is there: their node does not see the disk, nor an older checkpoint on it."""
+    is_missing = any(text.startswith(f"{MissingFileError.__name__}:") for text in by_rank.values())
+    if is_missing and len(by_rank) < dist.get_world_size():
+        return False
+    return all(text.startswith(_DAMAGE) for text in by_rank.values())
+
+
 @contextlib.contextmanager
 def all_ranks_or_none(what: str, folder: Path) -> Iterator[None]:
     """Ends with an error on every rank where one rank failed, instead of a hang in the next collective."""
@@ -77,7 +85,7 @@ def all_ranks_or_none(what: str, folder: Path) -> Iterator[None]:
         by_text.setdefault(text, []).append(rank)
     lines = [f"ranks {ranks[:8]}{'...' if len(ranks) > 8 else ''}: {text}" for text, ranks in by_text.items()]
     kind = SourceMismatchError if isinstance(failures.own, SourceMismatchError) else CheckpointError
-    if all(text.startswith(_DAMAGE) for text in failures.by_rank.values()):
+    if _is_damage(failures.by_rank):
         kind = DamagedCheckpointError
     with reported_by_rank_0(dist.get_rank()):
         raise kind(f"{what} {folder} failed on {failures.how_many}\n" + "\n".join(lines)) from failures.own

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from fuzz.faults import Fault
 
-from megatron.checkpoint import loading, resume, saved_streams
+from megatron.checkpoint import loading, saved_streams
 from megatron.engine import schedule
 from megatron.engine.optimizer_states import OptimizerStates
 from megatron.ucp import (
@@ -27,6 +27,7 @@ from megatron.ucp import (
     manifest_schema,
     ordinary_file,
     pointers,
+    run_folder,
     safe_load,
     safe_paths,
     verify,
@@ -169,7 +170,7 @@ MUTATIONS = (
     Mutation(
         "the length of messages", "far too long", ((errors, "_MAX_TEXT", 1 << 40), (errors, "_MAX_ITEM", 1 << 40))
     ),
-    Mutation("pointers", "the pointer is named", ((resume, "read_pointer", _believed),)),
+    Mutation("pointers", "the pointer is named", ((run_folder, "read_pointer", _believed),)),
     Mutation("the saved schedule", "common.schedule", ((schedule, "_SAVED", _nothing),)),
     Mutation(
         "kinds of hyper-parameters", "optimizer.groups", ((OptimizerStates, "hyper_parameter_faults", _no_faults),)
