@@ -11,13 +11,11 @@ import dataclasses
 import json
 import logging
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import megatron
@@ -26,7 +24,7 @@ from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.loading import load
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.restoring import progress_of
-from megatron.checkpoint.resume import LoadOptions, ResumeError, ResumePlan, Wanted, choose_resume, open_planned
+from megatron.checkpoint.resume import LoadOptions, ResumeError, ResumePlan
 from megatron.config.config import Config
 from megatron.config.model import ModelConfig
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
@@ -43,18 +41,16 @@ from megatron.model.flops import flops_per_token, num_parameters
 from megatron.parallel.agreement import stops_all_ranks
 from megatron.parallel.context import ParallelContext, build_context
 from megatron.parallel.mpu import Mpu
-from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.parallel.rng import RandomStreams
 from megatron.training.batches import Batches
 from megatron.training.launch import LaunchInfo
 from megatron.training.loop import Run
 from megatron.training.metrics import peak_tflops
+from megatron.training.starting_point import StartingPoint
 from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, parameters_trained_later, refuse_buffers
-from megatron.ucp.commit import RUN_MARK, damage_of, mark_damaged
-from megatron.ucp.errors import UcpError
+from megatron.ucp.commit import RUN_MARK
 from megatron.ucp.owner import claimed
-from megatron.ucp.run_folder import find_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +77,8 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
     for note in notes:
         log.info("note: %s", note)
     zero_stage = ds_config["zero_optimization"]["stage"]
-    damaged: dict[str, str] = {}
-    plan = _opened(config, _plan(config, zero_stage, damaged), zero_stage, damaged)
+    starting_point = StartingPoint(config.checkpoint, topology, zero_stage)
+    plan = starting_point.first()
     with stops_all_ranks("reading how far the checkpoint had come"):
         start = _start(config, plan)
         config.require_batch_sizes(launch.world_size, start.consumed_train_samples)
@@ -139,7 +135,7 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
             progress = load(live, plan, _load_options(config))
             break
         except DamagedCheckpointError as error:
-            plan = _opened(config, _next_plan(config, plan, zero_stage, error, damaged), zero_stage, damaged)
+            plan = starting_point.instead_of(plan, error)
         if _trained_later(config, plan) != trained_later:
             raise ResumeError(
                 f"{plan.folder} is older than some parameters' training, which this run was built for: start again"
@@ -199,81 +195,6 @@ def _remove_empty(folder: Path) -> None:
     """A run that was refused leaves nothing behind."""
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-def _opened(config: Config, plan: ResumePlan, zero_stage: int, damaged: dict[str, str]) -> ResumePlan:
-    """The plan's checkpoint, or the next whole one where that cannot be opened. Collective."""
-    while True:
-        for note in plan.notes:
-            log.warning("warning: %s", note)
-        log.info("%s", plan.reason)
-        try:
-            return open_planned(plan)
-        except DamagedCheckpointError as error:
-            plan = _next_plan(config, plan, zero_stage, error, damaged)
-
-
-def _next_plan(
-    config: Config, plan: ResumePlan, zero_stage: int, error: DamagedCheckpointError, damaged: dict[str, str]
-) -> ResumePlan:
-    """What to start from instead of a checkpoint that was found damaged, which joins the `damaged` and is marked, so
-    that the next start need not find out again. Raises the error where this one was asked for by name or with
-    --load-strict, and where there is no other. Collective."""
-    checkpoint, folder = config.checkpoint, plan.folder
-    is_chosen_here = checkpoint.load_tag is None and folder is not None and folder.parent == Path(checkpoint.load or "")
-    if folder is None or not is_chosen_here or checkpoint.load_strict:
-        raise error
-    damaged[folder.name] = " ".join(str(error).split())[:300]
-    try:
-        other = _plan(config, zero_stage, damaged)
-    except (ResumeError, UcpError):
-        raise error from None
-    if other.is_fresh:
-        raise error
-    log.error("error: %s", error)
-    log.warning("warning: %s is damaged, is marked as such and passed over (--load-strict stops instead)", folder)
-    return other
-
-
-def _mark(run_folder: Path, damaged: Mapping[str, str]) -> None:
-    """Those that carry no mark yet."""
-    for name, why in damaged.items():
-        if not damage_of(run_folder / name):
-            try:
-                mark_damaged(run_folder / name, why)
-            except OSError as fault:
-                log.warning("warning: the mark could not be left in %s: %s", run_folder / name, fault)
-
-
-def _plan(config: Config, zero_stage: int, damaged: Mapping[str, str]) -> ResumePlan:
-    """Decided on rank 0, the same everywhere: folders may look different from another node."""
-    outcome: list[Any] = [None, None]
-    opened = None
-    if dist.get_rank() == 0:
-        checkpoint = config.checkpoint
-        try:
-            found = None
-            if checkpoint.load:
-                folder, only_universal = Path(checkpoint.load), checkpoint.universal_checkpoint
-                found = find_checkpoints(folder, checkpoint.load_tag, only_universal, damaged)
-            wanted = Wanted(
-                config.parallel.topology(dist.get_world_size()),
-                zero_stage,
-                checkpoint.universal_checkpoint,
-                checkpoint.exit_on_missing_checkpoint,
-                checkpoint.load_strict,
-            )
-            plan = choose_resume(found, wanted)
-            if found is not None:
-                _mark(found.load, found.damaged)
-            opened, outcome[0] = plan.opened, dataclasses.replace(plan, opened=None)  # what is open stays here
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        with reported_by_rank_0(dist.get_rank()):
-            raise outcome[1]
-    return dataclasses.replace(outcome[0], opened=opened)
 
 
 def _start(config: Config, plan: ResumePlan) -> Progress:

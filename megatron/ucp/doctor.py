@@ -141,8 +141,8 @@ def _entry(path: Path, manifest: Manifest | None, newest: Manifest | None, full:
     checked = "every byte" if full else "sizes"
     if marked:
         why = f"marked: {marked}; by {checked} it is whole"
-        return Entry(name, "damaged", why, "unmark") if full and report.is_proven else Entry(name, "damaged", why)
-    return Entry(name, "whole", _told(manifest, newest, checked, report.doubt))
+        return Entry(name, "damaged", why, "unmark") if report.is_proven else Entry(name, "damaged", why)
+    return Entry(name, "whole", _told(manifest, newest, checked, report.doubt if full else ""))
 
 
 def _told(manifest: Manifest | None, newest: Manifest | None, checked: str, doubt: str) -> str:

@@ -1,0 +1,106 @@
+"""Which checkpoint a run starts from, and which instead where that one turns out to be damaged.
+
+    starting_point = StartingPoint(config.checkpoint, topology, zero_stage)
+    plan = starting_point.first()                       # open on every rank; collective, as the next
+    plan = starting_point.instead_of(plan, error)       # after loading it has raised DamagedCheckpointError
+
+What was found damaged is marked, so that the next start need not find out again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron.checkpoint.errors import DamagedCheckpointError
+from megatron.checkpoint.resume import ResumeError, ResumePlan, Wanted, choose_resume, open_planned
+from megatron.config.checkpoint import CheckpointConfig
+from megatron.parallel.rank_errors import reported_by_rank_0
+from megatron.ucp.commit import damage_of, mark_damaged
+from megatron.ucp.errors import UcpError
+from megatron.ucp.run_folder import find_checkpoints
+from megatron.ucp.topology import Topology
+
+log = logging.getLogger(__name__)
+
+
+class StartingPoint:
+    def __init__(self, config: CheckpointConfig, topology: Topology, zero_stage: int):
+        self._config = config
+        self._wanted = Wanted(
+            topology, zero_stage, config.universal_checkpoint, config.exit_on_missing_checkpoint, config.load_strict
+        )
+        self._damaged: dict[str, str] = {}
+        """Why, by name, of what this start has found damaged."""
+
+    def first(self) -> ResumePlan:
+        """Collective over the world. Raises ResumeError, and what reading and opening checkpoints raise."""
+        return self._opened(self._plan())
+
+    def instead_of(self, plan: ResumePlan, error: DamagedCheckpointError) -> ResumePlan:
+        """Never a fresh start. Collective over the world. Raises the error where the plan's checkpoint was asked for by
+        name or with --load-strict, and where there is no other."""
+        return self._opened(self._next(plan, error))
+
+    def _opened(self, plan: ResumePlan) -> ResumePlan:
+        while True:
+            for note in plan.notes:
+                log.warning("warning: %s", note)
+            log.info("%s", plan.reason)
+            try:
+                return open_planned(plan)
+            except DamagedCheckpointError as error:
+                plan = self._next(plan, error)
+
+    def _next(self, plan: ResumePlan, error: DamagedCheckpointError) -> ResumePlan:
+        config, folder = self._config, plan.folder
+        is_chosen_here = config.load_tag is None and folder is not None and folder.parent == Path(config.load or "")
+        if folder is None or not is_chosen_here or config.load_strict:
+            raise error
+        self._damaged[folder.name] = " ".join(str(error).split())[:300]
+        try:
+            other = self._plan()
+        except (ResumeError, UcpError):
+            raise error from None
+        if other.is_fresh:
+            raise error
+        log.error("error: %s", error)
+        log.warning("warning: %s is damaged, is marked as such and passed over (--load-strict stops instead)", folder)
+        return other
+
+    def _plan(self) -> ResumePlan:
+        """Decided on rank 0, the same everywhere: folders may look different from another node."""
+        outcome: list[Any] = [None, None]
+        opened, config = None, self._config
+        if dist.get_rank() == 0:
+            try:
+                found = None
+                if config.load:
+                    folder, only_universal = Path(config.load), config.universal_checkpoint
+                    found = find_checkpoints(folder, config.load_tag, only_universal, self._damaged)
+                plan = choose_resume(found, self._wanted)
+                if found is not None:
+                    _mark(found.load, found.damaged)
+                opened, outcome[0] = plan.opened, dataclasses.replace(plan, opened=None)  # what is open stays here
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            with reported_by_rank_0(dist.get_rank()):
+                raise outcome[1]
+        return dataclasses.replace(outcome[0], opened=opened)
+
+
+def _mark(run_folder: Path, damaged: Mapping[str, str]) -> None:
+    """Those that carry no mark yet."""
+    for name, why in damaged.items():
+        if not damage_of(run_folder / name):
+            try:
+                mark_damaged(run_folder / name, why)
+            except OSError as fault:
+                log.warning("warning: the mark could not be left in %s: %s", run_folder / name, fault)
