@@ -212,18 +212,30 @@ def _fit_until_killed(rank: int, world_size: int, argv: list[str], victim: int, 
     _fit(rank, world_size, argv, plant)
 
 
-def test_without_room_training_waits(data, tmp_path):
-    argv = _argv(data, tmp_path, "--async-save", "--async-save-max-gib", "1e-6", zero=1)
-    told = run_ranks(2, _fit_and_log, argv)[0]
-    assert "saves are written while training waits: a copy of a rank's state takes" in told
+ROOM = {
+    "cap": (["--async-save-max-gib", "1e-6"], None, "a copy of a rank's state takes"),
+    "host": ([], 1000, "copies of its ranks' states take"),
+}
+
+
+@pytest.mark.parametrize("case", ROOM)
+def test_without_room_training_waits(case: str, data, tmp_path):
+    flags, available, reason = ROOM[case]
+    argv = _argv(data, tmp_path, "--async-save", *flags, zero=1)
+    told = run_ranks(2, _fit_and_log, argv, available)[0]
+    assert f"saves are written while training waits: {reason}" in told
     assert sorted(p.name for p in tmp_path.glob("global_step*")) == ["global_step2", "global_step4", "global_step6"]
     assert verify(tmp_path / "global_step6").findings == ()
 
 
-def _fit_and_log(rank: int, world_size: int, argv: list[str]) -> str:
+def _fit_and_log(rank: int, world_size: int, argv: list[str], available: int | None) -> str:
     import io
     import logging
 
+    from megatron.checkpoint import background
+
+    if available is not None:
+        background.available_bytes = lambda: available
     heard = logging.StreamHandler(io.StringIO())
     logging.getLogger("megatron").addHandler(heard)
     logging.getLogger("megatron").setLevel(logging.INFO)

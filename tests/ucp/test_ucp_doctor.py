@@ -167,6 +167,48 @@ def test_a_run_that_is_going_on_is_left_alone(run):
     assert "a run is going on here" in told and (run / "dead.tmp").is_dir()
 
 
+def _is_fifo(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def _leads_out(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.parents[1] / "outside" if path.parent.name == "run" else path.parents[2] / "outside")
+
+
+def _is_huge(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # with holes
+
+
+HOSTILE = {
+    "fifo": _is_fifo,
+    "link": _leads_out,
+    "huge": _is_huge,
+    "folder": lambda path: (path.unlink(missing_ok=True), path.mkdir()),
+    "escapes": lambda path: path.write_bytes(b"\x1b]0;x\x07\xff\x00" * 50),
+    "nested": lambda path: path.write_text("[" * 3000),
+}
+
+
+@pytest.mark.parametrize(
+    "place", ["latest", ".owner", "global_step5/.damaged", "global_step5/.writing", "x.tmp/.writing"]
+)
+@pytest.mark.parametrize("what", HOSTILE)
+def test_whatever_lies_there(what: str, place: str, run, capfd):
+    """Told, without waiting, without a traceback, and without a byte outside."""
+    (run.parent / "outside").write_text("as it was")
+    (run / "x.tmp").mkdir()
+    HOSTILE[what](run / place)
+    for options in ([], ["--full", "--fix"], []):
+        assert cli.main(["doctor", str(run), *options]) in (0, 1)
+    told = capfd.readouterr()
+    assert "global_step3" in told.out and "\x1b" not in told.out + told.err and "Traceback" not in told.err
+    assert (run.parent / "outside").read_text() == "as it was"
+    assert all((run / name / "ucp.json").is_file() for name in ("global_step3", "global_step5"))
+
+
 def test_the_command(run, capsys):
     assert cli.main(["doctor", str(run)]) == 0
     assert "a resume would take global_step5" in capsys.readouterr().out
