@@ -274,8 +274,9 @@ def _convert(arguments: argparse.Namespace) -> tuple[int, Any, str]:
         "digest": result.digest,
         "bytes": result.num_bytes,
         "seconds": result.seconds,
+        "kept": result.num_kept,
     }
-    text = f"{result.source} -> {result.output}; state digest {result.digest}"
+    text = f"{result.source} -> {result.output}; state digest {result.digest}{result.told_kept()}"
     if isinstance(result, Reshaped) and result.global_batch:
         data["global_batch"] = result.global_batch
         text += (

@@ -50,10 +50,8 @@ def stage(final: str | Path, replace: bool = False) -> Path:
     is there carries no mark of ours."""
     final = Path(final)
     staging = final.with_name(final.name + STAGING_SUFFIX)
-    if os.path.lexists(final) and not replace:
-        raise OutputExistsError(
-            "the output is already there", where=final, do="choose another folder, or remove this one yourself"
-        )
+    if not replace:
+        require_absent(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(staging):
         _require_left_over(staging)
@@ -75,6 +73,14 @@ def stage(final: str | Path, replace: bool = False) -> Path:
         _require_left_over(staging)
         raise
     return staging
+
+
+def require_absent(final: Path) -> None:
+    """Raises OutputExistsError."""
+    if os.path.lexists(final):
+        raise OutputExistsError(
+            "the output is already there", where=final, do="choose another folder, or remove this one yourself"
+        )
 
 
 def commit(staging: str | Path, final: str | Path, replace: bool = False) -> None:

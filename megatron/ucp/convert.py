@@ -12,6 +12,7 @@ Its command line is convert_command.py. DeepSpeed's own files for other ranks ar
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import threading
 import time
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.ucp.commit import commit, point_to, stage
+from megatron.ucp.commit import commit, point_to
 from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors, require_space
 from megatron.ucp.errors import CorruptFileError, DigestMismatchError, OutputExistsError, SourceError, UcpError, listed
@@ -30,7 +31,8 @@ from megatron.ucp.manifest import Manifest, write_manifest
 from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.pointers import LATEST_UNIVERSAL
 from megatron.ucp.sources import Source, find_checkpoint, open_source
-from megatron.ucp.targets.universal import tensor_bytes, write_universal
+from megatron.ucp.targets.universal import tensor_bytes, tensor_jobs, write_universal
+from megatron.ucp.unfinished import Journal, bytes_there, end_work, plan_of, staged_again
 
 _SPARE_BYTES = 4 << 20
 """For ucp.json, steps and model states."""
@@ -44,6 +46,15 @@ class Conversion:
     digest: str
     num_bytes: int
     seconds: float
+    num_kept: int
+    """Tensors that one that was killed had written, and that this one found whole."""
+
+    def told_kept(self) -> str:
+        """For the end of a line; empty where nothing was kept."""
+        if not self.num_kept:
+            return ""
+        count = sum(len(info.states) for info in self.manifest.parameters.values())
+        return f"; gone on from where it was interrupted: {self.num_kept} of {count} tensors were there and are right"
 
 
 def convert(
@@ -55,18 +66,24 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Writes `output_folder` and points `latest_universal` beside it to it. Raises before anything is written where
-    the input is incomplete, the output exists or the disk is too small; a failure later leaves no output.
+    the input is incomplete, the output exists or the disk is too small; a failure later leaves no output. What was
+    killed (or its machine) is gone on with: see unfinished.py.
 
     `progress(done, total)` in bytes, from several threads."""
     started = time.perf_counter()
     source, output, identity = opened(input_folder, output_folder, column_parallel)
     num_bytes = tensor_bytes(source.manifest)
-    require_space(output, num_bytes + _SPARE_BYTES)
-    with whole_or_not_at_all(output, identity) as staging:
-        manifest = write_proven(write_universal, source, staging, num_workers, byte_counter(progress, num_bytes))
+    plan = plan_of(identity, column_parallel, 0)
+    require_space(output, num_bytes + _SPARE_BYTES - bytes_there(output, plan))
+    with staged_again(output, plan) as staging, whole_or_not_at_all(staging, output, identity):
+        journal = Journal(staging, "tensors")
+        kept = journal.kept(source, tensor_jobs(source.manifest), num_workers)
+        write = functools.partial(write_universal, journal=journal, kept=kept)
+        manifest = write_proven(write, source, staging, num_workers, byte_counter(progress, num_bytes))
+        end_work(staging)
     point_to(output.parent, LATEST_UNIVERSAL, output.name)
     seconds = time.perf_counter() - started
-    return Conversion(source.folder, output, manifest, total(manifest.digests), num_bytes, seconds)
+    return Conversion(source.folder, output, manifest, total(manifest.digests), num_bytes, seconds, len(kept))
 
 
 def opened(
@@ -82,12 +99,12 @@ def opened(
 
 
 @contextlib.contextmanager
-def whole_or_not_at_all(output: Path, input_identity: Identity) -> Iterator[Path]:
-    """A staging folder that becomes `output` where the block ends well and the input is the one that was opened."""
-    staging = stage(output)
+def whole_or_not_at_all(staging: Path, output: Path, input_identity: Identity) -> Iterator[None]:
+    """The staging folder becomes `output` where the block ends well and the input is the one that was opened; else it
+    is removed."""
     try:
         with disk_errors(staging):
-            yield staging
+            yield
         input_identity.require_unchanged()
         commit(staging, output)
     except BaseException:

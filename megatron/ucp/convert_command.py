@@ -108,6 +108,6 @@ def main(arguments: Any = None, launched: Share | None = None) -> int:
     print(
         f"{result.source} (ZeRO-{source['zero_stage']}, {Topology.from_json(source['topology'])}) -> {result.output}\n"
         f"{len(result.manifest.parameters)} parameters, {size:.1f} MiB in {result.seconds:.2f} s "
-        f"({size / max(result.seconds, 1e-9):.0f} MiB/s); state digest {result.digest}"
+        f"({size / max(result.seconds, 1e-9):.0f} MiB/s); state digest {result.digest}{result.told_kept()}"
     )
     return 0

@@ -24,6 +24,7 @@ from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.ucp.owner import lives, mark_of
 from megatron.ucp.pointers import LATEST, LATEST_UNIVERSAL, read_pointer
 from megatron.ucp.run_folder import find_checkpoints, is_checkpoint_folder
+from megatron.ucp.unfinished import WORK
 from megatron.ucp.verify import verify
 
 Fix = Literal["", "remove", "rename back", "unmark", "point"]
@@ -170,7 +171,8 @@ def _unfinished(path: Path) -> Entry:
         return Entry(path.name, "unfinished", f"being written, or left, by {mark.told()}: examine it there")
     if lives(mark):
         return Entry(path.name, "being written", f"by {mark.told()}")
-    return Entry(path.name, "unfinished", f"left by {mark.told()}, which is gone", "remove")
+    goes_on = "; the same conversion would go on with it" if (path / WORK).is_dir() else ""
+    return Entry(path.name, "unfinished", f"left by {mark.told()}, which is gone{goes_on}", "remove")
 
 
 def _if_dead(path: Path, fix: Fix, target: str = "") -> tuple[Fix, str]:

@@ -122,8 +122,20 @@ def claim(path: str | Path) -> Mark:
 
 @contextlib.contextmanager
 def claimed(path: str | Path) -> Iterator[Mark]:
-    """`claim`, renewed by a thread until the block ends, and then released."""
-    mark, ended = claim(path), threading.Event()
+    """`claim`, renewed until the block ends, and then released."""
+    mark = claim(path)
+    try:
+        with renewed(mark):
+            yield mark
+    finally:
+        with contextlib.suppress(OSError):
+            release(mark)
+
+
+@contextlib.contextmanager
+def renewed(mark: Mark) -> Iterator[None]:
+    """By a thread until the block ends. A mark that somebody removes meanwhile stays away."""
+    ended = threading.Event()
 
     def renew() -> None:
         while not ended.wait(RENEWED_EVERY):
@@ -133,12 +145,10 @@ def claimed(path: str | Path) -> Iterator[Mark]:
     thread = threading.Thread(target=renew, name=f"owner of {mark.path.parent.name}", daemon=True)
     thread.start()
     try:
-        yield mark
+        yield
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(OSError):
-            release(mark)
 
 
 def release(mark: Mark) -> None:

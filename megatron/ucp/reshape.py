@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.ucp.commit import point_to
+from megatron.ucp.commit import point_to, stage
 from megatron.ucp.convert import Conversion, byte_counter, require_apart, whole_or_not_at_all, write_proven
 from megatron.ucp.digest import total
 from megatron.ucp.disk import require_space
@@ -70,7 +70,8 @@ def reshape(
     num_copied = sum(path.stat().st_size for path, _ in copies)
     require_space(output, num_bytes + _WEIGHT_BYTES * num_weights + num_copied + _SPARE_BYTES)
     write = functools.partial(write_native, target=target, groups=groups)
-    with whole_or_not_at_all(output, identity) as staging:
+    staging = stage(output)
+    with whole_or_not_at_all(staging, output, identity):
         written = staging / inside
         written.mkdir(parents=True, exist_ok=True)
         manifest = write_proven(write, source, written, num_workers, byte_counter(progress, num_bytes))
@@ -88,5 +89,6 @@ def reshape(
         total(manifest.digests),
         num_bytes,
         time.perf_counter() - started,
+        0,
         ZeroSettings.of(source.model_states(0)).global_batch,
     )

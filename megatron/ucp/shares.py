@@ -14,38 +14,45 @@ checksums.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.ucp.commit import OWNER_MARK, STAGING_SUFFIX, commit, flush, point_to, stage
+from megatron.ucp.commit import commit, flush, point_to
 from megatron.ucp.convert import Conversion, byte_counter, naming_files, opened
 from megatron.ucp.digest import total
-from megatron.ucp.disk import disk_errors, require_space, write_and_flush
+from megatron.ucp.disk import disk_errors, require_space
 from megatron.ucp.errors import CorruptFileError, DigestMismatchError, OutputExistsError, SourceError, UcpError, listed
 from megatron.ucp.file_table import require_unchanged
-from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import FileInfo, Manifest, read_manifest, write_manifest
-from megatron.ucp.owner import claim, claimed, lives, mark_of
+from megatron.ucp.owner import claimed, lives, mark_of
 from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.pointers import LATEST_UNIVERSAL
 from megatron.ucp.sources import Source
-from megatron.ucp.targets.universal import Job, Written, tensor_bytes, tensor_jobs, universal_manifest, write_tensors
+from megatron.ucp.targets.universal import Written, tensor_bytes, tensor_jobs, universal_manifest, write_tensors
+from megatron.ucp.unfinished import (
+    WORK,
+    Job,
+    Journal,
+    bytes_there,
+    end_work,
+    plan_in,
+    plan_of,
+    remove_others,
+    staged_again,
+    staging_of,
+    write_whole,
+)
 
-_SHARES = ".shares"
-"""In the staging folder: what the processes tell each other."""
-_PLAN = "plan"
 _SPARE_BYTES = 4 << 20
 _POLLED_EVERY = 0.1
 _MAX_BYTES = 1 << 28
 """Of what one share says."""
-MAX_SHARES = 1 << 16
+MAXWORK = 1 << 16
 
 
 class UnfinishedSharesError(UcpError):
@@ -58,10 +65,8 @@ class Share:
     count: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count <= MAX_SHARES:
-            raise UcpError(
-                "no such share", found=str(self), expected=f"I/N, where I is 0 to N - 1, N up to {MAX_SHARES}"
-            )
+        if not 0 <= self.index < self.count <= MAXWORK:
+            raise UcpError("no such share", found=str(self), expected=f"I/N, where I is 0 to N - 1, N up to {MAXWORK}")
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
@@ -92,35 +97,38 @@ def convert_share(
     started = time.perf_counter()
     source, output, identity = opened(input_folder, output_folder, column_parallel)
     jobs = _dealt(source.manifest, share.count)
-    plan = _plan_of(identity, share.count)
+    plan = plan_of(identity, column_parallel, share.count)
     num_bytes = tensor_bytes(source.manifest)
-    if share.index == 0:
-        require_space(output, num_bytes + _SPARE_BYTES)
-        staging = _opened(output, plan, jobs)
-    elif found := _awaited(output, plan, share, source, wait_seconds):
-        staging = found
-    else:
-        return None
-    try:
+
+    def do(staging: Path) -> None:
         if _read(staging, share.index, jobs[share.index]) is None:
             _do(source, staging, share, jobs[share.index], num_workers, progress)
-    except FileNotFoundError:
-        if share.index and _is_made(output, source):  # it was done before, and share 0 has just ended
-            return None
-        raise
-    identity.require_unchanged()
+        identity.require_unchanged()
+
     if share.index:
+        staging = _awaited(output, plan, share, source, wait_seconds)
+        try:
+            if staging is not None:
+                do(staging)
+        except FileNotFoundError:
+            if not _is_made(output, source):  # else it was done before, and share 0 has just ended
+                raise
         return None
-    written = _gathered(staging, jobs, output, wait_seconds)
-    identity.require_unchanged()
-    manifest = universal_manifest(source, written)
-    with disk_errors(staging):
-        shutil.rmtree(staging / _SHARES)
-        write_manifest(staging, manifest)
-    commit(staging, output)
+    require_space(output, num_bytes + _SPARE_BYTES - bytes_there(output, plan))
+    with staged_again(output, plan) as staging:
+        _forget_failures(staging, jobs)
+        do(staging)
+        written = _gathered(staging, jobs, output, wait_seconds)
+        identity.require_unchanged()
+        manifest = universal_manifest(source, written)
+        with disk_errors(staging):
+            end_work(staging)
+            remove_others(staging, written.files)
+            write_manifest(staging, manifest)
+        commit(staging, output)
     point_to(output.parent, LATEST_UNIVERSAL, output.name)
     return Conversion(
-        source.folder, output, manifest, total(manifest.digests), num_bytes, time.perf_counter() - started
+        source.folder, output, manifest, total(manifest.digests), num_bytes, time.perf_counter() - started, 0
     )
 
 
@@ -135,39 +143,24 @@ def _dealt(manifest: Manifest, count: int) -> list[list[Job]]:
     return dealt
 
 
-def _plan_of(identity: Identity, count: int) -> str:
-    """What processes that write one folder agree in. Inodes and devices are other ones on other machines."""
-    files = [(path, size) for path, _, size, _ in identity.files]
-    return hashlib.sha256(json.dumps([identity.manifest, files, count]).encode()).hexdigest()
-
-
 # -- the staging folder ----------------------------------------------------------------------------------------------
 
 
-def _opened(output: Path, plan: str, jobs: list[list[Job]]) -> Path:
-    """Share 0's: what is there of the same plan is gone on with."""
-    staging = output.with_name(output.name + STAGING_SUFFIX)
-    if _plan_in(staging) == plan:
-        claim(staging / OWNER_MARK)  # raises where another share 0 lives
-        # What failed before does not count: its shares may be on their way again.
-        for path in (staging / _SHARES).iterdir():
-            mark = mark_of(path) if path.suffix == ".owner" else None
-            if path.suffix == ".failed" or (mark is not None and not lives(mark)):
-                path.unlink(missing_ok=True)
-        for index, of_share in enumerate(jobs):
-            if _read(staging, index, of_share) is None:
-                (staging / _SHARES / f"{index}.json").unlink(missing_ok=True)
-        return staging
-    staging = stage(output)
-    (staging / _SHARES).mkdir()
-    _write(staging / _SHARES / _PLAN, plan.encode())
-    return staging
+def _forget_failures(staging: Path, jobs: list[list[Job]]) -> None:
+    """Of an earlier time: what failed then does not count, for its shares may be on their way again."""
+    for path in (staging / WORK).iterdir():
+        mark = mark_of(path) if path.suffix == ".owner" else None
+        if path.suffix == ".failed" or (mark is not None and not lives(mark)):
+            path.unlink(missing_ok=True)
+    for index, of_share in enumerate(jobs):
+        if _read(staging, index, of_share) is None:
+            (staging / WORK / f"{index}.json").unlink(missing_ok=True)
 
 
 def _awaited(output: Path, plan: str, share: Share, source: Source, seconds: float) -> Path | None:
     """None where all is done already: of shares that are started again share 0 may have found nothing missing."""
-    staging, until = output.with_name(output.name + STAGING_SUFFIX), time.monotonic() + seconds
-    while _plan_in(staging) != plan:
+    staging, until = staging_of(output), time.monotonic() + seconds
+    while plan_in(staging) != plan:
         if _is_made(output, source):
             return None
         if os.path.lexists(output):
@@ -196,24 +189,6 @@ def _is_made(output: Path, source: Source) -> bool:
     return is_of_it and (not saved or total(saved) == total(manifest.digests))
 
 
-def _plan_in(staging: Path) -> str | None:
-    path = staging / _SHARES / _PLAN
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if path.is_file():
-            with open(path, "rb") as file:
-                return file.read(100).decode()
-    return None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with disk_errors(path):
-        write_and_flush(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), content)
-    os.replace(temporary, path)
-    flush(path.parent)
-
-
 # -- one share -------------------------------------------------------------------------------------------------------
 
 
@@ -225,16 +200,26 @@ def _do(
     num_workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    told = staging / _SHARES / f"{share.index}.json"
-    failed = staging / _SHARES / f"{share.index}.failed"
+    told = staging / WORK / f"{share.index}.json"
+    failed = staging / WORK / f"{share.index}.failed"
     failed.unlink(missing_ok=True)
     manifest = source.manifest
     size = sum(4 * manifest.parameters[name].layout_of(state).numel for name, state in jobs)
     count, sums = byte_counter(progress, size) or (lambda num_bytes: None), PartialSums()
-    with claimed(staging / _SHARES / f"{share.index}.owner"), _telling(failed), disk_errors(staging):
+    with claimed(staging / WORK / f"{share.index}.owner"), _telling(failed), disk_errors(staging):
         try:
+            journal = Journal(staging, str(share.index))
+            kept = journal.kept(source, jobs, num_workers)
             written = write_tensors(
-                source, staging, jobs, with_rest=share.index == 0, num_workers=num_workers, progress=count, sums=sums
+                source,
+                staging,
+                jobs,
+                kept,
+                journal,
+                with_rest=share.index == 0,
+                num_workers=num_workers,
+                progress=count,
+                sums=sums,
             )
         except (DigestMismatchError, SourceError, CorruptFileError) as error:
             raise naming_files(error, source) from error
@@ -245,7 +230,7 @@ def _do(
             flush(changed)
         files = {path: [info.bytes, info.crc32] for path, info in written.files.items()}
         digests = [[name, state, digest] for (name, state), digest in written.digests.items()]
-        _write(told, json.dumps({"files": files, "digests": digests}).encode())
+        write_whole(told, json.dumps({"files": files, "digests": digests}).encode())
 
 
 @contextlib.contextmanager
@@ -255,14 +240,14 @@ def _telling(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         with contextlib.suppress(OSError, UcpError):
-            _write(path, str(error)[:2000].encode(errors="replace"))
+            write_whole(path, str(error)[:2000].encode(errors="replace"))
         raise
 
 
 def _read(staging: Path, index: int, jobs: list[Job]) -> Written | None:
     """What a share says that it has done; None where it has not, or where its files are not there any more. Raises
     CorruptFileError where it is not that."""
-    path = staging / _SHARES / f"{index}.json"
+    path = staging / WORK / f"{index}.json"
     if not path.is_file():
         return None
     try:
@@ -316,13 +301,13 @@ def _gathered(staging: Path, jobs: list[list[Job]], output: Path, wait_seconds: 
 
 
 def _is_there(staging: Path, index: int) -> bool:
-    mark = mark_of(staging / _SHARES / f"{index}.owner")
+    mark = mark_of(staging / WORK / f"{index}.owner")
     return mark is not None and not mark.is_mine and lives(mark)
 
 
 def _lost(staging: Path, index: int, jobs: list[Job], is_late: bool) -> str | None:
     """Why a share will not come; None where it may."""
-    failed, mark = staging / _SHARES / f"{index}.failed", mark_of(staging / _SHARES / f"{index}.owner")
+    failed, mark = staging / WORK / f"{index}.failed", mark_of(staging / WORK / f"{index}.owner")
     if failed.is_file():
         return failed.read_bytes()[:2000].decode(errors="replace")
     if mark is not None and lives(mark):
@@ -331,6 +316,6 @@ def _lost(staging: Path, index: int, jobs: list[Job], is_late: bool) -> str | No
         return None
     if mark is not None:
         return f"its process ({mark.told()}) is gone"
-    if (staging / _SHARES / f"{index}.json").is_file():
+    if (staging / WORK / f"{index}.json").is_file():
         return "it was done, and its files are not there any more"
     return "it did not begin" if is_late else None

@@ -98,8 +98,8 @@ def test_shares_are_even_and_the_same_everywhere(native):
 DIES = """
 import os, signal
 write = shares.write_tensors
-def dies(source, folder, jobs, **options):
-    write(source, folder, jobs[:1], **options)
+def dies(source, folder, jobs, *others, **options):
+    write(source, folder, jobs[:1], *others, **options)
     os.kill(os.getpid(), signal.SIGKILL)
 shares.write_tensors = dies
 """
@@ -114,6 +114,8 @@ def test_the_share_of_a_process_that_died_is_done_again(native):
     staging = native.parent / "u.tmp"
     assert not (native.parent / "u").exists() and not (native.parent / "latest_universal").exists()
     done = {p: p.stat().st_mtime_ns for i in (0, 1) for p in written_by(staging, i)}
+    [half] = [json.loads(line) for line in (staging / ".conversion/2.journal").read_text().splitlines()]
+    done[staging / f"zero/{half[0]}/{half[1]}.pt"] = (staging / f"zero/{half[0]}/{half[1]}.pt").stat().st_mtime_ns
     assert ends(start(native, "0/3"), start(native, "2/3"), start(native, "1/3")) == [(0, "")] * 3
     done = {native.parent / "u" / p.relative_to(staging): at for p, at in done.items()}
     assert {p: p.stat().st_mtime_ns for p in done} == done and done
@@ -121,7 +123,7 @@ def test_the_share_of_a_process_that_died_is_done_again(native):
 
 
 def written_by(staging: Path, index: int) -> list[Path]:
-    return [staging / name for name in json.loads((staging / f".shares/{index}.json").read_text())["files"]]
+    return [staging / name for name in json.loads((staging / f".conversion/{index}.json").read_text())["files"]]
 
 
 def test_share_0_that_died_goes_on_where_it_was(native):
@@ -207,10 +209,10 @@ shares.claimed = lingers
 def test_the_folder_is_not_taken_from_under_a_process_that_is_still_in_it(native):
     processes = [start(native, "0/2"), start(native, "1/2", LINGERS)]
     staging = native.parent / "u.tmp"
-    while not (staging / ".shares/1.json").exists() and processes[1].poll() is None:
+    while not (staging / ".conversion/1.json").exists() and processes[1].poll() is None:
         time.sleep(0.01)
     time.sleep(1.5)  # share 0 has looked at it many times
-    assert (staging / ".shares/1.owner").exists() and not (native.parent / "u").exists()
+    assert (staging / ".conversion/1.owner").exists() and not (native.parent / "u").exists()
     assert ends(*processes) == [(0, "")] * 2
     assert_as_by_one(native)
 
@@ -220,7 +222,7 @@ def test_two_processes_of_one_share_do_not_write_at_once(native):
     waits += "shares.write_tensors = lambda *a, **k: (time.sleep(3), write(*a, **k))[1]"
     first, second = start(native, "0/2", waits), start(native, "1/2", waits)
     staging = native.parent / "u.tmp"
-    while not (staging / ".shares/1.owner").exists():
+    while not (staging / ".conversion/1.owner").exists():
         time.sleep(0.01)
     with pytest.raises(OwnedByOtherError):
         convert_share(native, native.parent / "u", Share(1, 2), wait_seconds=5)
@@ -244,7 +246,7 @@ def test_a_damaged_source_is_found_by_whoever_reads_it(native):
 def test_what_a_share_says_is_checked(change, native):
     first_alone(native)
     assert ends(start(native, "1/2")) == [(0, "")]
-    path = native.parent / "u.tmp/.shares/1.json"
+    path = native.parent / "u.tmp/.conversion/1.json"
     said = json.loads(path.read_text())
     changed = {
         "another tensor": {**said, "digests": [["x", "fp32", "0" * 32], *said["digests"][1:]]},

@@ -4,7 +4,7 @@ One pass. Each (parameter, state) is gathered in atomic order into a small buffe
 cache it is compared with its replicas, digested, checksummed and appended to its file. Nothing is
 written twice, no parameter is ever whole in memory, and a digest that differs from the save's stops the conversion.
 
-    manifest = write_universal(source, staging, num_workers=2)
+    manifest = write_universal(source, staging, num_workers=2, journal=journal, kept={})
 
 Threads, not processes: every heavy step (copy, digest, CRC, write) runs without the GIL, and the index is shared. Keys
 in the files: deepspeed/checkpoint/ds_to_universal.py (merge_tp_slices).
@@ -35,15 +35,7 @@ from megatron.ucp.targets.loader_files import loader_files
 from megatron.ucp.targets.proof import require_saved
 from megatron.ucp.topology import Topology
 from megatron.ucp.torch_file import Record, StreamedTensor, save_streamed
-
-
-@dataclass(frozen=True)
-class _WrittenTensor:
-    path: str
-    info: FileInfo
-    name: str
-    state: str
-    digest: Digest
+from megatron.ucp.unfinished import Job, Journal, WrittenTensor, remove_others
 
 
 class _Stopped(Exception):
@@ -62,17 +54,18 @@ def write_universal(
     num_workers: int = 2,
     progress: Callable[[int], None] = lambda num_bytes: None,
     sums: PartialSums | None = None,
+    journal: Journal,
+    kept: dict[Job, WrittenTensor],
 ) -> Manifest:
-    """Fills `folder` with everything but ucp.json, and returns that. `progress` is told bytes as they are written,
-    from several threads; `sums` takes the CRCs of what was read. The first failure stops the others and is raised,
-    naming its parameter and state."""
+    """Fills `folder` with everything but ucp.json, and returns that; of what is there, the `kept` tensors stay.
+    `progress` is told bytes as they are written, from several threads; `sums` takes the CRCs of what was read. The
+    first failure stops the others and is raised, naming its parameter and state."""
     jobs = tensor_jobs(source.manifest)
-    written = write_tensors(source, folder, jobs, with_rest=True, num_workers=num_workers, progress=progress, sums=sums)
+    remove_others(folder, {tensor.path for tensor in kept.values()})
+    written = write_tensors(
+        source, folder, jobs, kept, journal, with_rest=True, num_workers=num_workers, progress=progress, sums=sums
+    )
     return universal_manifest(source, written)
-
-
-Job = tuple[str, str]
-"""(parameter, state)."""
 
 
 def tensor_jobs(manifest: Manifest) -> list[Job]:
@@ -91,19 +84,29 @@ def write_tensors(
     source: Source,
     folder: Path,
     jobs: Sequence[Job],
+    kept: dict[Job, WrittenTensor],
+    journal: Journal,
     *,
     with_rest: bool,
     num_workers: int,
     progress: Callable[[int], None],
     sums: PartialSums | None,
 ) -> Written:
-    """The files of these tensors, and `with_rest` whatever else belongs into a universal folder. Raises as
-    write_universal."""
+    """The files of these tensors but for those that are `kept`, and `with_rest` whatever else belongs into a universal
+    folder. Raises as write_universal."""
     stop = threading.Event()
     files: dict[str, FileInfo] = {}
 
-    def work(job: Job) -> _WrittenTensor | None:
-        return None if stop.is_set() else _write_tensor(source, folder, *job, progress, stop, sums)
+    def work(job: Job) -> WrittenTensor | None:
+        if stop.is_set():
+            return None
+        if (tensor := kept.get(job)) is not None:
+            progress(4 * source.manifest.parameters[tensor.name].layout_of(tensor.state).numel)
+            return tensor
+        tensor = _write_tensor(source, folder, *job, progress, stop, sums)
+        if tensor is not None:
+            journal.add(tensor)
+        return tensor
 
     def write_rest() -> None:
         try:
@@ -129,7 +132,7 @@ def write_tensors(
         raise errors[0]
     written = [result for future in futures if (result := future.result())]
     files.update({w.path: w.info for w in written})
-    return Written(files, {(w.name, w.state): w.digest.hex() for w in written})
+    return Written(files, {(w.name, w.state): w.digest for w in written})
 
 
 def universal_manifest(source: Source, written: Written) -> Manifest:
@@ -174,7 +177,7 @@ def _write_tensor(
     progress: Callable[[int], None],
     stop: threading.Event,
     sums: PartialSums | None,
-) -> _WrittenTensor | None:
+) -> WrittenTensor | None:
     layout = source.manifest.parameters[name].layout_of(state)
     relative = f"zero/{name}/{state}.pt"
     try:
@@ -192,7 +195,7 @@ def _write_tensor(
         tensor = StreamedTensor(layout.shape, FLOAT32, write)
         info = save_streamed({**file_keys(layout, name), "param": tensor}, folder / relative)
         require_saved(source, name, state, digest)
-        return _WrittenTensor(relative, info, name, state, digest)
+        return WrittenTensor(name, state, info, digest.hex())
     except _Stopped:
         return None
     except UcpError:
