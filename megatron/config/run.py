@@ -45,6 +45,12 @@ class RunConfig:
         help="that --exit-signal-handler waits for, sent to a launcher, to one rank or to all processes",
         choices=("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"),
     )
+    exit_signal_grace: int | None = flag(
+        None,
+        help="after --exit-signal: a run that has not saved and ended by then is stopped where it stands, with exit code "
+        "143; earlier checkpoints stay",
+        unit="seconds",
+    )
     tensorboard_dir: str | None = flag(None, help="folder of TensorBoard events and run.json")
     tensorboard_queue_size: int = flag(1000, help="events kept before they are written", unit="events")
     deepspeed: bool = flag(False, help="as upstream; the engine is DeepSpeed's with or without it")

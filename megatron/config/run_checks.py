@@ -198,9 +198,16 @@ def run_problems(run: RunConfig) -> Iterator[Problem]:
         "exit_interval",
         "exit_duration_in_mins",
         "verify_state_every",
+        "exit_signal_grace",
     ):
         if getattr(run, name) is not None:
             yield from at_least(1, run, name)
+    if run.exit_signal_grace is not None and not run.exit_signal_handler:
+        yield Problem(
+            "--exit-signal-grace without --exit-signal-handler",
+            flags=("--exit-signal-grace", "--exit-signal-handler"),
+            fix="give --exit-signal-handler",
+        )
     yield from at_least(1, run, "log_interval", "eval_interval", "distributed_timeout_minutes")
     yield from at_least(0, run, "eval_iters", "seed")
     if run.deepspeed_config is not None:

@@ -63,6 +63,8 @@ class Run:
     times: StepTimes = field(default_factory=StepTimes)
     peak_tflops: float | None = None
     """Of one device in the run's precision, where it is known."""
+    is_stopped_by_signal: bool = False
+    """Set by `fit`."""
     ownership: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     """Entered already; its end gives the folder of --save free for another run."""
 
@@ -98,7 +100,9 @@ def fit(run: Run, begins: Callable[[int], None] = lambda iteration: None) -> Pro
 def _fit(run: Run, saves: Saves, last_iteration: int, begins: Callable[[int], None]) -> Progress:
     config, progress = run.config, run.progress
     started = time.monotonic()
-    stop = StopSignal.install(config.run.exit_signal) if config.run.exit_signal_handler else None
+    stop = None
+    if config.run.exit_signal_handler:
+        stop = StopSignal.install(config.run.exit_signal, config.run.exit_signal_grace)
     train = run.batches.train(progress.consumed_train_samples)
     throughput = Throughput(progress.consumed_train_tokens, run.flops_per_token, dist.get_world_size(), run.peak_tflops)
     watch, watched_every = StateWatch(run.live.state), config.run.verify_state_every
@@ -134,6 +138,7 @@ def _fit(run: Run, saves: Saves, last_iteration: int, begins: Callable[[int], No
             if reason:
                 if stop is not None:
                     stop.ignore()
+                run.is_stopped_by_signal = reason == config.run.exit_signal
                 log.info("stopping at iteration %d: %s", progress.iteration, reason)
                 return progress
         return progress

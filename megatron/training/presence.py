@@ -61,11 +61,19 @@ class Presence:
     """A context manager: the thread runs inside it, and a collective that fails inside it names who is missing."""
 
     def __init__(
-        self, store: dist.Store | None, rank: int, world_size: int, timeout_minutes: float, interval: float = INTERVAL
+        self,
+        store: dist.Store | None,
+        rank: int,
+        world_size: int,
+        timeout_minutes: float,
+        interval: float = INTERVAL,
+        looks_for_lost: bool = True,
     ) -> None:
-        """`store` is this object's own connection (a clone), or None for a run of one process."""
+        """`store` is this object's own connection (a clone), or None for a run of one process. `looks_for_lost`: after a
+        failure for so long as it takes to name the rank; else it is raised at once, for agents that start all again."""
         self._store, self._rank, self._world_size = store, rank, world_size
         self._timeout_minutes, self._interval = timeout_minutes, interval
+        self._looks_for_lost = looks_for_lost
         self._iteration = self._count = 0
         self._error, self._is_waiting = "", False
         self._ended = threading.Event()
@@ -74,13 +82,15 @@ class Presence:
             store.set_timeout(timedelta(seconds=4 * interval))
 
     @classmethod
-    def of_world(cls, timeout_minutes: float = 10, interval: float = INTERVAL) -> Presence:
+    def of_world(
+        cls, timeout_minutes: float = 10, interval: float = INTERVAL, *, looks_for_lost: bool = True
+    ) -> Presence:
         """Of torch.distributed, which must be initialised."""
         rank, world_size = dist.get_rank(), dist.get_world_size()
         store = None
         if world_size > 1:
             store = dist.PrefixStore("megatron/presence", distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
-        return cls(store, rank, world_size, timeout_minutes, interval)
+        return cls(store, rank, world_size, timeout_minutes, interval, looks_for_lost)
 
     def at(self, iteration: int) -> None:
         """This rank begins `iteration`."""
@@ -101,6 +111,8 @@ class Presence:
                 with contextlib.suppress(Exception):  # the store may have gone with another rank
                     self._say()
                 return
+            if not self._looks_for_lost:
+                raise LostRankError(f"{self._head(error)}The agents start again with the ranks that are left") from error
             self._is_waiting = True
             text = self._explained(error)
             if self._rank == 0:
@@ -174,7 +186,7 @@ class Presence:
         return [sign for sign in after.values() if sign.count == before[sign.rank].count and not sign.is_waiting]
 
     def _explained(self, error: BaseException) -> str:
-        head = f"a collective failed on rank {self._rank} in iteration {self._iteration}: {_first_line(error)}\n"
+        head = self._head(error)
         advice = (
             "What to do: look at that process and its machine (killed, out of memory, network); start again with "
             "--load, on the machines that are left if need be. The last checkpoint is untouched"
@@ -193,6 +205,9 @@ class Presence:
             )
         lines = [f"It left with {sign.error}: {sign}\n" if sign.error else f"No answer from {sign}\n" for sign in gone]
         return head + "".join(lines) + advice
+
+    def _head(self, error: BaseException) -> str:
+        return f"a collective failed on rank {self._rank} in iteration {self._iteration}: {_first_line(error)}\n"
 
     def _iterations(self) -> str:
         by_iteration: dict[int, list[int]] = {}
