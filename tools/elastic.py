@@ -5,8 +5,8 @@
     tools/elastic.py agent --nodes 2:8 --nproc-per-node 8 --endpoint node0:29400 --run-id 7b -- \\
         --tensor-model-parallel-size 4 --global-batch-size 480 --save runs/7b --save-interval 100 ...   # on each
 
-After the -- come the flags of pretrain_gpt.py. At every change the ranks that are there take a legal topology with the same
-global batch, and go on from the newest whole checkpoint of --save. Exit code 0 when the job has come to its end.
+After the -- come the flags of pretrain_gpt.py. At every change the ranks that are there take a legal topology with the
+same global batch, and go on from the newest whole checkpoint of --save. Exit code 0 when the job has come to its end.
 """
 
 import sys

@@ -47,8 +47,8 @@ class RunConfig:
     )
     exit_signal_grace: int | None = flag(
         None,
-        help="after --exit-signal: a run that has not saved and ended by then is stopped where it stands, with exit code "
-        "143; earlier checkpoints stay",
+        help="after --exit-signal: a run that has not saved and ended by then is stopped where it stands, with exit "
+        "code 143; earlier checkpoints stay",
         unit="seconds",
     )
     tensorboard_dir: str | None = flag(None, help="folder of TensorBoard events and run.json")

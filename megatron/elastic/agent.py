@@ -23,9 +23,9 @@ from pathlib import Path
 from megatron.config.arguments import parse
 from megatron.config.config import Config
 from megatron.config.errors import ConfigError, Problem
+from megatron.elastic.launch import is_cpu, set_for_agent
 from megatron.elastic.policy import fit, read_table
 
-ROOT = Path(__file__).resolve().parents[2]
 _PROXY = Path(__file__).with_name("proxy.py")
 _KEEP_ALIVE = {"keep_alive_interval": 2, "keep_alive_max_attempt": 3}
 """Seconds, and so many missed: less, and an agent on a busy machine is taken for dead."""
@@ -104,15 +104,12 @@ def _is_one(load: str, save: str) -> bool:
 
 
 def run_agent(options: AgentOptions, argv: Sequence[str]) -> int:
-    """Returns the exit code: 0 when the job has come to its end, 1 where it failed for good, 128 and the signal's number
-    after a signal. Raises ConfigError and StoreError."""
+    """Returns the exit code: 0 when the job has come to its end, 1 where it failed for good, 128 and the signal's
+    number after a signal. Raises ConfigError and StoreError."""
     flags = training_flags(argv, options)
-    # With torch 2.13's shared store the ranks of a restart do not find each other ("connectFullMesh failed").
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    preload = _is_cpu() if options.preload is None else options.preload
-    if preload:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu") if _is_cpu() else None
+    on_cpu = is_cpu()
+    set_for_agent(on_cpu)
+    preload = on_cpu if options.preload is None else options.preload
     with _worker_server(options, flags, preload) as socket:
         from megatron.elastic.store import beats
 
@@ -152,8 +149,8 @@ def _store(options: AgentOptions):
             return connect(*options.endpoint, seconds=0.0)
         command = [sys.executable, "-m", "megatron.elastic.cli", "store", "--port", str(options.endpoint[1])]
         # Of a session of its own: it is to outlive this agent.
-        quiet = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}  # another agent may be faster
-        subprocess.Popen(command, start_new_session=True, **quiet)
+        null = subprocess.DEVNULL  # what it says, too: another agent may be faster
+        subprocess.Popen(command, start_new_session=True, stdin=null, stdout=null, stderr=null)
     return connect(*options.endpoint)
 
 
@@ -189,10 +186,3 @@ def _launch(options: AgentOptions, socket: str) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
-
-
-def _is_cpu() -> bool:
-    """A process that has been forked cannot use a GPU that its parent has looked at."""
-    import torch
-
-    return os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available()

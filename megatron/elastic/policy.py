@@ -3,8 +3,8 @@
 The degrees that were asked for are kept where the ranks divide: first tp, then pp, sp and ep; data parallelism takes
 what is left. What cannot be kept becomes the next smaller degree that divides, never a larger one. The global
 batch is kept exactly, by accumulation: the micro batch is the largest, up to the one asked for, that divides it. Where
-no topology of all ranks is legal, as of three ranks where the batch is eight, fewer ranks train and the others stand by.
-A table says otherwise for the worlds that it names.
+no topology of all ranks is legal, as of three ranks where the batch is eight, fewer ranks train and the others stand
+by. A table says otherwise for the worlds that it names.
 
     fitted = fit(config, world_size=3, table=read_table("topologies.json"))
     fitted.config.parallel.topology(fitted.num_ranks), fitted.config.run.micro_batch_size

@@ -1,8 +1,9 @@
 """Everything that a rank imports, so that a process that is forked from this one has it.
 
-Imports only: a process that has run a matmul with several OpenMP threads may hang its children after a fork, and one that
-has touched a GPU cannot pass it on. DeepSpeed pulls in torch._dynamo with the first optimizer; it is imported here too. So
-is all that is ours: every rank would compile it again where Python may keep no byte code (PYTHONDONTWRITEBYTECODE).
+Imports only: a process that has run a matmul with several OpenMP threads may hang its children after a fork, and one
+that has touched a GPU cannot pass it on. DeepSpeed pulls in torch._dynamo with the first optimizer; it is imported here
+too. So is all that is ours: every rank would compile it again where Python may keep no byte code
+(PYTHONDONTWRITEBYTECODE).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What torch's agent starts for each rank: it asks the worker server for the real process, and stands for it.
 
-It passes on its environment, its output, and the signals that it gets, and ends as the worker ends. Runs as a file, with
-the socket's path, and imports next to nothing: it is on the way of every restart.
+It passes on its environment, its output, and the signals that it gets, and ends as the worker ends. Runs as a file,
+with the socket's path, and imports next to nothing: it is on the way of every restart.
 
-Protocol, over a Unix stream socket: one line of JSON with the environment, which carries stdout and stderr; then from here
-a line with the number of each signal; from the server one line, the worker's wait status, when it has ended.
+Protocol, over a Unix stream socket: one line of JSON with the environment, which carries stdout and stderr; then from
+here a line with the number of each signal; from the server one line, the worker's wait status, when it has ended.
 """
 
 import array

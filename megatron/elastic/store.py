@@ -3,9 +3,9 @@
 Inside an agent it would end with that agent and take all others along. It ends by itself once no agent has shown itself
 for a while.
 
+    host(29400, idle_seconds=600)           # returns when everybody is gone
     store = connect("host", 29400)          # an agent's, or a worker's
     beats(store)                            # from now on this process shows itself
-    host(29400)                             # returns when everybody is gone
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def beats(store: TCPStore) -> None:
     threading.Thread(target=beat, name="elastic-beat", daemon=True).start()
 
 
-def tell_end(store: TCPStore, attempt: str) -> None:
+def tell_end(store: TCPStore, meeting: str) -> None:
     """That the job has come to its end, to those who stand by."""
-    store.set(f"{_ENDED}/{attempt}", "1")
+    store.set(f"{_ENDED}/{meeting}", "1")
 
 
-def has_ended(store: TCPStore, attempt: str) -> bool:
-    return bool(store.check([f"{_ENDED}/{attempt}"]))
+def has_ended(store: TCPStore, meeting: str) -> bool:
+    return bool(store.check([f"{_ENDED}/{meeting}"]))

@@ -9,10 +9,10 @@ of --save. Ranks for which there is no place stand by until the job ends.
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from dataclasses import dataclass
 
+from megatron.elastic.launch import meeting, take_part
 from megatron.elastic.policy import fit, read_table
 from megatron.elastic.store import connect, has_ended, tell_end
 from megatron.parallel.rank_errors import reported_by_rank_0
@@ -46,21 +46,20 @@ def work(job: Job) -> int:
 
 def _train(job: Job) -> int:
     result, launch = parsed(job.argv)
-    attempt = f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     with reported_by_rank_0(launch.rank):
         fitted = fit(result.config, launch.world_size, read_table(job.topologies) if job.topologies else None)
     if launch.rank == 0:
         print(f"elastic: {fitted.told(launch.world_size)}", flush=True)
     if launch.rank >= fitted.num_ranks:
         store = connect(*job.store)
-        while not has_ended(store, attempt):
+        while not has_ended(store, meeting()):
             time.sleep(_POLLED_EVERY)
         return 0
-    os.environ["WORLD_SIZE"] = str(fitted.num_ranks)  # DeepSpeed reads it
+    take_part(fitted.num_ranks)
     trained = dataclasses.replace(result, config=fitted.config)
     ending = pretrain(trained, dataclasses.replace(launch, world_size=fitted.num_ranks), is_restarted=True)
     if ending.is_interrupted:
         return INTERRUPTED
     if launch.rank == 0 and fitted.num_ranks < launch.world_size:
-        tell_end(connect(*job.store), attempt)
+        tell_end(connect(*job.store), meeting())
     return 0

@@ -2,8 +2,8 @@
 fork and not seconds.
 
 It belongs to one agent and ends with it. For each rank it has a proxy (proxy.py), which torch's agent takes for the
-rank; where a proxy is gone, its rank is ended, unless it was asked to end and is about to save: then the next rank in its
-place waits for it.
+rank; where a proxy is gone, its rank is ended, unless it was asked to end and is about to save: then the next rank in
+its place waits for it.
 
     python -m megatron.elastic.worker_server SOCKET --agent PID --job JSON [--preload] [--max-failures N]
 """
@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron.elastic.launch import take
 from megatron.elastic.orphans import end_with_parent
 from megatron.elastic.worker import INTERRUPTED, Job, work
 from megatron.ucp.pointers import LATEST, read_pointer
@@ -133,7 +134,7 @@ class Server:
         proxy, _ = listener.accept()
         try:
             environment, outputs = _request(proxy)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             proxy.close()
             return
         rank = _Rank(proxy, environment, outputs)
@@ -219,8 +220,7 @@ def run_rank(job: Job, environment: Mapping[str, str], outputs: list[int]) -> No
     """In the forked process; ends it."""
     code = 1
     try:
-        os.environ.clear()
-        os.environ.update(environment)
+        take(environment)
         for target, handle in zip((1, 2), outputs, strict=True):
             os.dup2(handle, target)
             os.close(handle)

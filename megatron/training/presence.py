@@ -69,8 +69,8 @@ class Presence:
         interval: float = INTERVAL,
         looks_for_lost: bool = True,
     ) -> None:
-        """`store` is this object's own connection (a clone), or None for a run of one process. `looks_for_lost`: after a
-        failure for so long as it takes to name the rank; else it is raised at once, for agents that start all again."""
+        """`store` is this object's own connection (a clone), or None for a run of one process. `looks_for_lost`: a
+        failure is raised when the rank is known; else at once, for agents that start all again."""
         self._store, self._rank, self._world_size = store, rank, world_size
         self._timeout_minutes, self._interval = timeout_minutes, interval
         self._looks_for_lost = looks_for_lost
@@ -112,7 +112,9 @@ class Presence:
                     self._say()
                 return
             if not self._looks_for_lost:
-                raise LostRankError(f"{self._head(error)}The agents start again with the ranks that are left") from error
+                raise LostRankError(
+                    f"{self._head(error)}The agents start again with the ranks that are left"
+                ) from error
             self._is_waiting = True
             text = self._explained(error)
             if self._rank == 0:

@@ -59,9 +59,9 @@ class StopSignal:
                 pass
             time.sleep(grace)
             print(
-                f"\nStopSignal: {self.name} came {grace:g} s ago and the run has not saved and ended: it is stopped where "
-                "it stands. Earlier checkpoints are as they were; what was being written is removed by the next save. "
-                "What to do: a longer --exit-signal-grace, or --async-save",
+                f"\nStopSignal: {self.name} came {grace:g} s ago and the run has not saved and ended: it is stopped "
+                "where it stands. Earlier checkpoints are as they were; what was being written is removed by the next "
+                "save. What to do: a longer --exit-signal-grace, or --async-save",
                 file=sys.stderr,
                 flush=True,
             )

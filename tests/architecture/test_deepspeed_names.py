@@ -10,6 +10,7 @@ MAY = "engine"
 NOT_DEEPSPEEDS = {
     "training/presence.py": {"_get_default_store"},  # torch's
     "training/reporting.py": {"_exit"},  # os
+    "training/stop_signal.py": {"_exit"},
     "training/tensorboard.py": {"_get_file_writer"},  # torch's
     "training/trainable.py": {"_non_persistent_buffers_set"},  # torch's
 }

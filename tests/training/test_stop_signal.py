@@ -93,6 +93,58 @@ def test_the_run_saves_and_ends(case, data, tmp_path):
         assert process.returncode == 0, text[-3000:]
 
 
+def _started(data: Path, folder: Path, start: list[str], **flags) -> subprocess.Popen:
+    """A run without an end, its output in `folder`/output, of a session of its own."""
+    line = command_line(
+        data, iters=100_000, save=folder / "save", log_interval=1, lr_decay_iters=100_000,
+        **{"save_interval": 100_000, **flags},
+    )  # fmt: skip
+    environment = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with open(folder / "output", "wb") as output:
+        command = [*start, str(ROOT / "pretrain_gpt.py"), *line]
+        return subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def test_a_run_that_cannot_end_in_time_is_stopped_where_it_stands(data, tmp_path):
+    """Rank 1 stands still, so rank 0 waits in a collective, where Python runs no handler of a signal."""
+    process = _started(data, tmp_path, TORCHRUN, exit_signal_handler=True, exit_signal_grace=3)
+    try:
+        _wait_for(tmp_path / "output", " 3/100000", process)
+        ranks = {child.environ()["RANK"]: child for child in psutil.Process(process.pid).children() if _is_rank(child)}
+        ranks["1"].suspend()
+        time.sleep(0.5)
+        sent = time.monotonic()
+        ranks["0"].send_signal(signal.SIGTERM)
+        gone, _ = psutil.wait_procs([ranks["0"]], timeout=120)  # a collective waits ten minutes
+        assert gone and time.monotonic() - sent >= 3
+        ranks["1"].kill()
+        process.wait(timeout=90)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    text = (tmp_path / "output").read_text()
+    assert "SIGTERM came 3 s ago and the run has not saved and ended" in text, text[-3000:]
+    assert "143" in text and not (tmp_path / "save/latest").exists()
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    return "pretrain_gpt.py" in " ".join(process.cmdline())
+
+
+def test_a_run_that_ends_in_time_is_not_disturbed(data, tmp_path):
+    process = _started(data, tmp_path, PYTHON, exit_signal_handler=True, exit_signal_grace=60)
+    try:
+        _wait_for(tmp_path / "output", " 3/100000", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=90) == 0
+    finally:
+        process.kill()
+    assert (tmp_path / "save/latest").exists()
+
+
 def _free_port() -> int:
     """Two of these tests may run at a time."""
     with socket.socket() as probe:
