@@ -3,6 +3,7 @@
 # make test-fast   those that start no other process, for the edit loop
 # make fig7    one Source, eleven Targets and eight Sources, one Target: the paper's Figure 7 on CPU, into gallery/
 # make fig9    LLaMA, BLOOM and a mixture of experts under another topology: the paper's Figure 9, into gallery/
+# make elastic  a job that loses a machine and gets it back: one curve    (examples/elastic)
 # make hf_trainer  a Hugging Face Trainer script with one line more: killed on 2 ranks, resumed on 1 and on 3
 # make bench   side-by-side measurements         make install only set up
 # make gpu     on a machine with a GPU: everything that only a GPU can tell, in one table (tools/gpu_check.py)
@@ -11,7 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install ex1 ex2 ex3 ex4 fig7 fig9 hf_trainer test test-fast lint bench gpu clean
+.PHONY: install ex1 ex2 ex3 ex4 fig7 fig9 hf_trainer elastic test test-fast lint bench gpu clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -31,8 +32,8 @@ $(STAMP): setup.py pyproject.toml megatron/data/index_helpers.cpp megatron/ucp/k
 ex1 ex2 ex3 ex4: $(STAMP)
 	bash examples/$@/run.sh
 
-hf_trainer: $(STAMP)
-	bash examples/hf_trainer/run.sh
+hf_trainer elastic: $(STAMP)
+	bash examples/$@/run.sh
 
 fig7 fig9: $(STAMP)
 	GALLERY_DIR=gallery bash examples/$@/run.sh
@@ -62,6 +63,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/save.py
 	$(BIN)/python benchmarks/async_save.py
+	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scale.py

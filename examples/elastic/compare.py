@@ -106,7 +106,7 @@ def _draw(
     below.axhline(bound, color="#B22222", ls="--", lw=1, label=f"bound {bound:.1e}: twice the control")
     above.set(ylabel="LM loss", title="Four machines, one lost, one come back: one curve")
     ranks.set(ylabel="ranks", ylim=(0, 4.6), yticks=range(5))
-    below.set(ylabel="|difference|\n(1e-8: none)", xlabel="iteration", ylim=(5e-9, None))
+    below.set(ylabel="|difference|\n(1e-8: none)", xlabel="iteration", ylim=(5e-10, None))
     above.legend()
     below.legend(loc="lower right", fontsize=8)
     figure.tight_layout()

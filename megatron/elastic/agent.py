@@ -124,9 +124,11 @@ def _worker_server(options: AgentOptions, flags: Sequence[str], preload: bool) -
     folder = tempfile.mkdtemp(prefix="megatron-elastic-")
     path = os.path.join(folder, "socket")
     job = {"argv": flags, "store": options.endpoint, "topologies": options.topologies}
-    save = str(parse(flags).config.checkpoint.save)
+    config = parse(flags).config
+    save, grace = str(config.checkpoint.save), config.run.exit_signal_grace
     command = [sys.executable, "-m", "megatron.elastic.worker_server", path, "--agent", str(os.getpid())]
     command += ["--job", json.dumps(job), "--save", save, "--max-failures", str(options.max_failures)]
+    command += ["--grace", str(grace)]
     process = subprocess.Popen([*command, *(["--preload"] if preload else [])])
     try:
         while not os.path.exists(path):

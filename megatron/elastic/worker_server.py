@@ -5,7 +5,8 @@ It belongs to one agent and ends with it. For each rank it has a proxy (proxy.py
 rank; where a proxy is gone, its rank is ended, unless it was asked to end and is about to save: then the next rank in
 its place waits for it.
 
-    python -m megatron.elastic.worker_server SOCKET --agent PID --job JSON [--preload] [--max-failures N]
+    python -m megatron.elastic.worker_server SOCKET --agent PID --job JSON --save RUN_FOLDER --max-failures N \
+        --grace SECONDS [--preload]
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import argparse
 import atexit
 import contextlib
 import json
+import math
 import os
 import selectors
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,6 +46,8 @@ class _Rank:
     outputs: list[int]
     pid: int | None = None
     was_asked_to_end: bool = False
+    is_ended_at: float = math.inf
+    """Monotonic; of one that has no proxy any more and is about to save."""
 
     @property
     def place(self) -> str:
@@ -98,6 +103,8 @@ class Server:
     job: Job
     agent: int
     failures: Failures
+    grace: float
+    """Seconds for a last save, of a rank whose proxy is gone: one that stands still does not end by itself."""
     ranks: list[_Rank] = field(default_factory=list)
 
     def serve(self) -> None:
@@ -119,7 +126,7 @@ class Server:
             selector.register(reads, selectors.EVENT_READ)
             self._selector = selector
             while True:
-                for key, _ in selector.select():
+                for key, _ in selector.select(self._seconds_to_wait()):
                     if key.fileobj is listener:
                         self._accept(listener)
                     elif key.fileobj == reads:
@@ -128,7 +135,19 @@ class Server:
                         self._reap()
                     else:
                         self._hear(key.data)
+                self._end_those_who_are_late()
                 self._start_those_who_can()
+
+    def _seconds_to_wait(self) -> float | None:
+        """None: until something happens."""
+        first = min((rank.is_ended_at for rank in self.ranks), default=math.inf)
+        return None if first == math.inf else max(0.0, first - time.monotonic())
+
+    def _end_those_who_are_late(self) -> None:
+        for rank in self.ranks:
+            if rank.pid is not None and time.monotonic() >= rank.is_ended_at:
+                rank.is_ended_at = math.inf
+                os.kill(rank.pid, signal.SIGKILL)
 
     def _accept(self, listener: socket.socket) -> None:
         proxy, _ = listener.accept()
@@ -152,7 +171,9 @@ class Server:
             rank.forget_proxy()
             if rank.pid is None:
                 self._drop(rank)
-            elif not rank.was_asked_to_end:
+            elif rank.was_asked_to_end:
+                rank.is_ended_at = time.monotonic() + self.grace
+            else:
                 os.kill(rank.pid, signal.SIGKILL)
         for number in map(int, numbers):
             rank.was_asked_to_end = True
@@ -261,6 +282,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--job", required=True)
     parser.add_argument("--save", required=True)
     parser.add_argument("--max-failures", type=int, required=True)
+    parser.add_argument("--grace", type=float, required=True)
     parser.add_argument("--preload", action="store_true")
     given = parser.parse_args(argv)
     end_with_parent(given.agent)
@@ -274,6 +296,7 @@ def main(argv: list[str]) -> None:
         Job(tuple(job["argv"]), tuple(job["store"]), job["topologies"]),
         given.agent,
         Failures(Path(given.save), given.max_failures),
+        given.grace,
     )
     server.serve()
 

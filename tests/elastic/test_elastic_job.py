@@ -1,16 +1,15 @@
 """Real agents, store and ranks: machines die and come, and the curve is the one of a run that never stopped."""
 
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from elastic.job import TOOL, ElasticJob, free_port
 
 from harness.ranks import run_ranks
 from matrix.recording import command_line, train
@@ -19,58 +18,7 @@ from megatron.elastic.agent import AgentOptions, training_flags
 from megatron.elastic.cli import parser
 from tb_analysis.event_files import read_curve
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOL = [sys.executable, str(ROOT / "tools/elastic.py")]
 LOSS = "lm-loss-training/lm loss"
-
-
-class ElasticJob:
-    """A store, and agents that are added to it."""
-
-    def __init__(self, folder: Path, nodes: str, flags: list[str], *options: str):
-        self.folder, self.port = folder, _free_port()
-        self.command = [*TOOL, "agent", "--endpoint", f"127.0.0.1:{self.port}", "--run-id", "job", "--nodes", nodes]
-        self.command += ["--local-address", "127.0.0.1", *options, "--", *flags]
-        self.environment = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
-        self.environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
-        self.agents: list[subprocess.Popen] = []
-        store = [*TOOL, "store", "--port", str(self.port), "--idle-minutes", "1"]
-        self.store = subprocess.Popen(store, env=self.environment)
-
-    def add(self) -> subprocess.Popen:
-        with open(self.folder / f"agent{len(self.agents)}.log", "wb") as log:
-            agent = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log)
-        self.agents.append(agent)
-        return agent
-
-    def text(self) -> str:
-        return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("agent*.log")))
-
-    def newest_iteration(self) -> int:
-        return max(map(int, re.findall(r"iteration +(\d+)/", self.text())), default=0)
-
-    def until(self, holds, seconds: float = 240) -> None:
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < deadline, self.text()[-5000:]
-            time.sleep(0.1)
-
-    def ranks_of(self, agent: subprocess.Popen) -> list[psutil.Process]:
-        servers = psutil.Process(agent.pid).children()
-        return [
-            rank for server in servers if "worker_server" in " ".join(server.cmdline()) for rank in server.children()
-        ]
-
-    def close(self) -> None:
-        for process in (*self.agents, self.store):
-            process.kill()
-            process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -180,7 +128,7 @@ def _trained_and_saved(rank: int, world_size: int, argv: list[str]) -> None:
 
 
 def test_an_agent_that_is_asked_to_end_saves_and_the_job_starts_again_from_there(jobs, data, tmp_path):
-    job = jobs("1:1", _flags(data, tmp_path, tp=1, save_interval=10_000), "--with-store")
+    job = jobs("1:1", _flags(data, tmp_path, tp=1, save_interval=10_000), "--with-store", "--no-preload")
     agent = job.add()
     job.until(lambda: job.newest_iteration() >= 5)
     agent.send_signal(signal.SIGTERM)
@@ -236,7 +184,7 @@ def test_what_is_no_endpoint(endpoint, capsys):
 
 
 def test_a_store_ends_when_nobody_comes_and_a_port_that_is_taken_is_told(tmp_path):
-    port = _free_port()
+    port = free_port()
     store = subprocess.Popen([*TOOL, "store", "--port", str(port), "--idle-minutes", "0.1"])
     try:
         deadline = time.monotonic() + 60

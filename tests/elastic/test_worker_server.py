@@ -33,7 +33,7 @@ class Job:
     def __init__(self, folder: Path, max_failures: int = 10):
         self.folder, self.path = folder, str(folder / "socket")
         told = json.dumps({"argv": [], "store": ["h", 1], "topologies": None})
-        options = ["--job", told, "--save", str(folder), "--max-failures", str(max_failures)]
+        options = ["--job", told, "--save", str(folder), "--max-failures", str(max_failures), "--grace", "4"]
         agent = (
             "import os, subprocess, sys, time\n"
             "server = [sys.executable, '-c', *sys.argv[1:], '--agent', str(os.getpid())]\n"
@@ -145,6 +145,18 @@ def test_a_rank_that_was_asked_to_end_finishes_its_save_and_the_next_waits(share
     assert other.communicate(timeout=60)[0] == "began\n" and rank.is_running(), "one in another place does not wait"
     assert following.communicate(timeout=60)[0].startswith("began")
     assert proxy.stdout.read() == "saved\n" and not rank.is_running()
+
+
+def test_a_rank_that_stands_still_is_ended_for_the_next_one(shared):
+    proxy = shared.rank(SAVES)
+    assert proxy.stdout.readline() == "ready\n"
+    [rank] = shared.ranks()
+    rank.suspend()
+    proxy.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    proxy.kill()
+    assert shared.rank("print('began')").communicate(timeout=60)[0] == "began\n"
+    assert not rank.is_running()
 
 
 def test_one_that_waits_for_its_place_can_be_asked_to_end_too(shared):
