@@ -49,7 +49,7 @@ from megatron.training.metrics import peak_tflops
 from megatron.training.starting_point import StartingPoint
 from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, parameters_trained_later, refuse_buffers
-from megatron.ucp.commit import RUN_MARK
+from megatron.ucp.commit import RUN_MARK, end_replacements
 from megatron.ucp.owner import claimed
 
 log = logging.getLogger(__name__)
@@ -188,6 +188,8 @@ def _own(save: str | None, rank: int) -> contextlib.ExitStack:
                 Path(save).mkdir(parents=True)
                 ownership.callback(_remove_empty, Path(save))
             ownership.enter_context(claimed(Path(save) / RUN_MARK))
+            for name in end_replacements(save):
+                log.warning("warning: a save that was to replace %s was interrupted; the one before it is back", name)
     return ownership
 
 

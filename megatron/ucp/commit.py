@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -29,6 +30,7 @@ from megatron.ucp.disk import disk_errors, write_and_flush
 from megatron.ucp.errors import NotACheckpointError, OutputExistsError, OwnedByOtherError, UcpError
 from megatron.ucp.manifest import MANIFEST_NAME, FileInfo
 from megatron.ucp.owner import claim, lives, mark_of
+from megatron.ucp.pointers import LATEST
 from megatron.ucp.safe_paths import open_file
 
 STAGING_SUFFIX = ".tmp"
@@ -42,6 +44,10 @@ DAMAGE_MARK = ".damaged"
 """In a checkpoint of which somebody found that it is not what was saved; why, and since when. A resume passes it over,
 and nobody removes it."""
 _BLOCK = 1 << 20
+_OWN_POINTER = re.compile(rf"\.{LATEST}(_checkpointed_iteration\.txt)?\.[0-9a-f]{{16}}\{STAGING_SUFFIX}")
+"""A pointer that only the run's owner moves, before it has its name."""
+_OWN_FOLDER = re.compile(rf"\.[0-9a-f]{{8}}\{STAGING_SUFFIX}$")
+"""One of ours that is about to get its name, or to be removed."""
 
 
 def stage(final: str | Path, replace: bool = False) -> Path:
@@ -63,6 +69,7 @@ def stage(final: str | Path, replace: bool = False) -> Path:
     try:
         with disk_errors(final):
             claim(fresh / OWNER_MARK)
+            flush(fresh)
     except BaseException:
         shutil.rmtree(fresh)
         raise
@@ -72,6 +79,8 @@ def stage(final: str | Path, replace: bool = False) -> Path:
         shutil.rmtree(fresh)
         _require_left_over(staging)
         raise
+    # Before anything is written into it: what a machine that stops leaves there is known to be ours.
+    flush(final.parent)
     return staging
 
 
@@ -105,12 +114,13 @@ def commit(staging: str | Path, final: str | Path, replace: bool = False) -> Non
             _require_left_over(aside)
             _remove(aside)
         claim(final / OWNER_MARK)  # so that it can be told from a user's own folder of that name
+        flush(final)
         os.rename(final, aside)
     os.rename(staging, final)
+    flush(final.parent)
     # Not before: until now only the mark said that the folder is somebody's.
     (final / OWNER_MARK).unlink()
     flush(final)
-    flush(final.parent)
     if is_replacing and (aside / DAMAGE_MARK).is_file():
         _keep_damaged(aside, final)
     elif is_replacing:
@@ -151,13 +161,45 @@ def remove_left_overs(run_folder: str | Path) -> list[str]:
     for path in sorted(Path(run_folder).iterdir()):
         if path.suffix not in (STAGING_SUFFIX, REPLACED_SUFFIX) or path.is_symlink():
             continue
+        if _OWN_POINTER.fullmatch(path.name) and path.is_file():  # of a process that died while it moved one
+            path.unlink(missing_ok=True)
+            continue
         mark = mark_of(path / OWNER_MARK)
+        if mark is None and _OWN_FOLDER.search(path.name) and _is_bare(path):
+            shutil.rmtree(path)
+            continue
         if mark is None or not mark.is_here or (not mark.is_mine and lives(mark)):
             continue
         if path.suffix == STAGING_SUFFIX or (path.with_suffix("") / MANIFEST_NAME).is_file():
             _remove(path)
             removed.append(path.name)
     return removed
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether a folder holds nothing, or no more than a mark that was not finished."""
+    return folder.is_dir() and all(path.name.startswith(OWNER_MARK) for path in folder.iterdir())
+
+
+def end_replacements(run_folder: str | Path) -> list[str]:
+    """Gives checkpoints their names back whose replacement died between its two renames: they are whole. Returns these
+    names. For who owns the run folder. Another machine's are left to it."""
+    ended = []
+    for path in sorted(Path(run_folder).glob(f"*{REPLACED_SUFFIX}")):
+        final, mark = path.with_suffix(""), mark_of(path / OWNER_MARK)
+        if os.path.lexists(final) or not (path / MANIFEST_NAME).is_file():
+            continue
+        if mark is not None and mark.is_here and (mark.is_mine or not lives(mark)):
+            rename_back(path, final)
+            ended.append(final.name)
+    return ended
+
+
+def rename_back(replaced: Path, final: Path) -> None:
+    """Raises OSError."""
+    os.rename(replaced, final)
+    flush(final.parent)
+    (final / OWNER_MARK).unlink(missing_ok=True)
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -205,7 +247,14 @@ def _status(path: Path) -> os.stat_result | None:
 def _remove(folder: Path) -> None:
     """Under a name of its own first, so that of two that remove it one does."""
     doomed = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{STAGING_SUFFIX}")
+    flush(folder)  # with its mark
     os.rename(folder, doomed)
+    flush(doomed.parent)
+    for path in doomed.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != OWNER_MARK:  # the last to go: without it the rest would be nobody's
+            path.unlink()
     shutil.rmtree(doomed)
 
 
@@ -257,7 +306,8 @@ def data_files(folder: str | Path) -> list[str]:
     return sorted(
         p.relative_to(folder).as_posix()
         for p in folder.rglob("*")
-        if p.is_file() and p.name not in (MANIFEST_NAME, OWNER_MARK, DAMAGE_MARK)
+        # Of a mark that was not finished, too: a process may end while it leaves one.
+        if p.is_file() and p.name not in (MANIFEST_NAME, DAMAGE_MARK) and not p.name.startswith(OWNER_MARK)
     )
 
 

@@ -98,9 +98,7 @@ def _mended(path: Path, entry: Entry) -> str:
         commit.remove_left_over(path)
         return f"{entry.name}: removed"
     if entry.fix == "rename back":
-        os.rename(path, path.with_name(entry.target))
-        (path.with_name(entry.target) / OWNER_MARK).unlink(missing_ok=True)
-        commit.flush(path.parent)
+        commit.rename_back(path, path.with_name(entry.target))
         return f"{entry.name}: is {entry.target} again"
     if entry.fix == "unmark":
         (path / DAMAGE_MARK).unlink()

@@ -108,8 +108,10 @@ def claim(path: str | Path) -> Mark:
     try:
         write_and_flush(handle, json.dumps(me).encode())
         with _alone(path.parent):
-            _make_room(path)
-            os.link(temporary, path)  # fails where there is one already, unlike a rename
+            if _is_dead(path):
+                os.replace(temporary, path)  # at no moment is there none: the folder would be nobody's
+            else:
+                os.link(temporary, path)  # fails where there is one already, unlike a rename
     except FileExistsError:
         raise _owned(path, mark_of(path)) from None
     finally:
@@ -158,14 +160,13 @@ def release(mark: Mark) -> None:
         mark.path.unlink(missing_ok=True)
 
 
-def _make_room(path: Path) -> None:
-    """Removes a dead owner's mark."""
+def _is_dead(path: Path) -> bool:
+    """Whether there is a mark of a dead owner, or of this process; False where there is none. Raises
+    OwnedByOtherError where another lives, or where there is something that is no mark."""
     mark = mark_of(path)
-    if mark is None:
-        return
-    if not mark.host or (not mark.is_mine and lives(mark)):
+    if mark is not None and (not mark.host or (not mark.is_mine and lives(mark))):
         raise _owned(path, mark)
-    path.unlink(missing_ok=True)
+    return mark is not None
 
 
 @contextlib.contextmanager

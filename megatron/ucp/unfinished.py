@@ -30,7 +30,7 @@ from megatron.ucp.disk import disk_errors, write_and_flush
 from megatron.ucp.errors import UcpError
 from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import FileInfo
-from megatron.ucp.owner import claim, renewed
+from megatron.ucp.owner import claim, mark_of, renewed
 from megatron.ucp.runs import whole_runs
 from megatron.ucp.safe_paths import existing_file, open_file
 from megatron.ucp.sources.source import FileCache, Source
@@ -84,11 +84,13 @@ def staged_again(output: Path, plan: str) -> Iterator[Path]:
     staging = staging_of(output)
     if plan_in(staging) == plan:
         require_absent(output)
-        mark = claim(staging / OWNER_MARK)
+        claim(staging / OWNER_MARK)
     else:
-        mark = claim(stage(output) / OWNER_MARK)
+        stage(output)  # with this process's mark
         (staging / WORK).mkdir()
         write_whole(staging / WORK / _PLAN, plan.encode())
+    mark = mark_of(staging / OWNER_MARK)
+    assert mark is not None
     with renewed(mark):
         yield staging
 

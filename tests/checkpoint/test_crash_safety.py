@@ -141,15 +141,18 @@ def test_saving_twice_at_one_iteration_replaces(data, tmp_path):
 
 
 def test_killed_between_the_renames_of_a_replacing_save(data, tmp_path):
-    """The only moment without a checkpoint of that name: the old one is aside, whole, and the refusal says so."""
+    """The only moment without a checkpoint of that name: the old one is aside, whole, and the next run that owns the
+    folder gives it its name back. One that only reads from there is told."""
     argv = _argv(data, tmp_path, 2)
     with pytest.raises(RankFailure, match="rank 0 died"):
         run_ranks(2, _train_then_break, argv, str(tmp_path), "between-the-renames", 0, True)
     assert not (tmp_path / FIRST).exists()
     argv = _argv(data, tmp_path, 3, load=tmp_path)
-    for told in run_ranks(2, _outcome, argv):
+    elsewhere = _argv(data, tmp_path / "elsewhere", 3, load=tmp_path)
+    for told in run_ranks(2, _outcome, elsewhere):
         assert told.startswith("NotACheckpointError:") and f"rename {FIRST}.replaced" in told, told
-    (tmp_path / f"{FIRST}.replaced").rename(tmp_path / FIRST)
+    assert run_ranks(2, _outcome, argv) == ["built", "built"]
+    assert not (tmp_path / f"{FIRST}.replaced").exists()
     assert verify(tmp_path / FIRST).findings == ()
     assert run_ranks(2, _resume_and_save, argv) == [2, 2]
 

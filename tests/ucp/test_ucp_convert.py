@@ -14,15 +14,17 @@ from megatron.ucp.commit import checksum_file
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
 from megatron.ucp.digest import digest_tensor
-from megatron.ucp.errors import CorruptFileError
+from megatron.ucp.errors import CorruptFileError, UnsupportedCheckpointError
 from megatron.ucp.execute import copy_runs, read_into
 from megatron.ucp.layout import Layout, Part, ShardRank
 from megatron.ucp.manifest import read_manifest, write_manifest
 from megatron.ucp.plan import plan
+from megatron.ucp.reshape import reshape
 from megatron.ucp.runs import shard_runs
 from megatron.ucp.safe_load import load
 from megatron.ucp.sources import open_source
 from megatron.ucp.stored import DTYPES
+from megatron.ucp.targets.native_target import NativeTarget
 from megatron.ucp.topology import Topology
 from megatron.ucp.torch_file import Record, StreamedTensor, save_streamed
 from megatron.ucp.verify import verify
@@ -248,3 +250,25 @@ def test_a_copy_outside_its_tensor_is_refused(tmp_path):
             copy_runs(torch.zeros(8), torch.zeros(4), np.array(copies))
     with pytest.raises(ValueError):
         copy_runs(torch.zeros(2), torch.zeros(4), np.array([[0, 0, 3]]))
+
+
+def test_what_deepspeed_would_not_have_saved_so_is_not_written_so(tmp_path):
+    """A padded vocabulary: its padding is no part of a state, and DeepSpeed's own files would be too short."""
+    write_native(tmp_path / "n", make_state(model()), Topology(dp_size=2), 1)
+    with pytest.raises(UnsupportedCheckpointError, match="word_embeddings.weight: padded"):
+        reshape(tmp_path / "n", tmp_path / "out", NativeTarget.parse("zero2", 3))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_files_of_a_save_come_along(tmp_path):
+    parameters = model(vocabulary=40)
+    write_native(tmp_path / "n", make_state(parameters), Topology(dp_size=2), 1, parameters=parameters)
+    (tmp_path / "n/streams.safetensors").write_bytes(b"whatever a program keeps")
+    manifest = read_manifest(tmp_path / "n")
+    files = {**manifest.files, "streams.safetensors": checksum_file(tmp_path / "n/streams.safetensors")}
+    write_manifest(tmp_path / "n", replace(manifest, files=files))
+    reshape(tmp_path / "n", tmp_path / "out", NativeTarget.parse("zero2", 3))
+    convert(tmp_path / "n", tmp_path / "u")
+    for made in ("out", "u"):
+        assert (tmp_path / made / "streams.safetensors").read_bytes() == b"whatever a program keeps"
+        assert verify(tmp_path / made).findings == ()

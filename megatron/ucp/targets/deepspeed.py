@@ -37,6 +37,7 @@ from megatron.ucp.sources.optimizer_groups import OptimizerGroup, round_robin
 from megatron.ucp.stored import FLOAT32, DType, Size, StoredTensor, as_stored, is_tensor, place_of
 from megatron.ucp.targets.flat_layout import Flat, Segment, param_paddings, stage3_flats, stage3_slice, stage12_flats
 from megatron.ucp.targets.native_target import NativeTarget, ZeroSettings
+from megatron.ucp.targets.other_files import copy_other_files
 from megatron.ucp.targets.proof import require_saved
 from megatron.ucp.topology import Topology
 from megatron.ucp.torch_file import Record, StreamedTensor, save_streamed
@@ -65,7 +66,9 @@ def write_native(
             raise
     if errors:
         raise next((error for error in errors if not isinstance(error, _Stopped)), errors[0])
-    return writer.manifest({name: future.result() for name, future in futures.items()})
+    return writer.manifest(
+        {name: future.result() for name, future in futures.items()} | copy_other_files(source, folder)
+    )
 
 
 class _Stopped(Exception):

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.ucp.errors import CorruptFileError, UcpError, UnsupportedCheckpointError
+from megatron.ucp.errors import CorruptFileError, UcpError, UnsupportedCheckpointError, listed
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.foreign.expert_files import has_experts
 from megatron.ucp.sources.optimizer_groups import OptimizerGroup, is_round_robin, optimizer_groups
@@ -118,6 +118,13 @@ def require_writable(source: Source, target: NativeTarget) -> list[OptimizerGrou
         for axis, size in sizes.items()
         if size > 1
     ]
+    padded = [
+        name
+        for name, info in manifest.parameters.items()
+        if any(cut.padded not in (None, info.layout.shape[cut.dim]) for cut in info.layout.cuts)
+    ]
+    if padded:
+        faults.append(f"{listed(padded)}: padded, and the padding is kept nowhere (pretrain_gpt.py loads it as it is)")
     if manifest.is_pipelined:
         faults.append("a pipeline's weights lie in files of their own")
     if content.get("num_experts") or has_experts(source.folder):

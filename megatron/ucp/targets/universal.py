@@ -12,8 +12,6 @@ in the files: deepspeed/checkpoint/ds_to_universal.py (merge_tp_slices).
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.ucp.commit import checksum_file
 from megatron.ucp.digest import Digest
 from megatron.ucp.errors import UcpError
 from megatron.ucp.execute import pour
@@ -32,6 +29,7 @@ from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.sources.source import Source
 from megatron.ucp.stored import FLOAT32
 from megatron.ucp.targets.loader_files import loader_files
+from megatron.ucp.targets.other_files import copy_other_files
 from megatron.ucp.targets.proof import require_saved
 from megatron.ucp.topology import Topology
 from megatron.ucp.torch_file import Record, StreamedTensor, save_streamed
@@ -233,9 +231,4 @@ def _write_side_files(source: Source, folder: Path) -> dict[str, FileInfo]:
     infos: dict[str, FileInfo] = {}
     for relative, content in loader_files(source).items():
         infos[relative] = save_streamed(content, folder / relative)
-    for relative in source.manifest.files:
-        if not relative.endswith(".pt") and (source.folder / relative).is_file():
-            os.makedirs((folder / relative).parent, exist_ok=True)
-            shutil.copyfile(source.folder / relative, folder / relative)
-            infos[relative] = checksum_file(folder / relative)
-    return infos
+    return infos | copy_other_files(source, folder)
