@@ -79,9 +79,10 @@ def make_bases(folder: Path) -> tuple[dict[str, Base], Path]:
 
     saved("same topology", 1, loads="native", zero=1)
     saved("ZeRO-1", 4, tp=2, zero=1)
-    saved("ZeRO-0", 1, zero=0, no_pipeline_parallel=True)
+    # Without padding: what has any cannot be written anew as DeepSpeed's own.
+    saved("ZeRO-0", 1, zero=0, no_pipeline_parallel=True, make_vocab_size_divisible_by=1)
     saved("ZeRO-0 pipeline", 1, zero=0)
-    saved("ZeRO-3", 2, zero=3)
+    saved("ZeRO-3", 2, zero=3, make_vocab_size_divisible_by=1)
     saved("experts", 2, loads="", zero=1, num_experts=2, expert_interval=1, moe_expert_parallel_size=2)
 
     def derived(name: str, of: str, tag: str, is_proven: bool, loads: str) -> None:
