@@ -30,10 +30,10 @@ worker_server.main(sys.argv[1:])
 class Job:
     """A stand-in for an agent, its worker server, and proxies as an agent starts them."""
 
-    def __init__(self, folder: Path, max_failures: int = 10):
+    def __init__(self, folder: Path, max_failures: int = 10, grace: int = 4):
         self.folder, self.path = folder, str(folder / "socket")
         told = json.dumps({"argv": [], "store": ["h", 1], "topologies": None})
-        options = ["--job", told, "--save", str(folder), "--max-failures", str(max_failures), "--grace", "4"]
+        options = ["--job", told, "--save", str(folder), "--max-failures", str(max_failures), "--grace", str(grace)]
         agent = (
             "import os, subprocess, sys, time\n"
             "server = [sys.executable, '-c', *sys.argv[1:], '--agent', str(os.getpid())]\n"
@@ -61,12 +61,14 @@ class Job:
         return (self.folder / "errors").read_text()
 
     def close(self) -> None:
-        for process in (*self.proxies, self.agent):
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            process.communicate()
         with contextlib.suppress(psutil.NoSuchProcess):
+            for rank in self.ranks():
+                rank.kill()
             self.server.kill()
+        for process in (self.agent, *self.proxies):
+            process.kill()
+        for process in (self.agent, *self.proxies):
+            process.communicate()
 
 
 def until(holds, seconds: float = 60) -> None:
@@ -171,12 +173,17 @@ def test_one_that_waits_for_its_place_can_be_asked_to_end_too(shared):
     assert proxy.communicate(timeout=60)[0] == "saved\n"
 
 
-def test_a_rank_whose_proxy_was_killed_is_ended(shared):
-    proxy = shared.rank("print('ready', flush=True); time.sleep(60)")
-    assert proxy.stdout.readline() == "ready\n"
-    [rank] = shared.ranks()
-    proxy.kill()
-    until(lambda: not rank.is_running())
+def test_a_rank_whose_proxy_was_killed_is_ended_at_once(tmp_path):
+    """It was not asked to save, so there is nothing to wait for."""
+    job = Job(tmp_path, grace=600)
+    try:
+        proxy = job.rank("print('ready', flush=True); time.sleep(600)")
+        assert proxy.stdout.readline() == "ready\n"
+        [rank] = job.ranks()
+        proxy.kill()
+        until(lambda: not rank.is_running())
+    finally:
+        job.close()
 
 
 @pytest.mark.parametrize("victim", ["agent", "server"])

@@ -10,12 +10,16 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from megatron.config.arguments import parse
+from megatron.elastic.agent import AgentOptions, training_flags
+from megatron.elastic.policy import fit
+from tb_analysis.curves import Curve, Point
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -402,3 +406,58 @@ def test_hf_trainer_is_not_compared_with_a_copy_of_itself(tmp_path):
     assert compare.faults(tmp_path) == []
     (tmp_path / "resumed_3.log").write_text("{'loss': '9.1'}\n")
     assert compare.faults(tmp_path) == ["resumed_3 trained 1 steps, not 40"]
+
+
+def test_the_elastic_example_starts_agents_that_are_one_job(tmp_path):
+    done = bash(EXAMPLES / "elastic/run.sh", tmp_path / "run")
+    assert done.returncode == 0 and not (tmp_path / "run").exists(), done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    agents = [line for line in lines if "agent" in line]
+    assert len(agents) == 5 and agents[3] == agents[4], "four, and the last once more"
+    flags = agents[0][agents[0].index("--") + 1 :]
+    job = training_flags(flags, AgentOptions(("127.0.0.1", 29400), "elastic", 1, 4))
+    config = parse(job).config
+    for ranks, topology in ((4, "tp2 pp1 dp2"), (3, "tp1 pp1 dp3")):
+        fitted = fit(config, ranks)
+        assert (fitted.num_ranks, str(fitted.config.parallel.topology(ranks))) == (ranks, topology)
+
+
+LOG = """elastic: {ranks} rank(s) as tp1 pp1 dp{ranks}; batch 12 = ...
+[10:0{at}:00] resuming directly from native checkpoint global_step{start} (iteration {start}, saved as x): why
+[10:0{at}:01] iteration {first:3}/30 | samples
+[10:0{at}:02] stopping at iteration {last}: SIGTERM
+"""
+STRETCHES = [(4, 0, 12), (3, 10, 20), (4, 20, 30)]
+FAULTS = {
+    "nothing": ({}, STRETCHES, None),
+    "a loss is another": ({17: 1e-3}, STRETCHES, "is above the bound"),
+    "an iteration is missing": ({17: None}, STRETCHES, "1 iterations are missing, the first 17"),
+    "the job never shrank": ({}, [(4, 0, 30)], r"ran on \[4\] ranks"),
+    "growing lost iterations": ({}, [(4, 0, 12), (3, 10, 20), (4, 18, 30)], "growing lost 2 iterations"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_elastic_verdict_sees_planted_faults(fault, tmp_path, monkeypatch, capsys):
+    changes, stretches, told = FAULTS[fault]
+    spec = importlib.util.spec_from_file_location("elastic_compare", EXAMPLES / "elastic/compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "elastic_compare", compare)
+    spec.loader.exec_module(compare)
+    whole = {step: 10.0 - 0.1 * step for step in range(1, 31)}
+    changed = {step: value + (changes.get(step, 0.0) or 0.0) for step, value in whole.items()}
+    ours = {step: value for step, value in changed.items() if changes.get(step, 0.0) is not None}
+
+    def read_curve(folder: Path, key: str) -> Curve:
+        values = ours if folder.name == "target_elastic" else whole
+        return Curve.from_points(Point(step, 0.0, value) for step, value in values.items())
+
+    monkeypatch.setattr(compare, "read_curve", read_curve)
+    for name in ("source_x", "control_x", "target_elastic"):
+        (tmp_path / "tensorboard" / name).mkdir(parents=True)
+    (tmp_path / "logs").mkdir()
+    for at, (ranks, start, last) in enumerate(stretches):
+        text = LOG.format(ranks=ranks, at=at, start=start, first=start + 1, last=last)
+        (tmp_path / f"logs/agent_{at}.log").write_text(text)
+    assert compare.main(tmp_path) == (1 if told else 0)
+    assert re.search(told or "PASS", capsys.readouterr().out)
