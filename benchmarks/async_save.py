@@ -87,6 +87,8 @@ def _measure(rank: int, world_size: int, line: list[str]) -> dict[str, list[floa
             stalls[iteration] = seconds["checkpoint"]
 
     def save(iteration: int, stage: str, seconds: float) -> None:
+        if stage == "staged":  # with what the next step's optimizer waited for
+            stalls[iteration] = seconds
         if stage == "durable":
             durable[iteration] = seconds
 

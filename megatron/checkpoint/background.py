@@ -1,12 +1,15 @@
-"""Saves behind training: the loop waits for a copy of the state in memory, and a process of its own writes it.
+"""Saves behind training: the state is copied in memory before the next step changes it, and a process of its own
+writes the copy.
 
     with BackgroundSaves(live, max_gib=None) as saves:       # collective, as all that follows
         saves.prepare()                          # after the first step: memory for the copy
-        saves.begin(Path("runs/a"), progress)    # True: staged, and training may go on. False: no room for a copy
-        for event in saves.poll(): ...           # at every step: written, durable, or failed
+        saves.begin(Path("runs/a"), progress)    # True: training may go on. False: no room for a copy
+        for event in saves.poll(): ...           # at every step: staged, written, durable, or failed
         for event in saves.wait(): ...           # until the last save is durable or has failed
 
-A save is *staged* when its values are copied, *written* when every rank's files are on the disk, and *durable* when the
+A save is *staged* when its values are copied: what only the optimizer changes (masters, moments, weights) is copied
+while the next step runs forward and backward, and the optimizer waits for the rest of it (CheckFreq, Mohan et al., FAST
+2021, calls it a pipelined snapshot). It is *written* when every rank's files are on the disk, and *durable* when the
 folder is renamed and `latest` names it. One at a time. The worker process (ucp/save_worker.py) takes part in nothing
 collective: ranks agree at the boundary of a step that all of theirs have answered, hold the digests of copies against
 each other, and only then rank 0's worker commits. A rank that dies takes its worker with it, and nothing is committed.
@@ -16,8 +19,9 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +29,9 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
-from megatron.checkpoint.errors import CheckpointError, all_ranks_or_none, on_rank_0
+from megatron.checkpoint.errors import all_ranks_or_none, on_rank_0
 from megatron.checkpoint.live_memory import LiveMemory
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.native_manifest import native_manifest
@@ -42,7 +47,7 @@ from megatron.ucp.crc32 import crc32
 from megatron.ucp.digest import total
 from megatron.ucp.manifest import FileInfo
 from megatron.ucp.retention import Keep
-from megatron.ucp.save_job import DigestRow, FileToWrite
+from megatron.ucp.save_job import DigestRow, FileToWrite, Values
 from megatron.ucp.save_worker import Answer, CommitOrder, SaveWorker, SaveWorkerError, WriteOrder
 
 log = logging.getLogger(__name__)
@@ -64,11 +69,11 @@ _WAITS = 0.5
 class SaveEvent:
     """What became of a save. The same on every rank, but for the seconds."""
 
-    kind: Literal["written", "durable", "failed"]
+    kind: Literal["staged", "written", "durable", "failed"]
     iteration: int
     """Of the save."""
     seconds: float
-    """Since it began."""
+    """Since it began; of `staged`, that training waited."""
     error: str = ""
 
 
@@ -80,8 +85,18 @@ class _InFlight:
     snapshot: Snapshot
     rows: list[DigestRow]
     started: float
-    staged: float
-    """Seconds that the loop waited."""
+    waited: float
+    """Seconds that training has."""
+    steps_taken: int
+    """By the optimizer, of the state that is saved."""
+    copying: threading.Thread | None = None
+    """What is left of it, after which the worker is told; on this rank."""
+    hook: RemovableHandle | None = None
+    """Has the optimizer wait for `copying`."""
+    is_staged: bool = False
+    """On every rank; the same on every rank."""
+    problem: str = ""
+    """On this rank."""
     is_committing: bool = False
     digest: str = ""
     num_bytes: int = 0
@@ -97,6 +112,8 @@ class BackgroundSaves:
         self._worker: SaveWorker | None = None
         self._in_flight: _InFlight | None = None
         self._has_told = False
+        self._hears_of_steps = True
+        """Whether the optimizer is known to tell before it changes anything."""
 
     def __enter__(self) -> BackgroundSaves:
         return self
@@ -138,25 +155,74 @@ class BackgroundSaves:
         require_room(final, files, memory)
         if not self._reserve(bytes_to_copy(memory.tensors)):
             return False
-        try:
-            with all_ranks_or_none("staging", final):
-                assert self._memory is not None and self._worker is not None
-                placed = self._memory.copy(memory.tensors)
-                share = _SHARE_OF_A_PROCESSOR if live.engine.device.type == "cpu" else 1.0
-                self._worker.send(WriteOrder(staging, self._memory.num_bytes, tuple(files), tuple(rows), placed, share))
-        except CheckpointError:
-            self._drop_worker()  # it may be at work on an order that nobody wants any more
-            raise
-        staged = time.perf_counter() - started
-        self._in_flight = _InFlight(final, staging, progress.iteration, snapshot, rows, started, staged)
-        log.info("staged %s in %.3f s; it is written while training goes on", final, staged)
+        unchanging = self._unchanging(memory, rows) if self._hears_of_steps else set()
+        placed, copy_rest = tuple[Values, ...](), None
+        with all_ranks_or_none("staging", final):
+            assert self._memory is not None
+            placed, copy_rest = self._memory.begin_copy(memory.tensors, unchanging)
+        share = _SHARE_OF_A_PROCESSOR if live.engine.device.type == "cpu" else 1.0
+        order = WriteOrder(staging, self._memory.num_bytes, tuple(files), tuple(rows), placed, share)
+        taken = live.state.steps_taken
+        self._in_flight = save = _InFlight(final, staging, progress.iteration, snapshot, rows, started, 0.0, taken)
+        if copy_rest is None:
+            self._send(save, order)
+        else:
+            save.copying = threading.Thread(target=self._copy_and_send, args=(save, order, copy_rest))
+            save.copying.start()
+            save.hook = live.state.before_next_step(self._finish_copy)
+        save.waited = time.perf_counter() - started
         return True
+
+    def _copy_and_send(self, save: _InFlight, order: WriteOrder, copy_rest: Callable[[], None]) -> None:
+        try:
+            copy_rest()
+        except Exception as error:
+            save.problem = f"copying failed: {type(error).__name__}: {error}"
+        else:
+            self._send(save, order)
+
+    def _send(self, save: _InFlight, order: WriteOrder) -> None:
+        try:
+            assert self._worker is not None
+            self._worker.send(order)
+        except SaveWorkerError as error:
+            save.problem = str(error)
+
+    def _unchanging(self, memory: LiveMemory, rows: Sequence[DigestRow]) -> set[int]:
+        """Addresses of the storages that only the optimizer's step changes."""
+        held = [*(memory.tensors[row.tensor] for row in rows), *self._live.state.held_weights()]
+        return {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    def _finish_copy(self) -> None:
+        """Called in the middle of a step too, where a rank by itself may not raise."""
+        save = self._in_flight
+        if save is None or save.copying is None or save.hook is None:
+            return
+        started = time.perf_counter()
+        save.copying.join()
+        save.hook.remove()
+        save.copying = None
+        if self._live.state.steps_taken != save.steps_taken:
+            self._hears_of_steps = False
+            save.problem = (
+                f"the optimizer ({type(self._live.state.base).__name__}) has changed the state before it was copied: "
+                "it takes steps that torch's register_step_pre_hook does not tell of. Later saves are copied at once"
+            )
+            self._drop_worker()  # which was told before anybody could know
+        save.waited += time.perf_counter() - started
 
     def poll(self, seconds: float = 0.0) -> Iterator[SaveEvent]:
         """What has happened since the last call; waits up to `seconds` for this rank's worker. At no cost while nothing
         is in flight, else an agreement of one number. Collective over the world. Raises DivergedCopiesError."""
         save = self._in_flight
-        if save is None or not self._everyone_has_an_answer(save, seconds):
+        if save is None:
+            return
+        if not save.is_staged:
+            self._finish_copy()
+            save.is_staged = True
+            log.info("staged %s, training waited %.3f s; it is written meanwhile", save.final, save.waited)
+            yield SaveEvent("staged", save.iteration, save.waited)
+        if not self._everyone_has_an_answer(save, seconds):
             return
         if save.is_committing:
             yield self._committed(save)
@@ -166,6 +232,7 @@ class BackgroundSaves:
     def wait(self) -> Iterator[SaveEvent]:
         """Until nothing is in flight, which now has all of the machine. Collective over the world."""
         if self._in_flight is not None and self._worker is not None:
+            self._finish_copy()
             self._worker.hurry()
         began = told = time.monotonic()
         while self._in_flight is not None:
@@ -176,6 +243,7 @@ class BackgroundSaves:
 
     def close(self) -> None:
         """Without waiting: a save that is in flight is left undone. Local."""
+        self._finish_copy()
         self._drop_worker()
         if self._memory is not None:
             self._memory.close()
@@ -227,15 +295,17 @@ class BackgroundSaves:
         return ""
 
     def _everyone_has_an_answer(self, save: _InFlight, seconds: float) -> bool:
-        assert self._worker is not None
-        is_asked = not save.is_committing or dist.get_rank() == 0
-        has_one = torch.tensor([not is_asked or self._worker.has_answer(seconds)], dtype=torch.int32)
+        is_asked = (not save.is_committing or dist.get_rank() == 0) and not save.problem
+        is_known = not is_asked or self._worker is None or self._worker.has_answer(seconds)
+        has_one = torch.tensor([is_known], dtype=torch.int32)
         has_one = has_one.to(self._live.engine.device)
         dist.all_reduce(has_one, op=dist.ReduceOp.MIN)
         return bool(has_one.item())
 
-    def _answer(self) -> Answer:
+    def _answer(self, save: _InFlight) -> Answer:
         """Raises SaveWorkerError, also where the worker says that it failed."""
+        if save.problem:
+            raise SaveWorkerError(save.problem)
         assert self._worker is not None
         try:
             answer = self._worker.receive()
@@ -250,7 +320,7 @@ class BackgroundSaves:
         answer, live = Answer(), self._live
         self._in_flight = None  # whatever is raised here, this save is over
         with failures_everywhere() as failures:
-            answer = self._answer()
+            answer = self._answer(save)
         if failures.by_rank:
             return self._failed(save, failures.by_rank)
         digests = summed_digests(live.state, save.rows, answer.digests)
@@ -278,7 +348,7 @@ class BackgroundSaves:
         removed: tuple[str, ...] = ()
         with failures_everywhere() as failures:
             if dist.get_rank() == 0:
-                removed = self._answer().removed
+                removed = self._answer(save).removed
         if failures.by_rank:
             return self._failed(save, failures.by_rank)
         seconds = time.perf_counter() - save.started
@@ -287,7 +357,7 @@ class BackgroundSaves:
             save.final,
             save.num_bytes / 2**20,
             seconds,
-            save.staged,
+            save.waited,
             save.digest,
         )
         tell_removed(removed)

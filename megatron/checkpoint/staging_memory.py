@@ -2,7 +2,8 @@
 
     memory = StagingMemory()
     memory.reserve(bytes_to_copy(tensors))          # once, touched beforehand: a first touch costs more than the copy
-    placed = memory.copy(tensors)                   # where each of them lies now
+    placed, copy_rest = memory.begin_copy(tensors, {address})       # where each of them will lie
+    copy_rest()                                     # before anybody changes what lies at the address; by a thread
 
 Tensors that overlap are copied once: a weight that is a view of a flat buffer, a master that is the weight itself. The
 memory belongs to no file (memfd), so nothing is left when the last process that has it ends.
@@ -14,10 +15,11 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron.ucp.save_job import Values
@@ -25,6 +27,8 @@ from megatron.ucp.save_job import Values
 _ALIGNMENT = 64
 _POPULATE_WRITE = 23
 """madvise's MADV_POPULATE_WRITE, since Linux 5.14; Python has no name for it."""
+_LEFT_FOR_LATER = 1 << 20
+"""Bytes of a stretch from which on it is worth while to have the thread copy it."""
 
 
 def is_supported() -> bool:
@@ -61,16 +65,26 @@ class StagingMemory:
                 raise OSError(code, f"no memory for a copy of {num_bytes} bytes: {os.strerror(code)}")
             self._bytes[:: mmap.PAGESIZE] = 0  # an older Linux
 
-    def copy(self, tensors: Sequence[torch.Tensor]) -> tuple[Values, ...]:
+    def begin_copy(
+        self, tensors: Sequence[torch.Tensor], unchanging: Container[int]
+    ) -> tuple[tuple[Values, ...], Callable[[], None] | None]:
         """Flat and contiguous ones; all that a save needs, in place of what was there. Raises OSError where it had to
-        grow and could not. On return all values are here, those of a device too."""
+        grow and could not. On return all values are here, those of a device too, but for large ones in host memory in
+        the storages at the addresses `unchanging`: the function copies them; None where there are none."""
         stretches, index = _stretches(tensors)
         starts, size = _laid_out(stretches)
         self.reserve(size)
+        left: list[tuple[np.ndarray, np.ndarray]] = []
         for stretch, start in zip(stretches, starts, strict=True):
             whole = torch.empty(0, dtype=torch.uint8, device=stretch.storage.device).set_(stretch.storage)
-            self._bytes[start : start + stretch.stop - stretch.start].copy_(whole[stretch.start : stretch.stop])
-        return tuple(
+            source = whole[stretch.start : stretch.stop]
+            target = self._bytes[start : start + source.numel()]
+            is_left = stretch.storage.data_ptr() in unchanging and source.numel() >= _LEFT_FOR_LATER
+            if is_left and source.device.type == "cpu":
+                left.append((target.numpy(), source.numpy()))
+            else:
+                target.copy_(source)
+        placed = tuple(
             Values(
                 str(tensor.dtype).removeprefix("torch."),
                 tensor.numel(),
@@ -78,9 +92,15 @@ class StagingMemory:
             )
             for tensor, number in zip(tensors, index, strict=True)
         )
+        return placed, (lambda: _copy_all(left)) if left else None
 
     def close(self) -> None:
         os.close(self.handle)
+
+
+def _copy_all(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    for target, source in pairs:
+        np.copyto(target, source)  # without Python's lock
 
 
 def bytes_to_copy(tensors: Sequence[torch.Tensor]) -> int:

@@ -11,7 +11,7 @@ against it: copies that drifted apart are found here, before they are saved.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def digest_rows(
     """Of everything this rank holds; `hold` numbers its tensors. Local."""
     rows = []
     for name, held, is_whole in _held(state):
-        is_all_counted = np.array_equal(held.counted_runs, held.runs)
+        is_all_counted = held.counted_runs is held.runs or np.array_equal(held.counted_runs, held.runs)
         experts: list[tuple[int, Runs]] = []
         if with_experts and held.layout == state.layouts[name]:
             clipped = [
@@ -68,8 +68,8 @@ def digest_rows(
             ]
             experts = [(expert, runs) for expert, runs in clipped if len(runs)]
         counted = None if is_all_counted else held.counted_runs
-        row = DigestRow(name, held.state, held.layout.shape, hold(held.values), held.runs, counted, is_whole)
-        rows.append(replace(row, experts=tuple(experts)))
+        number, shape = hold(held.values), held.layout.shape
+        rows.append(DigestRow(name, held.state, shape, number, held.runs, counted, is_whole, tuple(experts)))
     return rows
 
 

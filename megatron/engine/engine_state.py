@@ -20,12 +20,13 @@ This reads attributes of DeepSpeed's that are no public interface: deepspeed_nam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from megatron.engine.deepspeed_names import require_built
 from megatron.engine.optimizer_states import OptimizerStates, UnsupportedOptimizerError
@@ -266,6 +267,16 @@ class EngineState(OptimizerStates):
                 runs = whole_runs(value.numel())
                 counted = runs if len(interval.counted_runs) else EMPTY
                 yield IntervalState(key, value.detach().view(-1), Layout.unique(value.shape), runs, counted)
+
+    def before_next_step(self, call: Callable[[], None]) -> RemovableHandle:
+        """Before the optimizer changes anything: until then masters, moments and weights stay as they are, through
+        forward and backward. A step that is skipped changes nothing and tells nothing. Local."""
+        return self.base.register_step_pre_hook(lambda *_: call())
+
+    @property
+    def steps_taken(self) -> int:
+        """Of the optimizer, without those that were skipped."""
+        return self.engine.global_steps - self.engine.skipped_steps
 
     def refresh_weights(self) -> None:
         """Make the live (low-precision) weights those of the masters. Collective over the data-parallel group."""

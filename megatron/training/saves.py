@@ -90,9 +90,7 @@ class Saves:
         if not behind.begin(folder, self._progress):
             self._save_now(folder)
             return
-        seconds = time.perf_counter() - started
-        self._run_log.times(self._progress.iteration, {"checkpoint": seconds})
-        self._run_log.save(self._progress.iteration, "staged", seconds)
+        self._run_log.times(self._progress.iteration, {"checkpoint": time.perf_counter() - started})
 
     def _save_now(self, folder: Path) -> None:
         started, iteration = time.perf_counter(), self._progress.iteration

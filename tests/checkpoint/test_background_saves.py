@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,12 @@ SLOW = 1e-4
 """Share of a processor with which a save of a tiny model takes until it is told to hurry."""
 
 
-def _argv(data: Path, save: Path, *extra: str, iters: int = 6, interval: int = 2, **flags) -> list[str]:
+def _argv(
+    data: Path, save: Path, *extra: str, iters: int = 6, interval: int = 2, offloads: bool = False, **flags
+) -> list[str]:
+    if offloads:
+        flags["deepspeed_config"] = save.parent / "offload.json"
+        flags["deepspeed_config"].write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
     return [*command_line(data, iters=iters, save=save, save_interval=interval, **flags), *extra]
 
 
@@ -41,6 +48,9 @@ CELLS = {
     "zero1": {"zero": 1},
     "zero3": {"zero": 3},
     "pp2": {"pp": 2},
+    "zero0": {"zero": 0},
+    "muon": {"zero": 2, "optimizer": "muon"},
+    "offload": {"zero": 3, "offloads": True},
     "bf16": {"zero": 2, "bf16": True},
     "experts": {**MODELS["moe"], "moe_expert_parallel_size": 2},
     "frozen": {"zero": 1, "freeze_parameters": "layers.0.*"},
@@ -49,9 +59,9 @@ CELLS = {
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bytes_as_a_save_that_training_waits_for(cell: str, data, tmp_path):
-    """Training goes on changing every value while they are written."""
+    """Training goes on changing every value while they are copied and written."""
     _, reached = run_ranks(2, _fit, _argv(data, tmp_path / "waits", **CELLS[cell]))[0]
-    saves, _ = run_ranks(2, _fit, _argv(data, tmp_path / "behind", "--async-save", **CELLS[cell]), _slow)[0]
+    saves, _ = run_ranks(2, _fit, _argv(data, tmp_path / "behind", "--async-save", **CELLS[cell]), _copies_late)[0]
     assert reached == 6
     assert saves == [(i, stage) for i in (2, 4, 6) for stage in ("staged", "written", "durable")]
     assert _files(tmp_path / "behind") == _files(tmp_path / "waits")
@@ -62,6 +72,48 @@ def _slow(run, rank: int) -> None:
     from megatron.checkpoint import background
 
     background._SHARE_OF_A_PROCESSOR = SLOW
+
+
+def _copies_late(run, rank: int) -> None:
+    """All of the state, however small, and not before the optimizer waits for it."""
+    from megatron.checkpoint import staging_memory
+    from megatron.checkpoint.background import BackgroundSaves
+
+    _slow(run, rank)
+    staging_memory._LEFT_FOR_LATER = 0
+    copy_all, finish_copy = staging_memory._copy_all, BackgroundSaves._finish_copy
+    is_waited_for = threading.Event()
+
+    def copy_when_waited_for(pairs):
+        assert is_waited_for.wait(60) and pairs
+        is_waited_for.clear()
+        copy_all(pairs)
+
+    def wait_for(saves):
+        if saves._in_flight is not None and saves._in_flight.copying is not None:
+            is_waited_for.set()
+        finish_copy(saves)
+
+    staging_memory._copy_all, BackgroundSaves._finish_copy = copy_when_waited_for, wait_for
+
+
+def test_an_optimizer_that_does_not_tell_of_its_steps(data, tmp_path):
+    """The state has changed before it was copied: that save fails, the later ones copy at once."""
+    run_ranks(2, _fit, _argv(data, tmp_path / "waits", zero=1))
+    saves, _ = run_ranks(2, _fit, _argv(data, tmp_path / "behind", "--async-save", zero=1), _is_silent)[0]
+    assert [stage for i, stage in saves if i == 2] == ["staged", "failed"]
+    assert [i for i, stage in saves if stage == "durable"] == [4, 6]
+    behind, waits = _files(tmp_path / "behind"), _files(tmp_path / "waits")
+    assert behind == {name: content for name, content in waits.items() if not name.startswith("global_step2")}
+
+
+def _is_silent(run, rank: int) -> None:
+    from torch.utils.hooks import RemovableHandle
+
+    from megatron.engine.engine_state import EngineState
+
+    _copies_late(run, rank)
+    EngineState.before_next_step = lambda state, call: RemovableHandle(OrderedDict())
 
 
 def test_a_state_that_was_not_copied_is_not_the_same(data, tmp_path):
@@ -75,14 +127,14 @@ def test_a_state_that_was_not_copied_is_not_the_same(data, tmp_path):
 def _copies_once(run, rank: int) -> None:
     from megatron.checkpoint.staging_memory import StagingMemory
 
-    copy, kept = StagingMemory.copy, []
+    begin_copy, kept = StagingMemory.begin_copy, []
 
-    def once(memory, tensors):
+    def once(memory, tensors, unchanging):
         if not kept:
-            kept.append(copy(memory, tensors))
+            kept.append(begin_copy(memory, tensors, unchanging))
         return kept[0]
 
-    StagingMemory.copy = once
+    StagingMemory.begin_copy = once
 
 
 def test_the_worker_is_killed(data, tmp_path):
