@@ -32,6 +32,11 @@ class CheckpointConfig:
     keep_every: int | None = flag(
         None, help="with --keep-last: the checkpoint of every so many iterations stays too", unit="iterations"
     )
+    keep_newest_verified: bool = flag(
+        False,
+        help="with --keep-last: before a checkpoint is removed the newest is read back from the disk; where it is not "
+        "what was saved it is marked damaged, and the newest that is stays. Without --async-save training waits for it",
+    )
     load: str | None = flag(None, help="run folder to resume from")
     load_tag: str | None = flag(None, help="folder inside --load, such as global_step100; default: the latest")
     universal_checkpoint: bool = flag(False, help="resume from the universal folder that latest_universal names")

@@ -47,7 +47,7 @@ class Config:
             *run_checks.optimizer_problems(self.optimizer, self.run),
             *run_checks.optimizer_topology_problems(self.optimizer, self.parallel, self.model),
             *run_checks.run_problems(self.run),
-            *run_checks.checkpoint_problems(self.checkpoint),
+            *run_checks.checkpoint_problems(self.checkpoint, self.run),
             *run_checks.data_problems(self.data, self.model),
         ]
         if problems:

@@ -39,6 +39,11 @@ class RunConfig:
         help="after so many steps: weights and moments must still be what the step left when the next begins",
         unit="iterations",
     )
+    go_back_on_state_change: bool = flag(
+        False,
+        help="with --verify-state-every: where something has changed, go on from the newest whole checkpoint in --save "
+        "instead of stopping",
+    )
     exit_signal_handler: bool = flag(False, help="save and stop on --exit-signal")
     exit_signal: str = flag(
         "SIGTERM",

@@ -208,6 +208,12 @@ def run_problems(run: RunConfig) -> Iterator[Problem]:
             flags=("--exit-signal-grace", "--exit-signal-handler"),
             fix="give --exit-signal-handler",
         )
+    if run.go_back_on_state_change and run.verify_state_every is None:
+        yield Problem(
+            "--go-back-on-state-change without --verify-state-every",
+            flags=("--go-back-on-state-change", "--verify-state-every"),
+            fix="give --verify-state-every 100",
+        )
     yield from at_least(1, run, "log_interval", "eval_interval", "distributed_timeout_minutes")
     yield from at_least(0, run, "eval_iters", "seed")
     if run.deepspeed_config is not None:
@@ -244,7 +250,7 @@ def _json_problems(path: str) -> Iterator[Problem]:
             yield Problem("the DeepSpeed configuration is not a JSON object", found=path, flags=flags)
 
 
-def checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+def checkpoint_problems(checkpoint: CheckpointConfig, run: RunConfig) -> Iterator[Problem]:
     if checkpoint.save is not None and checkpoint.save_interval is None:
         yield Problem(
             "--save without --save-interval",
@@ -256,11 +262,23 @@ def checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
         yield from at_least(1, checkpoint, "save_interval")
     if checkpoint.async_save and checkpoint.save is None:
         yield Problem("--async-save without --save", flags=("--async-save", "--save"), fix="give --save RUN_FOLDER")
+    if run.go_back_on_state_change and checkpoint.save is None:
+        yield Problem(
+            "--go-back-on-state-change without --save",
+            flags=("--go-back-on-state-change", "--save"),
+            fix="give --save RUN_FOLDER",
+        )
     for name in ("async_save_max_gib", "exit_on_save_failure"):
         if getattr(checkpoint, name) and not checkpoint.async_save:
             yield Problem(
                 f"{flag_of(name)} without --async-save", flags=(flag_of(name), "--async-save"), fix="give --async-save"
             )
+    if checkpoint.keep_newest_verified and checkpoint.keep_last is None:
+        yield Problem(
+            "--keep-newest-verified without --keep-last",
+            flags=("--keep-newest-verified", "--keep-last"),
+            fix="give --keep-last 3",
+        )
     for name, other in (("keep_last", "save"), ("keep_every", "keep_last")):
         if getattr(checkpoint, name) is not None:
             yield from at_least(1, checkpoint, name)

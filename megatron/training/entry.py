@@ -50,13 +50,14 @@ def pretrain(result: ParseResult, launch: LaunchInfo, *, is_restarted: bool = Fa
 
     # Imported late: what is wrong with the flags is told without waiting for DeepSpeed to load.
     from megatron.training.build import build_run
-    from megatron.training.loop import fit, test
+    from megatron.training.going_back import fit_and_go_back
+    from megatron.training.loop import test
     from megatron.training.presence import Presence
 
     with Presence.of_world(run.distributed_timeout_minutes, looks_for_lost=not is_restarted) as presence:
         built = build_run(config, launch)
         with built.ownership, built.run_log:
-            progress = fit(built, presence.at)
+            progress = fit_and_go_back(built, presence.at)
             # Not after an exit condition: whoever stopped the run may not wait for an evaluation.
             if run.eval_iters and progress.iteration >= built.last_iteration:
                 test(built)

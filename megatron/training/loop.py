@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.progress import Progress
-from megatron.checkpoint.state_watch import StateWatch
+from megatron.checkpoint.state_watch import StateChangedError, StateWatch
 from megatron.config.config import Config
 from megatron.engine.step_times import StepTimes
 from megatron.engine.steps import backward_scale, evaluate, set_global_batch_size, train_step
@@ -94,6 +94,9 @@ def fit(run: Run, begins: Callable[[int], None] = lambda iteration: None) -> Pro
             return _fit(run, saves, last_iteration, begins)
         except (NonFiniteLossError, LossScaleError, OutOfSamplesError):  # raised on all ranks: what is staged is whole
             saves.finish_last()
+            raise
+        except StateChangedError as error:  # so is this, but what was saved since the step may not be
+            saves.finish_and_mark(error)
             raise
 
 

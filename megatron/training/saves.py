@@ -12,12 +12,17 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron.checkpoint.background import BackgroundSaves, SaveEvent
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.errors import CheckpointError, on_rank_0
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.saving import save
+from megatron.checkpoint.state_digest import DivergedCopiesError
+from megatron.checkpoint.state_watch import StateChangedError
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.training.tensorboard import RunLog
+from megatron.ucp.commit import damage_of, mark_damaged
+from megatron.ucp.errors import UcpError
+from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
 from megatron.ucp.retention import Keep
 
 log = logging.getLogger(__name__)
@@ -33,7 +38,7 @@ class Saves:
         self._saved_at = progress.iteration
         """Of the newest save that is durable; what was resumed from needs no save either."""
         is_behind = config.async_save and config.save is not None
-        self._keep = Keep(config.keep_last, config.keep_every)
+        self._keep = Keep(config.keep_last, config.keep_every, config.keep_newest_verified)
         self._behind = BackgroundSaves(live, config.async_save_max_gib, self._keep) if is_behind else None
         self._is_prepared = False
 
@@ -71,6 +76,17 @@ class Saves:
                 log.info("waiting for the save that is being written")
             self._see(*self._behind.wait())
 
+    def finish_and_mark(self, change: StateChangedError) -> None:
+        """Waits for the save in flight; then a checkpoint that holds what has changed is marked damaged, so that nobody
+        goes on from it."""
+        try:
+            self.finish_last()
+        except (CheckpointError, DivergedCopiesError) as error:
+            log.error("error: %s", error)
+        if self._config.save is not None:
+            folder = Path(self._config.save) / f"global_step{change.iteration}"
+            on_rank_0(lambda: _mark_changed(folder, change))
+
     def _save(self, folder: Path) -> None:
         if self._behind is None:
             self._save_now(folder)
@@ -105,3 +121,15 @@ class Saves:
                 self._saved_at = event.iteration
             elif event.kind == "failed" and self._config.exit_on_save_failure:
                 raise CheckpointError(f"{event.error}\nThe run stops here, as --exit-on-save-failure asks.")
+
+
+def _mark_changed(folder: Path, change: StateChangedError) -> None:
+    if not (folder / MANIFEST_NAME).is_file() or damage_of(folder):
+        return
+    try:
+        manifest = read_manifest(folder)
+    except (UcpError, OSError):
+        return  # a resume passes it over
+    if change.is_in(manifest.iteration, manifest.digests):
+        mark_damaged(folder, f"the state changed in memory between step {change.iteration} and this save")
+        log.warning("warning: %s was saved after the state had changed: it is marked damaged and passed over", folder)

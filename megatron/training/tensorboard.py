@@ -41,8 +41,8 @@ _OF_VALIDATION = ("lm loss validation", "lm loss validation ppl")
 class RunLog:
     """A no-op without a folder or on ranks other than 0."""
 
-    def __init__(self, writer: Any | None) -> None:
-        self._writer = writer
+    def __init__(self, writer: Any | None, experts: Mapping[int, int] | None = None) -> None:
+        self._writer, self._experts = writer, experts or {}
 
     @classmethod
     def open(
@@ -63,10 +63,10 @@ class RunLog:
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / RUN_FILE).write_text(json.dumps(description, indent=2, default=str) + "\n")
         goes_on = any(Path(folder).glob("*events.out.tfevents*"))
-        writer = SummaryWriter(log_dir=folder, max_queue=queue_size)
+        run_log = cls(SummaryWriter(log_dir=folder, max_queue=queue_size), experts)
         if goes_on:
-            _purge(writer, progress, experts or {})
-        return cls(writer)
+            run_log.go_back(progress)
+        return run_log
 
     def __enter__(self) -> RunLog:
         return self
@@ -76,6 +76,11 @@ class RunLog:
     ) -> None:
         if self._writer is not None:
             self._writer.close()
+
+    def go_back(self, progress: Progress) -> None:
+        """What was said of steps after `progress` is no longer shown."""
+        if self._writer is not None:
+            _purge(self._writer, progress, self._experts)
 
     def step(self, step: StepMetrics) -> None:
         """Every iteration: the curves that a resume is judged by."""

@@ -48,6 +48,9 @@ class RecordingLog:
     def validation(self, iteration, samples, tokens, loss) -> None:
         self.validations.append((iteration, loss))
 
+    def go_back(self, progress) -> None:
+        self.steps = [step for step in self.steps if step.iteration <= progress.iteration]
+
 
 @dataclass(frozen=True)
 class Curves:

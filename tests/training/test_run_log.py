@@ -264,6 +264,28 @@ def test_one_branch_is_shown_after_a_resume_from_an_earlier_step(reader, kind, t
         assert after[tag] == [unit * i for i in ((2,) if is_validation else (1, 2, 3))], tag
 
 
+@pytest.mark.parametrize("reader", [_shown, _served, _by_data_server], ids=["scalars", "tensors", "data-server"])
+def test_what_a_run_went_back_over_is_shown_once(reader, tmp_path):
+    """In one event file. A curve's step 3 is what it was the second time."""
+    from megatron.checkpoint.progress import Progress
+    from megatron.training.metrics import StepMetrics
+    from megatron.training.tensorboard import RunLog
+
+    with RunLog.open(str(tmp_path), {}, 0, Progress()) as run_log:
+        for number, iteration in enumerate((1, 2, 3, 4, 5, 3, 4)):
+            if number == 5:
+                run_log.go_back(Progress(2, 16, consumed_train_tokens=256))
+            run_log.step(
+                StepMetrics(iteration, 8 * iteration, 128 * iteration, float(number), 0.1, 1.0, None, False, 8)
+            )
+    for tag, steps in reader(tmp_path).items():
+        unit = 8 if tag.endswith(" vs samples") else 128 if tag.endswith(" vs tokens") else 1
+        assert steps == [unit * i for i in (1, 2, 3, 4)], tag
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("lm-loss-training/lm loss")] == [0, 1, 5, 6]
+
+
 def test_the_analysis_sees_the_branch_that_goes_on(tmp_path):
     from tb_analysis.event_files import read_curve
 
