@@ -33,7 +33,7 @@ def starts_processes(module: ModuleType) -> bool:
 LONGEST_FIRST = (
     *("matrix/test_any_to_any.py", "matrix/test_any_to_any_families.py", "ucp_deepspeed/test_hf_trainer.py"),
     *("ucp_deepspeed/test_reshape.py", "matrix/test_experts_continuity.py", "fuzz/test_fuzz.py"),
-    *("fuzz/test_crash_points.py", "elastic/test_elastic_job.py"),
+    *("fuzz/test_crash_points.py", "fuzz/test_bad_nights.py", "elastic/test_elastic_job.py"),
     *("matrix/test_continuity.py", "ucp_deepspeed/test_accelerate.py", "ucp_deepspeed/test_plain_deepspeed.py"),
 )
 """Modules that take more than two minutes, so that no worker is left alone with one at the end."""

@@ -218,11 +218,15 @@ class Presence:
         return "; ".join(f"ranks {ranks[:8]} at {iteration}" for iteration, ranks in sorted(by_iteration.items()))
 
 
+_WORDS_OF_GLOO = ("gloo", "application timeout caused pair closure")
+"""The second is all that it says of a pair whose earlier collective was waited for in vain."""
+
+
 def is_failure_of_collective(error: BaseException) -> bool:
     """Whether torch.distributed raised this: it has kinds of its own, and gloo's are plain RuntimeErrors."""
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True
-    return type(error) is RuntimeError and "gloo" in str(error).lower()
+    return type(error) is RuntimeError and any(word in str(error).lower() for word in _WORDS_OF_GLOO)
 
 
 def _first_line(error: BaseException) -> str:

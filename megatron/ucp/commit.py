@@ -71,13 +71,14 @@ def stage(final: str | Path, replace: bool = False) -> Path:
             claim(fresh / OWNER_MARK)
             flush(fresh)
     except BaseException:
-        shutil.rmtree(fresh)
+        shutil.rmtree(fresh, ignore_errors=True)  # the first error is the one to be told
         raise
     try:
         os.rename(fresh, staging)
-    except OSError:  # another writer was faster: its folder is not empty
-        shutil.rmtree(fresh)
-        _require_left_over(staging)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if os.path.lexists(staging):  # another writer was faster: its folder is not empty
+            _require_left_over(staging)
         raise
     # Before anything is written into it: what a machine that stops leaves there is known to be ours.
     flush(final.parent)

@@ -1,16 +1,20 @@
-"""Every file event of what writes checkpoints as a moment at which the machine stops. Run as a program, without torch.
+"""Every file event of what writes checkpoints as a moment at which the machine stops, or the disk. Run as a program,
+without torch.
 
     PYTHONPATH=. python tests/fuzz/crash_points.py FOLDER SEED CASES [MUTATION]     # prints one JSON object
 
 An operation (a save, a conversion, ...) runs in a forked process that ends, without any cleaning up, at its n-th file
 event: an open for writing, a write, a flush, a rename, a removal, a new folder. Then the disk is made to be what a disk
 may hold after that: what was not flushed is whole, gone, empty, cut, or zeros, and a rename whose folder was not
-flushed has not happened. What a resume would take must be one of the states that were saved, whole; then the same
-operation is done again, and must end as if nothing had happened, or say why not.
+flushed has not happened. Or the process goes on, and that event fails: for this once, or all that need room from there
+on, or all that write anything. What was made is then given the time of another clock. What a resume would take must be
+one of the states that were saved, whole; then the same operation is done again, and must end as if nothing had
+happened, or say why not.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -18,10 +22,12 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from megatron.ucp import commit, native, output_file, owner, run_folder, save_worker, torch_file, unfinished
@@ -42,6 +48,10 @@ from megatron.ucp.verify import verify
 
 LOST = ("kept", "gone", "empty", "cut", "zeros")
 """What becomes of content that was not flushed. "kept" is a process that was killed; the others a machine."""
+FAILS = {"full": errno.ENOSPC, "read-only": errno.EROFS, "once": errno.EIO}
+"""How the disk fails: everything that needs room from there on, everything that writes from there on, or once."""
+CLOCKS = (0, 0, -86_400, 86_400, -10 * 365 * 86_400, 10 * 365 * 86_400)
+"""Seconds by which the next machine's clock differs."""
 LIMIT = 60
 """Seconds of one run of an operation: more is a hang."""
 
@@ -64,6 +74,7 @@ class Disk:
     renames: list[tuple[str, str, bytes | None]] = field(default_factory=list)
     """That are not on the disk, oldest first: from, to, and what was there in a file that was replaced."""
     lock: threading.RLock = field(default_factory=threading.RLock)
+    is_failing: bool = False
 
     def watch(self) -> None:
         """From here on, for the rest of this process."""
@@ -110,7 +121,10 @@ class Disk:
             self._renamed(source, target)
         elif event == "os.link":
             self._event(os.fsdecode(args[1]), is_new=True)
-        elif event in ("os.remove", "os.rmdir", "os.truncate"):
+        elif event in ("os.remove", "os.rmdir"):
+            path, folder = os.fsdecode(args[0]), args[1]  # a tree is removed by names in open folders
+            self._event(path if folder == -1 else f"{os.readlink(f'/proc/self/fd/{folder}')}/{path}")
+        elif event == "os.truncate":
             self._event(os.fsdecode(args[0]) if not isinstance(args[0], int) else self.root)
         elif event == "os.mkdir":
             self._event(os.fsdecode(args[0]), is_new=True)
@@ -121,7 +135,9 @@ class Disk:
             return
         with self.lock:
             self.events += 1
-            if self.events == self.stop_at:
+            if self.lost in FAILS:
+                self._fail(path, content or is_new)
+            elif self.events == self.stop_at:
                 self._stop()
             if content:
                 self.unflushed.add(path)
@@ -143,6 +159,17 @@ class Disk:
             self.unflushed = {moved(path) for path in self.unflushed}
             self.unlisted = {moved(path) for path in self.unlisted} - {target}
             self.renames.append((source, target, Path(target).read_bytes() if os.path.isfile(target) else None))
+
+    def _fail(self, path: str, needs_room: bool) -> None:
+        is_now = self.events == self.stop_at
+        self.is_failing |= is_now
+        if (
+            is_now
+            and self.lost == "once"
+            or self.is_failing
+            and (self.lost == "read-only" or self.lost == "full" and needs_room)
+        ):
+            raise OSError(FAILS[self.lost], os.strerror(FAILS[self.lost]), path)
 
     def _stop(self) -> None:
         """The machine stops, and the disk holds what it may hold. No event is heard any more."""
@@ -254,6 +281,9 @@ def _run(operation: Callable[[], object], disk: Disk | None) -> Ended:
             operation()
         except UcpError as error:
             code, told = 3, f"{type(error).__name__}: {error}"
+        except OSError as error:  # which a command line tells, too
+            is_planted = disk is not None and error.errno == FAILS.get(disk.lost) and error.filename is not None
+            code, told = (3, str(error)) if is_planted else (4, traceback.format_exc()[-1500:])
         except BaseException:
             code, told = 4, traceback.format_exc()[-1500:]
         if disk is not None:
@@ -275,14 +305,17 @@ class Judge:
     states: dict[str, str]
     """Digest of the whole state -> which it is."""
 
-    def of(self, folder: Path, run: Path, name: str, disk: Disk) -> tuple[str, str]:
-        """(outcome, why): "named", "older", "newer" or "done" are fine."""
+    def of(
+        self, folder: Path, run: Path, name: str, disk: Disk, between: Callable[[], None] = lambda: None
+    ) -> tuple[str, str]:
+        """(outcome, why): "named", "older", "newer" or "done" are fine. `between`: the fault and what comes after."""
         outside = _listing(folder.parent / "outside")
         ended = _run(lambda: OPERATIONS[name](run), disk)
         if ended.code == -signal.SIGALRM:
             return "hang", "the operation"
-        if ended.code != -signal.SIGKILL:
+        if ended.code == 4 or (ended.code != -signal.SIGKILL and disk.lost not in FAILS):
             return ("traceback", ended.error) if ended.code else ("done", "")
+        between()
         taken = self._taken(run)
         if taken[0] not in ("older", "newer"):
             return taken
@@ -345,6 +378,12 @@ class Judge:
         return ("left over", ", ".join(left)) if left else (outcome, "")
 
 
+def _set_clock(run: Path, began: float, differs: int) -> None:
+    """Of what was made since."""
+    for path in [path for path in run.rglob("*") if differs and path.lstat().st_mtime >= began - 1]:
+        os.utime(path, (began + differs, began + differs), follow_symlinks=False)
+
+
 def _listing(folder: Path) -> list[tuple[str, int, int]]:
     return sorted((str(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*"))
 
@@ -387,6 +426,18 @@ def _removed_too_early(order) -> list[str]:
 
 _SAVE_COMMIT = save_worker._commit
 
+
+def _goes_on_without(order) -> list[str]:
+    """An error of the disk is taken for the end of the work."""
+    try:
+        return _SAVE_COMMIT(order)
+    except OSError:
+        for path in order.staging.rglob("*.pt"):
+            path.write_bytes(b"")
+        os.rename(order.staging, order.final)
+        return []
+
+
 MUTATIONS: dict[str, tuple[str, str, Callable[[], None]]] = {
     "nothing is flushed": ("save", "", lambda: setattr(commit, "flush", _nothing)),
     "a pointer is written in place, and nothing else looked for": ("save", "", _only_pointers),
@@ -397,6 +448,7 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], None]]] = {
     ),
     "left-overs stay": ("save", "kept", lambda: setattr(commit, "remove_left_overs", _nothing)),
     "what is replaced is removed first": ("save, replacing", "", lambda: setattr(commit, "commit", _commit_by_removal)),
+    "an error is taken for the end": ("save", "once", lambda: setattr(save_worker, "_commit", _goes_on_without)),
     "older ones are removed too early": ("save", "", lambda: setattr(save_worker, "_commit", _removed_too_early)),
     "a journal is believed": ("convert, going on", "", lambda: setattr(unfinished, "_is_whole", lambda *args: True)),
 }
@@ -435,9 +487,15 @@ def main(folder: Path, seed: int, cases: int, mutation: str = "") -> None:
         stop_at = (
             1 + 37 * case % events[name, with_kernel] if mutation else generator.randint(1, events[name, with_kernel])
         )
-        lost = (MUTATIONS[mutation][1] if mutation else "") or generator.choice(LOST)
+        lost = (MUTATIONS[mutation][1] if mutation else "") or generator.choice((*LOST, *FAILS))
         run = prepared(place, name, base)
-        outcome, why = judge.of(place, run, name, Disk(str(place), stop_at, lost))
+        outcome, why = judge.of(
+            place,
+            run,
+            name,
+            Disk(str(place), stop_at, lost),
+            partial(_set_clock, run, time.time(), generator.choice(CLOCKS)),
+        )
         outcomes[name][outcome] += 1
         if outcome == "named":
             named[f"{name}, {lost}: {why.splitlines()[0]}"] += 1

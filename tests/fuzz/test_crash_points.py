@@ -24,6 +24,8 @@ from megatron.ucp.topology import Topology
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = [sys.executable, str(ROOT / "tests/fuzz/crash_points.py")]
 CASES = 3_010
+SIZES = 14
+"""Of a disk that is too small, for each operation."""
 PLANTED_CASES = 60 if native.kernel is not None else 160
 FINE = {"older", "newer", "done", "named"}
 
@@ -83,6 +85,25 @@ def test_no_state_is_lost_at_any_moment(folder):
     for name, each in counts.items():
         assert each["older"] > 20 and (each["newer"] or name.startswith(("convert", "doctor"))), (name, each)
     assert sum(each["named"] for each in counts.values()) < 0.05 * CASES, [part["named"] for part in parts]
+
+
+def test_a_disk_that_is_too_small_or_read_only(folder):
+    """A real one, where the system lets a user mount one: errors of the disk at every event are planted above."""
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    mount = [*namespace, "mount", "-t", "tmpfs", "tmpfs", str(folder)]
+    if shutil.which("unshare") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a tmpfs of one's own cannot be mounted here")
+    command = [*namespace, sys.executable, str(ROOT / "tests/fuzz/small_disk.py"), str(folder), str(SIZES)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert not found["faults"], "\n".join(found["faults"][:10])
+    for name, counts in found["outcomes"].items():
+        assert sum(counts.values()) == SIZES + 1 and min(counts.get("older", 0), counts.get("newer", 0)) > 1, (
+            name,
+            counts,
+        )
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
