@@ -1,5 +1,5 @@
 """CRC-32 as zlib counts it: in the compiled kernel where it was built and the processor multiplies without carries,
-three times as fast; else zlib's.
+many times as fast; else zlib's.
 
     crc32(b"second", crc32(b"first"))
     crc32_join(first, second, len_of_second)         # of two stretches from the CRC of each
