@@ -231,8 +231,8 @@ class BackgroundSaves:
 
     def wait(self) -> Iterator[SaveEvent]:
         """Until nothing is in flight, which now has all of the machine. Collective over the world."""
+        self._finish_copy()
         if self._in_flight is not None and self._worker is not None:
-            self._finish_copy()
             self._worker.hurry()
         began = told = time.monotonic()
         while self._in_flight is not None:

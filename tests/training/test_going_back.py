@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.ranks import RankFailure, run_ranks
+from matrix.families import MODELS
 from matrix.recording import build, command_line
 from megatron.ucp.commit import damage_of
 from megatron.ucp.verify import verify
@@ -58,7 +59,14 @@ def undisturbed(data, tmp_path_factory):
     return of
 
 
-CELLS = {"zero1": {}, "zero3 bf16": {"zero": 3, "bf16": True}, "tp2": {"tp": 2, "zero": 0}, "pp2": {"pp": 2}}
+CELLS = {
+    "zero1": {},
+    "zero3 bf16": {"zero": 3, "bf16": True},
+    "tp2": {"tp": 2, "zero": 0},
+    "pp2": {"pp": 2},
+    "frozen": {"freeze_parameters": "layers.0.*", "bf16": True},
+    "experts": {**MODELS["moe"], "moe_expert_parallel_size": 2},
+}
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -80,10 +88,12 @@ def test_a_save_that_holds_the_flip_is_passed_over(how: tuple[str, ...], undistu
     assert verify(tmp_path / "global_step4").findings == () and not damage_of(tmp_path / "global_step4")
 
 
-def test_a_save_of_the_same_step_from_before_the_flip_is_taken(undisturbed, data, tmp_path):
-    losses, begun, digests = run_ranks(2, _fit, _argv(data, tmp_path), [(4, "after the save")])[0]
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_save_of_the_same_step_from_before_the_flip_is_taken(cell: str, undisturbed, data, tmp_path):
+    """It has the digests of what the step left."""
+    losses, begun, digests = run_ranks(2, _fit, _argv(data, tmp_path, **CELLS[cell]), [(4, "after the save")])[0]
     assert begun == [1, 2, 3, 4, 5, 5, 6]
-    assert (losses, digests) == (undisturbed("zero1")[0], undisturbed("zero1")[2])
+    assert (losses, digests) == (undisturbed(cell)[0], undisturbed(cell)[2])
     assert not list(tmp_path.glob("*damaged*"))
 
 
