@@ -20,7 +20,7 @@ from fuzz.bases import Base
 Plant = Callable[[Path, Path, random.Random], None]
 
 
-WAYS = ("open", "verify", "convert", "reshape", "diff", "load")
+WAYS = ("open", "verify", "convert", "reshape", "diff", "doctor", "load")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ def _of_kind(base: Base, kind: str, paths: list[str], seed: int) -> Iterator[Fau
     told = base.is_proven and not is_pointer
 
     def fault(what: str, plant: Plant, told: bool = told, kind=kind) -> Fault:
-        return Fault(f"{kind}: {what}", base.name, plant, must_be_told=told, ways=("load",) if is_pointer else WAYS)
+        return Fault(
+            f"{kind}: {what}", base.name, plant, must_be_told=told, ways=("doctor", "load") if is_pointer else WAYS
+        )
 
     for number in range(FLIPS):
         yield fault(f"a bit is flipped ({number})", _edited(paths, seed, number, _flip))

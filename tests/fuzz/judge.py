@@ -1,6 +1,6 @@
 """What a damaged checkpoint does to everything that reads it: it is told, or what comes out is right.
 
-The six ways of reading a folder (open, verify, convert, reshape, diff, load) run on a damaged copy, in this
+The seven ways of reading a folder (open, verify, convert, reshape, diff, doctor, load) run on a damaged copy, in this
 process, between two looks at the disk. Each must end in an error of a known kind that says something, or in the very
 outcome that the whole folder has. Anything else is a violation, one line:
 
@@ -43,6 +43,7 @@ from megatron.ucp import cli
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
 from megatron.ucp.digest import total
+from megatron.ucp.doctor import examine
 from megatron.ucp.errors import UcpError, UnsupportedCheckpointError
 from megatron.ucp.manifest import MANIFEST_NAME
 from megatron.ucp.pointers import POINTERS
@@ -119,7 +120,7 @@ class Judge:
             violations.append(f"bound: {taken >> 20} MiB were taken")
         return violations
 
-    # -- the six ways ----------------------------------------------------------------------------------------------
+    # -- the seven ways --------------------------------------------------------------------------------------------
 
     def _outcomes(self, place: Path, base: Base, chosen: tuple[str, ...] = WAYS) -> dict[str, Outcome]:
         run, folder, output = place / "run", place / "run" / base.tag, place / "out"
@@ -129,6 +130,7 @@ class Judge:
             "convert": lambda: _conversion(convert(folder, output, num_workers=1).manifest),
             "reshape": lambda: _conversion(reshape(folder, output, NativeTarget(2, 3), num_workers=1).manifest),
             "diff": lambda: diff(base.folder, folder, trust_digests=False),
+            "doctor": lambda: _doctor(run),
             "load": lambda: self._load(run),
         }
         found = {}
@@ -221,6 +223,9 @@ class Judge:
             # It answers for what a load places.
             is_equal = placed["digests"] == self.right[base.name]["load"]["digests"]
             return [] if is_equal else ["silent: it says equal"]
+        if how == "doctor":
+            is_taken = found["load"].value is not None
+            return ["silent: it says that a resume would take nothing"] if is_taken and not value else []
         if how == "load" and base.is_proven:
             wrong = sorted(key for key in right if value[key] != right[key])
             is_warned = bool(set(outcome.warnings) - self.usual_warnings[base.name])
@@ -315,6 +320,13 @@ def _inspect(folder: Path) -> None:
     if code:
         err.seek(0)
         raise UcpError(err.read())
+
+
+def _doctor(run: Path) -> str:
+    """As a user asks it, and what it says that a resume would take."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        cli.main(["doctor", str(run)])
+    return examine(run).would_resume
 
 
 def _conversion(manifest: Any) -> dict[str, Any]:

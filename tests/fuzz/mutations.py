@@ -21,6 +21,7 @@ from megatron.engine import schedule
 from megatron.engine.optimizer_states import OptimizerStates
 from megatron.ucp import (
     convert,
+    doctor,
     errors,
     file_table,
     manifest,
@@ -171,6 +172,9 @@ MUTATIONS = (
         "the length of messages", "far too long", ((errors, "_MAX_TEXT", 1 << 40), (errors, "_MAX_ITEM", 1 << 40))
     ),
     Mutation("pointers", "the pointer is named", ((run_folder, "read_pointer", _believed),)),
+    Mutation(
+        "what a resume would take", "the pointer is named", ((doctor, "find_checkpoints", run_folder.FoundCheckpoints),)
+    ),
     Mutation("the saved schedule", "common.schedule", ((schedule, "_SAVED", _nothing),)),
     Mutation(
         "kinds of hyper-parameters", "optimizer.groups", ((OptimizerStates, "hyper_parameter_faults", _no_faults),)

@@ -33,7 +33,7 @@ def _of_place(base: Base, place: str, plant: Callable[[str], Plant], is_refused:
     for name, value in {**HOSTILE_NAMES, **ODD_NAMES}.items():
         told = is_refused and name in HOSTILE_NAMES
         is_another = not told and not is_pointer
-        ways = ("load",) if is_pointer else WAYS
+        ways = ("doctor", "load") if is_pointer else WAYS
         yield Fault(f"{place} is named: {name}", base.name, plant(value), told, ways, is_another=is_another)
 
 
