@@ -84,7 +84,8 @@ def test_two_names_stay_one_tensor_and_take_its_room_once(tmp_path):
 
 def _copied(live: LiveMemory) -> CopiedMemory:
     staging = StagingMemory()
-    placed = staging.copy(live.tensors)
+    placed, rest = staging.begin_copy(live.tensors, ())
+    assert rest is None
     return CopiedMemory(placed, np.frombuffer(staging._bytes.numpy().copy(), dtype=np.uint8))
 
 
@@ -97,6 +98,21 @@ def test_what_overlaps_is_copied_once():
     copied = _copied(live)
     for number, tensor in enumerate(live.tensors):
         assert np.array_equal(copied.array(number), tensor.numpy())
+
+
+def test_what_stays_as_it_is_may_be_copied_later():
+    """Only that, and only what is large."""
+    large, small, other = torch.ones(1 << 19), torch.ones(100), torch.ones(1 << 19)
+    live, staging = LiveMemory(), StagingMemory()
+    for tensor in (large, small, other):
+        live.hold(tensor)
+    placed, rest = staging.begin_copy(live.tensors, {t.untyped_storage().data_ptr() for t in (large, small)})
+    for tensor in (large, small, other):
+        tensor.fill_(2.0)
+    assert rest is not None
+    rest()
+    copied = CopiedMemory(placed, staging._bytes.numpy())
+    assert [set(copied.array(number).tolist()) for number in range(3)] == [{2.0}, {1.0}, {1.0}]
 
 
 def test_the_copy_is_aligned_as_the_tensors_are():
@@ -113,7 +129,7 @@ def _order(folder: Path, memory: StagingMemory, weight: torch.Tensor, share: flo
     live = LiveMemory()
     file = file_to_write("x.pt", {"weight": weight}, live)
     row = DigestRow("w", "fp32", tuple(weight.shape), live.hold(weight), whole_runs(weight.numel()), None, False)
-    placed = memory.copy(live.tensors)
+    placed, _ = memory.begin_copy(live.tensors, ())
     return WriteOrder(folder, memory.num_bytes, (file,), (row,), placed, share)
 
 
