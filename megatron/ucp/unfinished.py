@@ -100,7 +100,12 @@ def bytes_there(output: Path, plan: str) -> int:
     staging = staging_of(output)
     if plan_in(staging) != plan:
         return 0
-    return sum((Path(root) / name).lstat().st_blocks * 512 for root, _, names in os.walk(staging) for name in names)
+    num_bytes = 0
+    for root, _, names in os.walk(staging):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # another share, at work, has renamed it
+                num_bytes += (Path(root) / name).lstat().st_blocks * 512
+    return num_bytes
 
 
 def end_work(staging: Path) -> None:

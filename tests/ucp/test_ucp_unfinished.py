@@ -13,6 +13,7 @@ import pytest
 from ucp.synthetic import make_state, model, write_native
 
 from megatron.ucp import convert as convert_module
+from megatron.ucp import unfinished
 from megatron.ucp.convert import Conversion, convert
 from megatron.ucp.crc32 import crc32
 from megatron.ucp.disk import require_space
@@ -95,6 +96,15 @@ def test_a_killed_conversion_goes_on(when, num_tensors, native):
     kept = [path for path, at in there.items() if path in after and after[path].st_mtime_ns == at.st_mtime_ns]
     assert len(kept) >= result.num_kept
     assert f"{result.num_kept} of " in result.told_kept() or not result.num_kept
+
+
+def test_room_is_asked_while_another_share_renames_its_files(native, monkeypatch):
+    staging = killed_after(native, 7)
+    (plan,) = [path.read_text() for path in (staging / ".conversion").iterdir() if path.name == unfinished._PLAN]
+    there = unfinished.bytes_there(native.parent / "u", plan)
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda top: ((root, dirs, [*names, "gone.tmp"]) for root, dirs, names in walk(top)))
+    assert unfinished.bytes_there(native.parent / "u", plan) == there > 0
 
 
 def test_killed_again_and_again(native):
