@@ -29,7 +29,8 @@ _NAME = re.compile(r"global_step(\d{1,18})")
 class Keep:
     """`last`: how many of the newest; None keeps all. `every`: of which iterations one stays for good.
     `newest_verified`: before any is removed the newest is read back, from the disk, and where it is not what was saved
-    it is marked damaged and the one before is read; the first that is right stays, however old."""
+    it is marked damaged and the one before is read; the first that is right stays, however old. One that cannot be read
+    just now stays too, without a mark."""
 
     last: int | None = None
     every: int | None = None
@@ -80,7 +81,11 @@ def _until_verified(saved: list[tuple[int, Path]], told: list[str]) -> set[Path]
         if damage_of(folder) or not _is_of(folder, iteration):
             continue
         read.add(folder)
-        faults = _read_back(folder)
+        try:
+            faults = _read_back(folder)
+        except OSError as error:  # of the disk or of this process, which may pass: nothing is known of what was saved
+            told.append(f"not {folder.name}, which could not be read back: {error}")
+            continue
         if not faults:
             break
         told.append(f"not {folder.name}, which is not what was saved, and is marked damaged: {faults[0]}")
@@ -92,17 +97,16 @@ def _until_verified(saved: list[tuple[int, Path]], told: list[str]) -> set[Path]
 
 
 def _read_back(folder: Path) -> list[str]:
-    """What is wrong with it. What memory still has of its files is let go first, so that the disk is asked."""
+    """What is wrong with it. What memory still has of its files is let go first, so that the disk is asked. Raises
+    OSError."""
     try:
         manifest = read_manifest(folder)
-        if not manifest.files:
-            return ["it has no checksums"]
         if hasattr(os, "posix_fadvise"):
             for name in manifest.files:
                 with open_file(folder, name) as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return list(file_faults(folder, manifest, 1).values())
-    except (UcpError, OSError) as error:
+    except UcpError as error:
         return [str(error)]
 
 

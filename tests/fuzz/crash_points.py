@@ -427,6 +427,15 @@ def _removed_too_early(order) -> list[str]:
 _SAVE_COMMIT = save_worker._commit
 
 
+def _believes_clocks(run: Path) -> list[str]:
+    """What another clock says to be of later is not a dead process's."""
+    is_later = any(path.stat().st_mtime > time.time() + 60 for path in run.iterdir())
+    return [] if is_later else _REMOVE_LEFT_OVERS(run)
+
+
+_REMOVE_LEFT_OVERS = commit.remove_left_overs
+
+
 def _goes_on_without(order) -> list[str]:
     """An error of the disk is taken for the end of the work."""
     try:
@@ -446,6 +455,7 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], None]]] = {
         "kept",
         lambda: setattr(commit, "end_replacements", _nothing),
     ),
+    "clocks are believed": ("save", "kept", lambda: setattr(commit, "remove_left_overs", _believes_clocks)),
     "left-overs stay": ("save", "kept", lambda: setattr(commit, "remove_left_overs", _nothing)),
     "what is replaced is removed first": ("save, replacing", "", lambda: setattr(commit, "commit", _commit_by_removal)),
     "an error is taken for the end": ("save", "once", lambda: setattr(save_worker, "_commit", _goes_on_without)),

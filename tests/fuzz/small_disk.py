@@ -1,7 +1,7 @@
 """What writes checkpoints, on a real disk that is too small: a tmpfs of each of many sizes, and one that is read-only.
 Run as a program, as root of a namespace of its own:
 
-    PYTHONPATH=. unshare -Urm python tests/fuzz/small_disk.py FOLDER SIZES      # prints one JSON object
+    PYTHONPATH=. unshare -Urm python tests/fuzz/small_disk.py FOLDER SIZES [plant]     # prints one JSON object
 
 The question whether there is room is left out, as if another job had filled the disk since. An operation ends with an
 error that says so; what a resume takes is whole; with room it is done again to its end (crash_points.Judge).
@@ -19,12 +19,28 @@ from pathlib import Path
 from crash_points import OPERATIONS, Disk, Judge, prepared
 
 from megatron.ucp import convert, native, reshape, shares
+from megatron.ucp.output_file import PlainOutput
 
 PAGE, ROOM = 4096, "size=64m"
 NAMES = [name for name in OPERATIONS if name not in ("doctor --fix", "convert, going on")]
 
 
-def main(folder: Path, num_sizes: int) -> None:
+def _blur_errors() -> None:
+    """The fault that has to be seen: an error of the disk that is told as something else."""
+    write, native.kernel = PlainOutput.write, None
+
+    def blurred(output: PlainOutput, content: object) -> None:
+        try:
+            write(output, content)
+        except OSError:
+            raise ValueError("something went wrong") from None
+
+    PlainOutput.write = blurred
+
+
+def main(folder: Path, num_sizes: int, plant: str = "") -> None:
+    if plant:
+        _blur_errors()
     judge = Judge(json.loads((folder / "states.json").read_text()))
     base, kernel = folder / "base", native.kernel
     place = folder / "small"
@@ -61,4 +77,4 @@ def _mount(place: Path, options: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

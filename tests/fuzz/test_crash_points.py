@@ -93,11 +93,16 @@ def test_a_disk_that_is_too_small_or_read_only(folder):
     mount = [*namespace, "mount", "-t", "tmpfs", "tmpfs", str(folder)]
     if shutil.which("unshare") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a tmpfs of one's own cannot be mounted here")
-    command = [*namespace, sys.executable, str(ROOT / "tests/fuzz/small_disk.py"), str(folder), str(SIZES)]
+    command = [*namespace, sys.executable, str(ROOT / "tests/fuzz/small_disk.py"), str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    parts = []
+    for arguments in ([str(SIZES)], ["5", "plant"]):
+        shutil.rmtree(folder / "small", ignore_errors=True)
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        parts.append(json.loads(done.stdout))
+    found, planted = parts
+    assert planted["faults"]
     assert not found["faults"], "\n".join(found["faults"][:10])
     for name, counts in found["outcomes"].items():
         assert sum(counts.values()) == SIZES + 1 and min(counts.get("older", 0), counts.get("newer", 0)) > 1, (

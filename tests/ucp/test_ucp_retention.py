@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from harness.ranks import run_ranks
 from matrix.recording import build, command_line
-from megatron.ucp import commit
+from megatron.ucp import commit, retention
 from megatron.ucp.manifest import read_manifest, write_manifest
 from megatron.ucp.retention import Keep
 
@@ -114,6 +115,22 @@ def test_the_newest_that_reads_back_right_stays(spoilt, left, damaged, one, tmp_
     assert _left(folder) == left
     assert [i for i in range(1, 6) if commit.damage_of(folder / f"global_step{i}")] == damaged
     assert [line for line in told if "is not what was saved" in line] == told[: len(damaged)]
+
+
+def test_one_that_cannot_be_read_just_now_is_not_called_damaged(one, tmp_path, monkeypatch):
+    """And is not taken for verified: the one before stays too."""
+    folder = _copies(one, tmp_path, 1, 2, 3)
+    faults = retention.file_faults
+
+    def too_many_open_files(checkpoint, *others):
+        if checkpoint.name == "global_step3":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return faults(checkpoint, *others)
+
+    monkeypatch.setattr(retention, "file_faults", too_many_open_files)
+    told = Keep(last=1, newest_verified=True).thin_out(folder, newest=3)
+    assert _left(folder) == ["2", "3"] and not commit.damage_of(folder / "global_step3")
+    assert "could not be read back" in told[0] and told[1:] == ["global_step1"]
 
 
 def test_nothing_is_read_where_nothing_is_to_be_removed(one, tmp_path):
