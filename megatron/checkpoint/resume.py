@@ -46,6 +46,7 @@ class Wanted:
     use_universal: bool = False
     exit_on_missing_checkpoint: bool = False
     load_strict: bool = False
+    finetune: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class ResumePlan:
     """What was passed over, and why."""
     opened: OpenCheckpoint | None = None
     """This rank's, once `open_planned` has opened it."""
+    weights_only: bool = False
+    """As --finetune asks: the run begins at iteration 0."""
 
     @property
     def is_fresh(self) -> bool:
@@ -80,7 +83,19 @@ def choose_resume(found: FoundCheckpoints | None, wanted: Wanted) -> ResumePlan:
         )
     plan = _choose(found, wanted)
     chosen = next((c for c in (found.native, found.universal) if c and c.folder == plan.folder), None)
-    return dataclasses.replace(plan, notes=found.lost, opened=chosen.opened if chosen else None)
+    opened = chosen.opened if chosen else None
+    return dataclasses.replace(plan, notes=found.lost, opened=opened, weights_only=wanted.finetune)
+
+
+def choose_pretrained(found: FoundCheckpoints, wanted: Wanted) -> ResumePlan:
+    """Of --pretrained-checkpoint, where --load holds nothing yet. Pure. Raises ResumeError where nothing is there."""
+    plan = choose_resume(found, dataclasses.replace(wanted, exit_on_missing_checkpoint=False, finetune=True))
+    if plan.folder is None:
+        raise ResumeError(
+            f"no checkpoint in {found.load}, which --pretrained-checkpoint names. What to do: give a model folder of "
+            "Hugging Face's, a universal folder, or a run folder"
+        )
+    return dataclasses.replace(plan, reason=f"{plan.reason} (--pretrained-checkpoint: weights only)")
 
 
 def _choose(found: FoundCheckpoints, wanted: Wanted) -> ResumePlan:
@@ -109,7 +124,11 @@ def _choose(found: FoundCheckpoints, wanted: Wanted) -> ResumePlan:
         )
     if universal is not None:
         return ResumePlan(
-            "universal", universal.folder, f"resuming from universal checkpoint {_tell(universal)}: the only one there"
+            "universal",
+            universal.folder,
+            f"starting from {universal.folder.name}, a model folder of Hugging Face's"
+            if universal.is_model_folder
+            else f"resuming from universal checkpoint {_tell(universal)}: the only one there",
         )
     if wanted.exit_on_missing_checkpoint:
         raise ResumeError(

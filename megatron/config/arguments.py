@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.config.checkpoint import CheckpointConfig
+from megatron.config.checkpoint_args import fill_in_from_checkpoint
 from megatron.config.config import Config
 from megatron.config.data import DataConfig
 from megatron.config.errors import ConfigError, Problem
@@ -65,9 +66,14 @@ def parse(argv: Sequence[str]) -> ParseResult:
                 value, found_problems = _value(spec, found)
                 values[spec.name] = value
                 problems += found_problems
+        sections[section] = (owner, values)
+    try:
+        notes += _from_checkpoint(sections)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    for owner, values in sections.values():
         notes += apply_preset(values)
         problems += _missing(owner, values)
-        sections[section] = (owner, values)
     if problems:
         raise ConfigError(problems)
 
@@ -75,6 +81,11 @@ def parse(argv: Sequence[str]) -> ParseResult:
     notes += fill_in_implied({section: values for section, (_, values) in sections.items()}, names)
     config = Config(**{section: owner(**values) for section, (owner, values) in sections.items()})
     return ParseResult(config, tuple(notes))
+
+
+def _from_checkpoint(sections: dict[str, Any]) -> list[str]:
+    (_, model), (_, checkpoint) = sections["model"], sections["checkpoint"]
+    return fill_in_from_checkpoint(model, checkpoint) if checkpoint.get("use_checkpoint_args") else []
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -37,7 +37,19 @@ class CheckpointConfig:
         help="with --keep-last: before a checkpoint is removed the newest is read back from the disk; where it is not "
         "what was saved it is marked damaged, and the newest that is stays. Without --async-save training waits for it",
     )
-    load: str | None = flag(None, help="run folder to resume from")
+    load: str | None = flag(
+        None, help="run folder to resume from; with --finetune also a model folder of Hugging Face's"
+    )
+    pretrained_checkpoint: str | None = flag(
+        None,
+        help="weights to start from where --load holds no checkpoint yet: a model folder of Hugging Face's, a "
+        "universal folder or a run folder",
+    )
+    use_checkpoint_args: bool = flag(
+        False,
+        help="the model's values that no flag gives are those of the checkpoint of --load, or of "
+        "--pretrained-checkpoint: of its ucp.json, or of a config.json",
+    )
     load_tag: str | None = flag(None, help="folder inside --load, such as global_step100; default: the latest")
     universal_checkpoint: bool = flag(False, help="resume from the universal folder that latest_universal names")
     finetune: bool = flag(False, help="load weights only; start at iteration 0")

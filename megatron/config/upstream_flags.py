@@ -115,7 +115,6 @@ REFUSED = _table(
     ("--batch-size", "an old name: use --micro-batch-size", 1),
     ("--warmup", "an old name: use --lr-warmup-fraction or --lr-warmup-iters", 1),
     ("--no-save-optim --no-save-rng", _SAVES),
-    ("--use-checkpoint-args", "the flags are the configuration; a checkpoint of another model is refused, not obeyed"),
     ("--reset-iteration", "use --finetune, which starts at iteration 0 with the loaded weights"),
     ("--cpu-optimizer --cpu_torch_adam", _OFFLOAD),
     ("--remote-device", _OFFLOAD, 1, ("none",)),

@@ -132,7 +132,7 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
     progress = Progress()
     while not plan.is_fresh:
         try:
-            progress = load(live, plan, _load_options(config))
+            progress = load(live, plan, _load_options(config, plan))
             break
         except DamagedCheckpointError as error:
             plan = starting_point.instead_of(plan, error)
@@ -201,25 +201,25 @@ def _remove_empty(folder: Path) -> None:
 
 def _start(config: Config, plan: ResumePlan) -> Progress:
     """How far the Source had come: the data must reach from there to the end."""
-    if plan.opened is None or config.checkpoint.finetune:
+    if plan.opened is None or plan.weights_only:
         return Progress()
     return progress_of(plan.opened.source.manifest.common, config.batch_sizes)
 
 
 def _trained_later(config: Config, plan: ResumePlan) -> dict[str, str]:
     """Parameters whose optimizer states began after the others', if any are loaded."""
-    if plan.opened is None or not _load_options(config).with_optimizer:
+    if plan.opened is None or not _load_options(config, plan).with_optimizer:
         return {}
     return parameters_trained_later(plan.opened.source.manifest)
 
 
-def _load_options(config: Config) -> LoadOptions:
+def _load_options(config: Config, plan: ResumePlan) -> LoadOptions:
     checkpoint = config.checkpoint
     return LoadOptions(
-        with_optimizer=not (checkpoint.no_load_optim or checkpoint.finetune),
-        with_schedule=not (checkpoint.no_load_lr_state or checkpoint.finetune),
-        with_rng=not (checkpoint.no_load_rng or checkpoint.finetune),
-        with_progress=not checkpoint.finetune,
+        with_optimizer=not (checkpoint.no_load_optim or plan.weights_only),
+        with_schedule=not (checkpoint.no_load_lr_state or plan.weights_only),
+        with_rng=not (checkpoint.no_load_rng or plan.weights_only),
+        with_progress=not plan.weights_only,
     )
 
 

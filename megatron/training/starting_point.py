@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron.checkpoint.errors import DamagedCheckpointError
-from megatron.checkpoint.resume import ResumeError, ResumePlan, Wanted, choose_resume, open_planned
+from megatron.checkpoint.resume import ResumeError, ResumePlan, Wanted, choose_pretrained, choose_resume, open_planned
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.commit import damage_of, mark_damaged
@@ -33,7 +33,12 @@ class StartingPoint:
     def __init__(self, config: CheckpointConfig, topology: Topology, zero_stage: int):
         self._config = config
         self._wanted = Wanted(
-            topology, zero_stage, config.universal_checkpoint, config.exit_on_missing_checkpoint, config.load_strict
+            topology,
+            zero_stage,
+            config.universal_checkpoint,
+            config.exit_on_missing_checkpoint and not config.pretrained_checkpoint,
+            config.load_strict,
+            config.finetune,
         )
         self._damaged: dict[str, str] = {}
         """Why, by name, of what this start has found damaged."""
@@ -84,6 +89,9 @@ class StartingPoint:
                     folder, only_universal = Path(config.load), config.universal_checkpoint
                     found = find_checkpoints(folder, config.load_tag, only_universal, self._damaged)
                 plan = choose_resume(found, self._wanted)
+                if plan.is_fresh and config.pretrained_checkpoint:
+                    pretrained = find_checkpoints(Path(config.pretrained_checkpoint))
+                    plan = choose_pretrained(pretrained, dataclasses.replace(self._wanted, use_universal=False))
                 if found is not None:
                     _mark(found.load, found.damaged)
                 opened, outcome[0] = plan.opened, dataclasses.replace(plan, opened=None)  # what is open stays here

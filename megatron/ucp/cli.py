@@ -12,6 +12,8 @@ Questions about any checkpoint folder, DeepSpeed's or universal, of any topology
     convert DIR OUT          make a universal folder
     convert DIR OUT --share 0/4            one of four processes that make it, anywhere that sees the disk
     convert DIR OUT --to zero2 --dp 3      make DeepSpeed's own files of ZeRO-2 on 3 ranks
+    import MODEL OUT         a model folder of Hugging Face's as a universal folder
+    export DIR MODEL         any checkpoint's weights as a model folder of Hugging Face's
 
 --json prints one JSON object instead of text. Exit code 2: wrong usage, or a folder that is no checkpoint.
 """
@@ -32,6 +34,7 @@ from megatron.ucp.diff import diff
 from megatron.ucp.digest import total
 from megatron.ucp.doctor import examine, mend
 from megatron.ucp.errors import NotACheckpointError, UcpError
+from megatron.ucp.huggingface_commands import add_export, add_import
 from megatron.ucp.manifest import Manifest
 from megatron.ucp.plan import plan, predicted_seconds
 from megatron.ucp.progress_line import ProgressLine
@@ -108,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--to", choices=NAMES, help="DeepSpeed's own files of this ZeRO stage, which stock DeepSpeed loads")
     p.add_argument("--dp", type=_num_ranks, help="data-parallel ranks that they are for")
     p.add_argument("--share", type=Share.parse, metavar="I/N", help="of a conversion by N processes that see one disk")
+    for name, add in (("import", add_import), ("export", add_export)):
+        p = commands.add_parser(name)
+        p.add_argument("--json", action="store_true", help="print one JSON object")
+        add(p)
     return parser
 
 

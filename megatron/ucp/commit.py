@@ -93,13 +93,13 @@ def require_absent(final: Path) -> None:
         )
 
 
-def commit(staging: str | Path, final: str | Path, replace: bool = False) -> None:
-    """Makes `staging`, complete with its ucp.json, the checkpoint `final`; on return it is on the disk.
+def commit(staging: str | Path, final: str | Path, replace: bool = False, marker: str = MANIFEST_NAME) -> None:
+    """Makes `staging`, complete with its `marker` (ucp.json), the checkpoint `final`; on return it is on the disk.
 
     With `replace` an older `final` is moved aside first and removed last, so that a whole one always exists."""
     staging, final = Path(staging), Path(final)
-    if not any(staging.rglob(MANIFEST_NAME)):  # of a run folder that is written as one, in the checkpoint inside
-        raise NotACheckpointError(f"nothing to commit: {MANIFEST_NAME} was not written", where=staging)
+    if not any(staging.rglob(marker)):  # of a run folder that is written as one, in the checkpoint inside
+        raise NotACheckpointError(f"nothing to commit: {marker} was not written", where=staging)
     if os.path.lexists(final) and not replace:
         raise OutputExistsError("the output is already there", where=final)
     folders = [staging, *(p for p in staging.rglob("*") if p.is_dir())]

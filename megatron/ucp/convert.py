@@ -27,7 +27,7 @@ from megatron.ucp.errors import CorruptFileError, DigestMismatchError, OutputExi
 from megatron.ucp.expert_labels import experts_clause
 from megatron.ucp.file_table import changed_files, require_unchanged
 from megatron.ucp.identity import Identity
-from megatron.ucp.manifest import Manifest, write_manifest
+from megatron.ucp.manifest import MANIFEST_NAME, Manifest, write_manifest
 from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.pointers import LATEST_UNIVERSAL
 from megatron.ucp.sources import Source, find_checkpoint, open_source
@@ -99,14 +99,16 @@ def opened(
 
 
 @contextlib.contextmanager
-def whole_or_not_at_all(staging: Path, output: Path, input_identity: Identity) -> Iterator[None]:
+def whole_or_not_at_all(
+    staging: Path, output: Path, input_identity: Identity, marker: str = MANIFEST_NAME
+) -> Iterator[None]:
     """The staging folder becomes `output` where the block ends well and the input is the one that was opened; else it
-    is removed."""
+    is removed. `marker`: see commit."""
     try:
         with disk_errors(staging):
             yield
         input_identity.require_unchanged()
-        commit(staging, output)
+        commit(staging, output, marker=marker)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         input_identity.require_unchanged()  # what was found wrong may be another save's

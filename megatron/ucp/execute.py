@@ -24,7 +24,7 @@ from megatron.ucp.errors import CorruptFileError, ReplicaMismatchError, SourceEr
 from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.runs import Runs, clip_atomic, intersect, numel, tiling_faults, whole_runs
 from megatron.ucp.sources.source import Piece, Source
-from megatron.ucp.stored import FLOAT32, DType, StoredTensor, float32_of
+from megatron.ucp.stored import BFLOAT16, FLOAT32, DType, StoredTensor, float32_of
 from megatron.ucp.torch_file import Record
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def pour(
             continue
         for runs, values in chunks(source, name, state, first, last, compares_replicas=compares_replicas):
             digest += digest_runs(values, runs, name=name, state=state, shape=layout.shape)
-            record.write(_cast(values, dtype))
+            record.write(rounded(values, dtype))
             told(len(values))
     return digest
 
@@ -270,11 +270,15 @@ def _gather_from_files(
     return digest
 
 
-def _cast(values: np.ndarray, dtype: DType) -> np.ndarray:
-    """Rounded as torch rounds; the bits of what numpy has no type for."""
+def rounded(values: np.ndarray, dtype: DType) -> np.ndarray:
+    """fp32 values in a half precision or in their own, to the nearest, of two as near ones to the even: as torch does.
+    The bits of what numpy has no type for."""
     if dtype is FLOAT32:
         return values
-    import torch
-
-    rounded = torch.from_numpy(values).to(getattr(torch, dtype.name))
-    return rounded.view(torch.uint8).numpy().view(dtype.numpy)
+    if dtype is not BFLOAT16:
+        with np.errstate(over="ignore"):
+            return values.astype(dtype.numpy)
+    bits = values.view(np.uint32)
+    halves = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    halves[np.isnan(values)] = 0x7FC0
+    return halves

@@ -45,6 +45,16 @@ def read_ordinary(path: Path) -> Any:
             raise NotOrdinary(f"{type(error).__name__}: {error}") from error
 
 
+def read_content(path: Path) -> Any:
+    """Tensors as StoredTensors; what is not ordinary is read with torch, and they are torch's."""
+    try:
+        return read_ordinary(path)
+    except (NotOrdinary, OSError):
+        from megatron.ucp.safe_load import load  # imports torch
+
+        return load(path)
+
+
 def _refuse(what: object) -> NoReturn:
     raise NotOrdinary(str(what))
 

@@ -7,6 +7,7 @@ found.native, found.universal, found.lost          # each the newest; and why ot
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,10 @@ from types import MappingProxyType
 
 from megatron.ucp.commit import REPLACED_SUFFIX, STAGING_SUFFIX, damage_of
 from megatron.ucp.errors import ManifestError, NotACheckpointError, UcpError
+from megatron.ucp.huggingface.folder import is_model_folder
 from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
-from megatron.ucp.pointers import LATEST, LATEST_UNIVERSAL, read_pointer
+from megatron.ucp.pointers import LATEST, LATEST_UNIVERSAL, POINTERS, read_pointer
 from megatron.ucp.sources import Source, open_source
 from megatron.ucp.topology import Topology
 
@@ -47,6 +49,8 @@ class Found:
     zero_stage: int
     opened: OpenCheckpoint | None = None
     """Where it had to be opened to find out."""
+    is_model_folder: bool = False
+    """Of Hugging Face's: weights alone, of no run that is known."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +125,16 @@ def find_checkpoints(
 
 def is_checkpoint_folder(folder: Path) -> bool:
     """By what lies in it, committed or not: a checkpoint given by mistake must not pass for an empty run folder."""
-    return (folder.suffix == STAGING_SUFFIX and folder.is_dir()) or any(
+    is_checkpoint = (folder.suffix == STAGING_SUFFIX and folder.is_dir()) or any(
         next(folder.glob(pattern), None) is not None
         for pattern in (MANIFEST_NAME, "zero/", "mp_rank_*_model_states.pt", "*zero_pp_rank_*_optim_states.pt")
     )
+    return is_checkpoint or _is_model_folder(folder)
+
+
+def _is_model_folder(folder: Path) -> bool:
+    """Of Hugging Face's, and not the folder of a run that has one beside its checkpoints."""
+    return is_model_folder(folder) and not any(os.path.lexists(folder / pointer) for pointer in POINTERS)
 
 
 def _committed(load: Path) -> list[Path]:
@@ -185,16 +195,18 @@ def _describe(folder: Path) -> Found:
         )
     has_manifest = (folder / MANIFEST_NAME).is_file()
     is_foreign_universal = not has_manifest and (folder / "zero").is_dir()  # written by DeepSpeed's own converter
-    if not has_manifest and not is_foreign_universal:
+    is_model = not has_manifest and not is_foreign_universal and _is_model_folder(folder)
+    if not has_manifest and not is_foreign_universal and not is_model:
         raise NotACheckpointError(
             f"no {MANIFEST_NAME} in the folder: it was never committed, or another program saved it",
             where=folder,
             do="remove the pointer to it, load an older tag, or convert a foreign DeepSpeed checkpoint with "
             "tools/ds_to_universal.py and load the universal folder",
         )
-    opened = OpenCheckpoint.of(folder) if is_foreign_universal else None
+    opened = None if has_manifest else OpenCheckpoint.of(folder)
     manifest = opened.source.manifest if opened else read_manifest(folder)
     # Of a universal folder a user wants to know what trained it, not that it is whole.
     trained = manifest.source or {"topology": manifest.topology.to_json(), "zero_stage": manifest.zero_stage}
     topology = Topology.from_json(trained["topology"])
-    return Found(folder, manifest.kind, int(manifest.iteration or 0), topology, trained["zero_stage"], opened)
+    iteration = int(manifest.iteration or 0)
+    return Found(folder, manifest.kind, iteration, topology, trained["zero_stage"], opened, is_model)

@@ -36,12 +36,12 @@ from megatron.ucp.digest import total
 from megatron.ucp.doctor import examine, mend
 from megatron.ucp.errors import UcpError
 from megatron.ucp.manifest import read_manifest
+from megatron.ucp.ordinary_file import read_content
 from megatron.ucp.reshape import reshape
 from megatron.ucp.retention import Keep
 from megatron.ucp.run_folder import find_checkpoints
 from megatron.ucp.save_worker import CommitOrder
 from megatron.ucp.shares import Share, convert_share
-from megatron.ucp.sources.source import read_content
 from megatron.ucp.targets.native_target import NativeTarget
 from megatron.ucp.torch_file import save_streamed
 from megatron.ucp.verify import verify

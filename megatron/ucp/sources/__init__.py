@@ -3,6 +3,7 @@
 source = open_source("checkpoints")                   # a run folder: follows `latest`
 source = open_source("checkpoints/global_step100")    # DeepSpeed's files, with or without ucp.json
 source = open_source("checkpoints/global_step100_universal")
+source = open_source("SmolLM2-135M")                  # a model folder of Hugging Face's: weights, no optimizer
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from megatron.ucp.commit import STAGING_SUFFIX
 from megatron.ucp.errors import NotACheckpointError, listed
 from megatron.ucp.file_names import MODEL_FILE, ZERO_FILE
 from megatron.ucp.file_table import require_listed, require_sizes
+from megatron.ucp.huggingface.folder import is_model_folder
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.ucp.pointers import POINTERS, read_pointer
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
+from megatron.ucp.sources.huggingface import HuggingFaceSource
 from megatron.ucp.sources.source import Piece, Source
 from megatron.ucp.sources.universal import UniversalSource
 
@@ -58,11 +61,14 @@ def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
     runs = _runs_inside(folder)
     if newest := _newest(runs):
         return find_checkpoint(folder / newest)
+    if is_model_folder(folder):  # last: Trainer leaves one beside its checkpoints, which hold more
+        return folder
     inside += [f"{name}/{run.name}" for name, run in runs.items()]
     raise NotACheckpointError(
         "not a checkpoint folder",
         found=sorted(p.name for p in folder.iterdir())[:20] or "an empty folder",
-        expected=f"{MANIFEST_NAME}, DeepSpeed's mp_rank_*_model_states.pt, or a zero/ folder",
+        expected=f"{MANIFEST_NAME}, DeepSpeed's mp_rank_*_model_states.pt, a zero/ folder, or a model of Hugging "
+        "Face's (config.json and model.safetensors)",
         where=folder,
         do=f"give one of the checkpoints inside: {listed(inside)}" if inside else None,
     )
@@ -100,6 +106,8 @@ def open_source(
     folder = find_checkpoint(folder, tag)
     if (folder / MANIFEST_NAME).is_file():
         return _open_listed(folder, read_manifest(folder))
+    if not is_checkpoint(folder) and is_model_folder(folder):
+        return HuggingFaceSource.open(folder)
     from megatron.ucp.sources.foreign import open_foreign  # imports torch
 
     return open_foreign(folder, column_parallel, optimizer_order)

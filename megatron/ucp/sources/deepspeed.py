@@ -34,7 +34,7 @@ from megatron.ucp.sources.deepspeed_files import find_files
 from megatron.ucp.sources.flat_states import FlatStates, Fragment, Fragments, append_fragment
 from megatron.ucp.sources.one_save import require_one_save
 from megatron.ucp.sources.optimizer_file import OptimizerFile
-from megatron.ucp.sources.source import FileCache, Piece
+from megatron.ucp.sources.source import FileCache, Piece, listed_beside
 from megatron.ucp.stored import StoredTensor
 from megatron.ucp.topology import Topology
 
@@ -175,6 +175,9 @@ class DeepSpeedSource:
             optimizer = {"zero_stage": 0, "ds_version": content.get("ds_version")}
         files["zero/optimizer_state.pt"] = {**optimizer, "param_groups": groups}
         return files
+
+    def other_files(self) -> dict[str, Path]:
+        return listed_beside(self.folder, self.manifest)
 
     def _runs(self, layout: Layout, rank: ShardRank, owned: bool | None, start: int, stop: int | None) -> Runs:
         """shard_runs, with the whole shard's kept: many ZeRO ranks and many layers ask for parts of the same one."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from megatron.ucp.errors import CorruptFileError
 from megatron.ucp.manifest import Manifest
-from megatron.ucp.ordinary_file import NotOrdinary, read_ordinary
+from megatron.ucp.ordinary_file import read_content
 from megatron.ucp.runs import Runs
 from megatron.ucp.stored import StoredTensor, as_stored, is_tensor
 
@@ -54,22 +54,21 @@ class Source(Protocol):
         """What DeepSpeed's universal loader wants beside the parameters, by relative path: the optimizer's state
         that belongs to no parameter, and the model state files without their tensors."""
 
+    def other_files(self) -> dict[str, Path]:
+        """Files that come along as they are (random streams; a tokenizer's), by the path that they get."""
+
+
+def listed_beside(folder: Path, manifest: Manifest) -> dict[str, Path]:
+    """A listed folder's files that are no `.pt` files."""
+    paths = {name: folder / name for name in manifest.files if not name.endswith(".pt")}
+    return {name: path for name, path in paths.items() if path.is_file()}
+
 
 def _no_state(value: Any) -> str | None:
     """Why these values cannot be copied element by element; None where they can."""
     if not is_tensor(value):
         return type(value).__name__
     return str(value.dtype) if value.is_complex() or str(value.dtype) == "torch.bool" else None
-
-
-def read_content(path: Path) -> Any:
-    """Tensors as StoredTensors; what is not ordinary is read with torch, and they are torch's."""
-    try:
-        return read_ordinary(path)
-    except (NotOrdinary, OSError):
-        from megatron.ucp.safe_load import load  # imports torch
-
-        return load(path)
 
 
 class FileCache:

@@ -15,7 +15,7 @@ from megatron.ucp.errors import CorruptFileError, MissingFileError, SourceError
 from megatron.ucp.file_table import require_listed
 from megatron.ucp.manifest import Manifest, ParameterInfo
 from megatron.ucp.runs import whole_runs
-from megatron.ucp.sources.source import FileCache, Piece
+from megatron.ucp.sources.source import FileCache, Piece, listed_beside
 from megatron.ucp.stored import StoredTensor
 
 OPTIMIZER_FILE = "zero/optimizer_state.pt"
@@ -61,6 +61,9 @@ class UniversalSource:
         names = sorted(p.relative_to(self.folder).as_posix() for p in paths if p.exists())
         require_listed(self.folder, self.manifest, names)
         return {name: self._cache.load(self.folder / name) for name in names}
+
+    def other_files(self) -> dict[str, Path]:
+        return listed_beside(self.folder, self.manifest)
 
     def _file(self, name: str, state: str) -> Path:
         return self.folder / "zero" / name / f"{state}.pt"

@@ -1,4 +1,4 @@
-"""Files of a save that are no `.pt` files, such as random streams: they come along as they are.
+"""Files that a Source has beside its tensors, such as random streams: they come along as they are.
 
 infos = copy_other_files(source, staging)
 """
@@ -16,9 +16,8 @@ from megatron.ucp.sources.source import Source
 def copy_other_files(source: Source, folder: Path) -> dict[str, FileInfo]:
     """Size and checksum of each, by relative path. Raises OSError."""
     infos = {}
-    for relative in source.manifest.files:
-        if not relative.endswith(".pt") and (source.folder / relative).is_file():
-            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.folder / relative, folder / relative)
-            infos[relative] = checksum_file(folder / relative)
+    for relative, path in source.other_files().items():
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / relative)
+        infos[relative] = checksum_file(folder / relative)
     return infos

@@ -103,3 +103,6 @@ class MoeSource:
 
     def side_files(self) -> dict[str, Any]:
         return self._dense.side_files()
+
+    def other_files(self) -> dict[str, Path]:
+        return self._dense.other_files()

@@ -1,0 +1,198 @@
+"""Export: the weights of any checkpoint as a model folder of Hugging Face's.
+
+On a CPU, without a process group, in one pass over the files. Everything that can be checked is checked
+before anything is written; the folder appears at once, or not at all.
+
+    result = export("runs/a", "hub/my-model", dtype="bfloat16", like="SmolLM2-135M")
+    result.output, result.digest
+    AutoModelForCausalLM.from_pretrained("hub/my-model")
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.ucp.commit import stage
+from megatron.ucp.convert import byte_counter, require_apart, whole_or_not_at_all
+from megatron.ucp.digest import total
+from megatron.ucp.disk import require_space
+from megatron.ucp.errors import UnsupportedCheckpointError
+from megatron.ucp.huggingface.config_json import config_of, describe, family_of
+from megatron.ucp.huggingface.families import Family
+from megatron.ucp.huggingface.folder import CONFIG, companions, file_of, read_json
+from megatron.ucp.huggingface.gpt_model import GptModel, layouts
+from megatron.ucp.huggingface.tensors import pairs
+from megatron.ucp.identity import Identity
+from megatron.ucp.sources import Source, find_checkpoint, open_source
+from megatron.ucp.stored import DTYPES
+from megatron.ucp.targets.huggingface import shards_of, write_weights
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+MAX_SHARD_BYTES = 5 << 30
+_SPARE_BYTES = 64 << 20
+"""For headers, the configuration and a tokenizer."""
+_MAX_POSITIONS = 2048
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Exported:
+    source: Path
+    output: Path
+    family: str
+    dtype: str
+    digest: str
+    """Of the weights, in fp32."""
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def export(
+    checkpoint: str | Path,
+    output_folder: str | Path,
+    *,
+    dtype: str | None = None,
+    family: str | None = None,
+    like: str | Path | None = None,
+    max_positions: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    num_workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Writes `output_folder`. `dtype`: one of DTYPE_NAMES, by default that of the weights in training. `family`: a
+    model_type, where the model can be several. `like`: a folder with the model's config.json, whose other values and
+    whose tokenizer are taken over; by default what an imported checkpoint has of it. `max_positions`: for config.json,
+    of a model without a position table.
+
+    Raises before anything is written where the model has no name there, the output exists or the disk is too small; a
+    failure later leaves no output. `progress(done, total)` in bytes, from several threads."""
+    started = time.perf_counter()
+    output = Path(str(output_folder).rstrip("/") or "/")
+    folder = find_checkpoint(checkpoint)
+    require_apart(folder, output)
+    identity = Identity.of(folder)
+    source = open_source(folder)
+    model = GptModel.of(source.manifest.model, where=folder)
+    _require_parameters(source, model)
+    like_folder = _like(like, folder)
+    chosen, config, notes = _config(model, family, like_folder, max_positions)
+    dtype = dtype or _trained_in(source)
+    if dtype not in DTYPE_NAMES:
+        raise UnsupportedCheckpointError("no precision of weights", found=dtype, expected=DTYPE_NAMES)
+    config["torch_dtype"] = dtype
+    config.pop("dtype", None)
+    shards = shards_of(pairs(chosen, model), DTYPES[dtype], max_shard_bytes)
+    num_bytes = sum(shard.num_bytes for shard in shards)
+    require_space(output, num_bytes + _SPARE_BYTES)
+    staging = stage(output)
+    with whole_or_not_at_all(staging, output, identity, marker=CONFIG):
+        count = byte_counter(progress, num_bytes) or (lambda n: None)
+        digests = write_weights(source, staging, shards, DTYPES[dtype], num_workers=num_workers, progress=count)
+        _write_companions(staging, like_folder, config)
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return Exported(
+        folder,
+        output,
+        chosen.model_type,
+        dtype,
+        total(digests),
+        sum(len(shard.pairs) for shard in shards),
+        num_bytes,
+        time.perf_counter() - started,
+        notes,
+    )
+
+
+def _require_parameters(source: Source, model: GptModel) -> None:
+    """The checkpoint holds just the parameters that its model has."""
+    wanted = {name: layout.shape for name, layout in layouts(model).items()}
+    there = {name: info.layout.shape for name, info in source.manifest.parameters.items()}
+    faults = [f"{name} is missing" for name in wanted.keys() - there.keys()]
+    faults += [f"{name} is not of that model" for name in there.keys() - wanted.keys()]
+    faults += [
+        f"{name} is {there[name]}, not {wanted[name]}"
+        for name in wanted.keys() & there.keys()
+        if wanted[name] != there[name]
+    ]
+    if faults:
+        raise UnsupportedCheckpointError(
+            "the checkpoint's parameters are not those of the model that it says it is of",
+            found=faults,
+            where=source.folder,
+        )
+
+
+def _trained_in(source: Source) -> str:
+    """fp32 where it is not one for all."""
+    kinds = {info.dtype.removeprefix("torch.") for info in source.manifest.parameters.values()}
+    return kinds.pop() if len(kinds) == 1 and kinds <= set(DTYPE_NAMES) else "float32"
+
+
+def _like(given: str | Path | None, checkpoint: Path) -> Path | None:
+    if given is not None:
+        return Path(given)
+    return checkpoint if (checkpoint / CONFIG).is_file() else None
+
+
+def _config(
+    model: GptModel, wanted: str | None, like: Path | None, max_positions: int | None
+) -> tuple[Family, dict[str, Any], tuple[str, ...]]:
+    """(family, config.json, notes)."""
+    if like is not None and (like / CONFIG).is_file():
+        theirs = read_json(like, CONFIG)
+        described = describe(theirs)
+        if described.family is None or described.model is None:
+            raise UnsupportedCheckpointError(
+                "its config.json is of no model that is known here", found=list(described.faults), where=like
+            )
+        _require_alike(described.model, model, like)
+        if wanted not in (None, described.family.model_type):
+            raise UnsupportedCheckpointError(
+                "two families are asked for", found=[f"{wanted}", f"{described.family.model_type} by {like}"]
+            )
+        if max_positions is not None:
+            theirs["max_position_embeddings"] = max_positions
+        return described.family, theirs, described.notes
+    family = family_of(model, wanted)
+    notes = [f"{family.model_type}: {family.differs}"] if family.differs else []
+    if max_positions is None and "max_position_embeddings" in family.defaults:
+        notes.append(
+            f"max_position_embeddings is {_MAX_POSITIONS}, since a checkpoint does not say for how long sequences it "
+            "is meant: give --max-positions, or --like a folder that has it"
+        )
+    return family, config_of(family, model, "float32", max_positions or _MAX_POSITIONS), tuple(notes)
+
+
+def _require_alike(theirs: GptModel, ours: GptModel, like: Path) -> None:
+    one, other = theirs.to_json(), ours.to_json()
+    differing = [
+        f"{key}: {one.get(key)!r} there, {other.get(key)!r} here"
+        for key in sorted(one.keys() | other.keys())
+        if one.get(key) != other.get(key)
+    ]
+    if differing:
+        raise UnsupportedCheckpointError(
+            "the config.json to be taken over is of another model",
+            found=differing,
+            where=like,
+            do="give the folder of the model that the training started from, or leave --like out",
+        )
+
+
+def _write_companions(staging: Path, like: Path | None, config: Mapping[str, Any]) -> None:
+    """The tokenizer and the defaults of generation; those of a model that has none from its configuration."""
+    if like is not None:
+        for name in companions(like):
+            shutil.copyfile(file_of(like, name), staging / name)
+    path = staging / "generation_config.json"
+    if not path.exists():
+        ids = {key: config[key] for key in _IDS if config.get(key) is not None}
+        path.write_text(json.dumps(ids, indent=2) + "\n")

@@ -1,0 +1,316 @@
+"""config.json of Hugging Face's in our words, and back.
+
+described = describe(config)                      # of a parsed config.json; never raises for what is in it
+described.family, described.model, described.faults, described.notes
+config = config_of(family, model, dtype="bfloat16", max_positions=4096)
+mismatches(family, model)                         # why a model cannot be written so; empty where it can
+
+A value that is left out has transformers' default. What would make the model compute something else than ours is a
+fault; what does not matter for sequences up to a length is a note. Sources: transformers 5.23, configuration_utils.py,
+modeling_rope_utils.py (rope_parameters, and the keys before them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megatron.ucp.errors import UnsupportedCheckpointError
+from megatron.ucp.huggingface.families import FAMILIES, Family
+from megatron.ucp.huggingface.gpt_model import GptModel
+from megatron.ucp.json_checks import number, passes, shown
+
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_LLAMA3_KEYS = {
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_max_position_embeddings": "original_max_position_embeddings",
+}
+_OF_SCALING = {"linear": {"factor"}, "llama3": {"factor", *_LLAMA3_KEYS.values()}}
+
+
+@dataclass(frozen=True)
+class Described:
+    family: Family | None
+    model: GptModel | None
+    """None where there are faults."""
+    max_positions: int | None
+    faults: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def describe(config: Mapping[str, Any]) -> Described:
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        known = f"known are {', '.join(sorted(FAMILIES))}"
+        return Described(None, None, None, (f"model_type {shown(config.get('model_type'))}: {known}",))
+    reading = _Reading(family, config)
+    values = reading.values()
+    model = None
+    if not reading.faults:
+        try:
+            model = GptModel.of(values)
+            reading.faults += model.faults()
+        except UnsupportedCheckpointError as error:
+            reading.faults += error.found if isinstance(error.found, list) else [str(error.found)]
+    length = reading.get("max_position_embeddings") if "max_position_embeddings" in family.defaults else None
+    if model is not None and model.max_position_embeddings:
+        length = model.max_position_embeddings
+    return Described(
+        family,
+        None if reading.faults else model,
+        length if isinstance(length, int) else None,
+        tuple(reading.faults),
+        tuple(reading.notes),
+    )
+
+
+def dropouts_of(config: Mapping[str, Any]) -> dict[str, float]:
+    """Dropout in training by our names, as far as a config.json says it: none where it does not."""
+    keys = (("hidden_dropout", "resid_pdrop"), ("attention_dropout", "attn_pdrop"))
+    found = {ours: config.get(ours, config.get(gpt2s, 0.0)) for ours, gpt2s in keys}
+    return {ours: float(value) for ours, value in found.items() if passes(number(0, 1), value)}
+
+
+class _Reading:
+    """Of one config.json."""
+
+    def __init__(self, family: Family, config: Mapping[str, Any]):
+        self.family, self.config = family, config
+        self.faults: list[str] = []
+        self.notes: list[str] = [f"{family.model_type}: {family.differs}"] if family.differs else []
+
+    def get(self, key: str) -> Any:
+        return self.config.get(key, self.family.defaults.get(key))
+
+    def values(self) -> dict[str, Any]:
+        """GptModel's, as far as they are sound."""
+        family = self.family
+        values = {**family.fixed, **{name: self.get(key) for name, key in family.keys.items()}}
+        values["untie_embeddings_and_output_weights"] = not self.get("tie_word_embeddings")
+        self._check_expected()
+        self._derive(values)
+        values |= self._biases()
+        if values["positions"] == "rope":
+            values |= self._rope()
+        if family.has_experts:
+            values |= self._experts(values)
+        return values
+
+    def _check_expected(self) -> None:
+        for key, allowed in self.family.expected.items():
+            value = self.config.get(key, self.family.defaults.get(key, allowed[0]))
+            if value not in allowed:
+                self.faults.append(f"{key} {shown(value)}: only {' or '.join(map(repr, allowed))} is computed here")
+        if self.config.get("quantization_config"):
+            self.faults.append("quantization_config: its weights are quantised; take the model before quantisation")
+        window = self.get("sliding_window")
+        if window is not None and self.config.get("use_sliding_window", "sliding_window" in self.family.defaults):
+            self.notes.append(
+                f"sliding_window {shown(window)}: attention here reaches over the whole sequence, the same up to "
+                "samples of that length"
+            )
+        kinds = self.config.get("layer_types")
+        if isinstance(kinds, list) and (other := {str(kind) for kind in kinds} - {"full_attention"}):
+            self.faults.append(f"layer_types {sorted(other)}: only full_attention is computed here")
+
+    def _derive(self, values: dict[str, Any]) -> None:
+        hidden, heads = values["hidden_size"], values["num_attention_heads"]
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in (hidden, heads)):
+            return  # GptModel says so
+        if values.get("ffn_hidden_size") is None:
+            values["ffn_hidden_size"] = 4 * hidden
+        if values.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = heads
+        if values.get("kv_channels") is None:
+            values["kv_channels"] = hidden // heads
+            if hidden % heads:
+                self.faults.append(
+                    f"hidden size {hidden} is not a multiple of {heads} heads, and head_dim is not given"
+                )
+
+    def _biases(self) -> dict[str, bool]:
+        kind = self.family.biases
+        if kind == "flags":
+            attention, *of_mlp = (bool(self.get(key)) for key in self.family.bias_flags)
+            is_everywhere = attention and any(of_mlp)
+            if any(of_mlp) and not attention:
+                self.faults.append("mlp_bias without attention_bias: biases in the MLP alone are not computed here")
+            return _bias_fields(is_everywhere, attention, attention)
+        return _bias_fields(kind == "all", kind in ("all", "qkv"), kind == "all")
+
+    def _rope(self) -> dict[str, Any]:
+        rope = self.config.get("rope_parameters")
+        if rope is None:
+            scaling = self.config.get("rope_scaling") or {}
+            theta = self.config.get("rotary_emb_base", self.get("rope_theta"))
+            part = self.config.get("rotary_pct", self.get("partial_rotary_factor"))
+            rope = {**scaling, "rope_theta": theta} if isinstance(scaling, Mapping) else scaling
+            if part is not None and isinstance(rope, dict):
+                rope["partial_rotary_factor"] = part
+        if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+            self.faults.append(f"rotary positions {shown(rope)}: one set of values for all layers is computed here")
+            return {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        default = self.family.defaults.get("partial_rotary_factor", 1.0)
+        values = {
+            "rope_theta": rope.get("rope_theta", self.family.defaults["rope_theta"]),
+            "rotary_percent": rope.get("partial_rotary_factor", default),
+            "rope_scaling_type": None,
+        }
+        if kind in ("default", None):
+            return values
+        if kind not in _OF_SCALING:
+            self.faults.append(f"rope scaling {shown(kind)}: known are default, {', '.join(_OF_SCALING)}")
+            return {}
+        if missing := sorted(_OF_SCALING[kind] - set(rope)):
+            self.faults.append(f"rope scaling {kind} without {', '.join(missing)}")
+            return {}
+        if unknown := sorted(map(str, set(rope) - _OF_SCALING[kind] - _ROPE_KEYS)):
+            self.faults.append(f"rope scaling {kind} with {', '.join(unknown)}, which is not computed here")
+        values |= {"rope_scaling_type": kind, "rope_scaling_factor": rope["factor"]}
+        if kind == "llama3":
+            values |= {name: rope[key] for name, key in _LLAMA3_KEYS.items()}
+        return values
+
+    def _experts(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        keys = ("num_local_experts", "num_experts")
+        count = next((self.config[key] for key in keys if key in self.config), None)
+        count = next(self.get(key) for key in keys if self.get(key) is not None) if count is None else count
+        layers, step, dense = values["num_layers"], self.get("decoder_sparse_step"), self.get("mlp_only_layers") or []
+        step = 1 if step is None else step
+        numbers = (count, layers, step)
+        if any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 1 << 16 for n in numbers):
+            self.faults.append(f"experts {shown(count)} in every {shown(step)} of {shown(layers)} blocks: no numbers")
+            return {}
+        if not isinstance(dense, list) or count == 1:
+            self.faults.append(f"mlp_only_layers {shown(dense)}, {count} experts: no mixture that is computed here")
+            return {}
+        of_layers = [count if (i + 1) % step == 0 and i not in dense else 1 for i in range(layers)]
+        if max(of_layers) == 1:
+            self.faults.append(f"decoder_sparse_step {step}, mlp_only_layers {shown(dense)}: no block has experts")
+        if values.get("topk") == 1 and values.get("moe_normalize_topk"):
+            self.faults.append("one expert a token whose score is divided by itself is not computed here")
+        width = values.get("moe_ffn_hidden_size", values.get("ffn_hidden_size"))
+        return {"num_experts": of_layers, "moe_ffn_hidden_size": width}
+
+
+def _bias_fields(is_everywhere: bool, of_qkv: bool, of_output: bool) -> dict[str, bool]:
+    return {"add_bias_linear": is_everywhere, "has_qkv_bias": of_qkv, "has_attention_output_bias": of_output}
+
+
+def mismatches(family: Family, model: GptModel) -> list[str]:
+    """Why the model cannot be one of this family."""
+    found = [
+        f"{name} is {getattr(model, name)!r}, not {value!r}"
+        for name, value in family.fixed.items()
+        if getattr(model, name) != value and (model.has_experts or not name.startswith("moe_"))
+    ]
+    if model.has_experts != family.has_experts:
+        found.append("it has experts" if model.has_experts else "it has no experts")
+    if "num_key_value_heads" not in family.keys and model.num_key_value_heads != model.num_attention_heads:
+        found.append(f"{model.num_attention_heads} query heads share {model.num_key_value_heads} keys")
+    if not family.cuts_heads and model.kv_channels * model.num_attention_heads != model.hidden_size:
+        found.append(f"a head is {model.kv_channels} wide, not hidden size / heads")
+    if "ffn_hidden_size" not in family.keys and model.ffn_hidden_size != 4 * model.hidden_size:
+        found.append(f"its MLP is {model.ffn_hidden_size} wide, not 4 x hidden size")
+    found += _bias_mismatches(family, model)
+    if model.positions == "rope":
+        if model.rotary_percent != 1.0 and "partial_rotary_factor" not in family.defaults:
+            found.append(f"{model.rotary_percent:g} of a head is rotated, not all")
+        if model.rope_scaling_type not in (None, *_OF_SCALING):
+            found.append(f"rope scaling {model.rope_scaling_type} has no name there")
+    if family.has_experts and model.has_experts:
+        found += _expert_mismatches(family, model)
+    return found
+
+
+def _bias_mismatches(family: Family, model: GptModel) -> list[str]:
+    ours = model.add_bias_linear, model.has_qkv_bias, model.has_attention_output_bias
+    possible = {
+        "none": [(False, False, False)],
+        "qkv": [(False, True, False)],
+        "all": [(True, True, True)],
+        "flags": [(False, False, False), (False, True, True), *([(True, True, True)] if family.bias_flags[1:] else [])],
+    }[family.biases]
+    return [] if ours in possible else [f"biases of all, q|k|v, attention's output: {ours}, not {possible}"]
+
+
+def _expert_mismatches(family: Family, model: GptModel) -> list[str]:
+    found = []
+    counts = set(model.num_experts)
+    can_mix = "decoder_sparse_step" in family.defaults
+    if len(counts - {1}) > 1 or (1 in counts and not can_mix):
+        found.append(f"blocks have {sorted(counts)} experts, not all the same number")
+    if "moe_ffn_hidden_size" not in family.keys and 1 in counts and model.moe_ffn_hidden_size != model.ffn_hidden_size:
+        found.append("experts are of another width than the MLP")
+    if model.topk == 1 and model.moe_normalize_topk:
+        found.append("a token's one expert counts by its score")
+    return found
+
+
+def family_of(model: GptModel, wanted: str | None = None) -> Family:
+    """The one (of those, if `wanted` does not name it) that the model is of. Raises UnsupportedCheckpointError with the
+    reasons against each."""
+    candidates = [family for name, family in FAMILIES.items() if wanted in (None, name)]
+    if not candidates:
+        raise UnsupportedCheckpointError("no such family of models", found=wanted, expected=sorted(FAMILIES))
+    reasons = {family.model_type: mismatches(family, model) for family in candidates}
+    fitting = [family for family in candidates if not reasons[family.model_type]]
+    if fitting:
+        return fitting[0]
+    nearest = sorted(reasons, key=lambda name: len(reasons[name]))
+    raise UnsupportedCheckpointError(
+        "no architecture of Hugging Face's that is known here computes what this model computes",
+        found=[f"{name}: {'; '.join(reasons[name])}" for name in nearest],
+        do="the nearest ones say what keeps the model from being one of them; train it with other flags",
+    )
+
+
+def config_of(family: Family, model: GptModel, dtype: str, max_positions: int) -> dict[str, Any]:
+    """A whole config.json. `dtype`: torch's name of the weights' type; `max_positions`: of a model without a position
+    table, the longest sequence that it is meant for. The model must be one of the family."""
+    values = {f.name: getattr(model, f.name) for f in fields(model)}
+    if family.has_experts and "moe_ffn_hidden_size" not in family.keys:
+        values["ffn_hidden_size"] = model.moe_ffn_hidden_size
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **{key: values[name] for name, key in family.keys.items()},
+        **{key: allowed[0] for key, allowed in family.expected.items()},
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "torch_dtype": dtype,
+    }
+    if family.biases == "flags":
+        config |= dict(zip(family.bias_flags, (model.has_qkv_bias, model.add_bias_linear)))
+    if model.positions == "rope":
+        config |= _rope_config(family, model)
+    if "max_position_embeddings" in family.defaults:
+        config["max_position_embeddings"] = max_positions
+    if family.has_experts:
+        config |= _experts_config(family, model)
+    if "sliding_window" in family.defaults:
+        config["sliding_window"] = None
+    return config
+
+
+def _rope_config(family: Family, model: GptModel) -> dict[str, Any]:
+    if "partial_rotary_factor" in family.defaults:  # GPT-NeoX's own words
+        names = {"rotary_emb_base": model.rope_theta, "rotary_pct": model.rotary_percent}
+    else:
+        names = {"rope_theta": model.rope_theta}
+    if model.rope_scaling_type is None:
+        return names
+    scaling = {"rope_type": model.rope_scaling_type, "factor": model.rope_scaling_factor}
+    if model.rope_scaling_type == "llama3":
+        scaling |= {key: getattr(model, name) for name, key in _LLAMA3_KEYS.items()}
+    return {**names, "rope_scaling": scaling}
+
+
+def _experts_config(family: Family, model: GptModel) -> dict[str, Any]:
+    count = max(model.num_experts)
+    if "decoder_sparse_step" not in family.defaults:
+        return {"num_local_experts": count}
+    dense = [layer for layer, number in enumerate(model.num_experts) if number == 1]
+    return {"num_experts": count, "decoder_sparse_step": 1, "mlp_only_layers": dense}

@@ -1,0 +1,107 @@
+"""Where the elements of their tensors lie in ours: names, shapes and runs, the same in both directions.
+
+for pair in pairs(family, model):
+    pair.name, pair.shape                  # "model.layers.0.self_attn.k_proj.weight", (64, 576)
+    pair.ours, pair.runs                   # "layers.0.attention.query_key_value.weight", [[atomic, theirs, length]]
+
+A run counts elements of the flattened tensors. Of a transposed one it counts those of their tensor as [out, in].
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.ucp.huggingface.families import BY_HEAD, TRANSPOSED, Family, Theirs
+from megatron.ucp.huggingface.gpt_model import GptModel, layouts
+from megatron.ucp.runs import Runs, whole_runs
+
+_BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    name: str
+    shape: tuple[int, ...]
+    """On the disk."""
+    ours: str
+    runs: Runs
+    """By ascending places in our parameter."""
+    is_transposed: bool = False
+
+
+def pairs(family: Family, model: GptModel, *, has_whole_experts: bool = False) -> list[Pair]:
+    """Of all tensors of a folder, in our parameters' order. `has_whole_experts`: a block's experts are one tensor."""
+    return [
+        pair
+        for name, layout in layouts(model).items()
+        for pair in _pairs_of(family, model, name, layout.shape, has_whole_experts)
+    ]
+
+
+def _pairs_of(family: Family, model: GptModel, name: str, shape: tuple[int, ...], whole: bool) -> Iterator[Pair]:
+    match = _BLOCK.fullmatch(name)
+    path = match[2] if match else name
+    module, dot, kind = path.rpartition(".")
+    if kind not in ("weight", "bias"):
+        module, dot, kind = path, ".", "weight"
+    if not match:
+        theirs = family.lm_head if module == "lm_head" else family.prefix + family.top[module]
+        yield Pair(f"{theirs}{dot}{kind}", shape, name, whole_runs(math.prod(shape)))
+        return
+    prefix = family.prefix + family.layers.format(match[1])
+    if whole and module in family.whole_experts:
+        suffix = "" if module.startswith("mlp.experts.") else ".weight"
+        yield Pair(f"{prefix}{family.whole_experts[module]}{suffix}", shape, name, whole_runs(math.prod(shape)))
+        return
+    entry = family.block[module]
+    if module.startswith("mlp.experts."):
+        yield from _of_experts(entry, model, f"{prefix}{{}}.{kind}", name, shape)
+        return
+    for part, runs, rows in _rows(entry, model, shape):
+        theirs_shape = (rows, *shape[1:])
+        is_transposed = entry.form == TRANSPOSED and len(shape) == 2
+        yield Pair(
+            f"{prefix}{part}.{kind}", theirs_shape[::-1] if is_transposed else theirs_shape, name, runs, is_transposed
+        )
+
+
+def _rows(entry: Theirs, model: GptModel, shape: tuple[int, ...]) -> Iterator[tuple[str, Runs, int]]:
+    """(module, runs, rows) of each part of ours, [rows, ...]."""
+    row = math.prod(shape[1:])
+    if entry.form == BY_HEAD:
+        yield entry.modules[0], _by_head(model, row), shape[0]
+        return
+    start = 0
+    for module, rows in zip(entry.modules, _part_sizes(entry, model, shape[0]), strict=True):
+        yield module, np.array([[start * row, 0, rows * row]], dtype=np.int64), rows
+        start += rows
+
+
+def _by_head(model: GptModel, row: int) -> Runs:
+    """Theirs [heads, q|k|v, head], ours [q|k|v, heads, head]."""
+    heads, length = model.num_attention_heads, model.kv_channels * row
+    part, head = np.divmod(np.arange(3 * heads, dtype=np.int64), heads)
+    return np.stack([(part * heads + head) * length, (head * 3 + part) * length, np.full(3 * heads, length)], axis=1)
+
+
+def _of_experts(entry: Theirs, model: GptModel, name: str, ours: str, shape: tuple[int, ...]) -> Iterator[Pair]:
+    """Ours: [experts, rows, ...]; theirs one by one."""
+    row, of_expert = math.prod(shape[2:]), math.prod(shape[1:])
+    for expert in range(shape[0]):
+        start = expert * of_expert
+        for module, rows in zip(entry.modules, _part_sizes(entry, model, shape[1]), strict=True):
+            runs = np.array([[start, 0, rows * row]], dtype=np.int64)
+            yield Pair(name.format(module.format(expert)), (rows, *shape[2:]), ours, runs)
+            start += rows * row
+
+
+def _part_sizes(entry: Theirs, model: GptModel, rows: int) -> tuple[int, ...]:
+    if len(entry.modules) == 3:
+        kv = model.num_key_value_heads * model.kv_channels
+        return rows - 2 * kv, kv, kv
+    return (rows // len(entry.modules),) * len(entry.modules)
