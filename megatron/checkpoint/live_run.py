@@ -61,6 +61,8 @@ class LiveRun:
     state: EngineState
     model: Mapping[str, Any]
     """What a Source must agree on: ModelConfig as plain values."""
+    model_settings: Mapping[str, Any]
+    """What another run of the model may do otherwise, and would not know: dropout, the length of samples, ..."""
     train_order: Mapping[str, Any]
     """Which samples come in which order (`Batches.train_order`); a Source's other one is told."""
     batch_sizes: BatchSizes
@@ -75,6 +77,7 @@ class LiveRun:
         schedule: LearningRateSchedule,
         *,
         model: Mapping[str, Any],
+        model_settings: Mapping[str, Any],
         train_order: Mapping[str, Any],
         batch_sizes: BatchSizes,
         padded_vocab_size: int,
@@ -93,4 +96,5 @@ class LiveRun:
         state = EngineState(engine, atlas.layouts, context, atlas.pp_stages, atlas.frozen)
         if isinstance(state.base, Muon):
             state.base.attach(state)
-        return cls(engine, context, streams, schedule, atlas, state, dict(model), dict(train_order), batch_sizes)
+        agreed = dict(model), dict(model_settings), dict(train_order)
+        return cls(engine, context, streams, schedule, atlas, state, *agreed, batch_sizes)

@@ -8,13 +8,17 @@ from __future__ import annotations
 import contextlib
 import logging
 
-from megatron.checkpoint.errors import DamagedCheckpointError, on_rank_0
+import torch.distributed as dist
+
+from megatron.checkpoint.errors import DamagedCheckpointError, all_ranks_or_none, on_rank_0
 from megatron.checkpoint.frozen_weights import FrozenParts, frozen_faults
 from megatron.checkpoint.judging import is_trained_in
 from megatron.checkpoint.state_digest import state_digests
 from megatron.engine.engine_state import MASTER, EngineState
-from megatron.ucp.digest import total
+from megatron.parallel.agreement import gathered
+from megatron.ucp.digest import Digest, digest_runs, total
 from megatron.ucp.errors import UcpError, listed
+from megatron.ucp.execute import chunks
 from megatron.ucp.expert_digests import changed_experts
 from megatron.ucp.expert_labels import experts_clause, label_of
 from megatron.ucp.file_table import changed_files
@@ -27,10 +31,7 @@ def prove(state: EngineState, source: Source, *, with_optimizer: bool, kind: str
     """`kind` of resume, for the log; `frozen`: of the weights that are not trained, what was read. Raises
     DamagedCheckpointError, on every rank, naming what differs and the files that changed."""
     placed = state_digests(state)
-    saved = source.manifest.digests
-    if not saved:
-        log.warning("%s carries no state digest: the load could not be proven", source.folder)
-        return
+    saved = source.manifest.digests or read_digests(source, with_optimizer)
     wrong = frozen_faults(state, frozen, saved, placed)
     wrong += [
         f"{name} ({key})"
@@ -52,7 +53,9 @@ def prove(state: EngineState, source: Source, *, with_optimizer: bool, kind: str
                 else "No file is known to have changed, so this is a defect: run `python -m megatron.ucp verify` on it."
             )
         )
-    if not with_optimizer:
+    if not source.manifest.digests:
+        log.info("state digests equal those of the files, which were read once more (%s resume)", kind)
+    elif not with_optimizer:
         log.info("weight digests equal those at save; optimizer states were not loaded")
     elif placed == saved:
         log.info("state digest %s equals the one at save (%s resume)", total(placed), kind)
@@ -65,6 +68,25 @@ def prove(state: EngineState, source: Source, *, with_optimizer: bool, kind: str
             source.manifest.doubt,
         )
     _tell_what_changed(state, source, with_optimizer)
+
+
+def read_digests(source: Source, with_optimizer: bool) -> dict[str, dict[str, str]]:
+    """Of a Source that carries none: of its files, whole parameters in their order, each read by one rank, where a load
+    read slices. Collective over the world. Raises, on every rank, what reading raises."""
+    parameters = source.manifest.parameters
+    names = sorted(parameters, key=lambda name: -parameters[name].layout.numel)
+    own: dict[str, dict[str, str]] = {}
+    with all_ranks_or_none("reading", source.folder):
+        for name in names[dist.get_rank() :: dist.get_world_size()]:
+            states = parameters[name].states if with_optimizer else (MASTER,)
+            own[name] = {state: _read_digest(source, name, state).hex() for state in states}
+    return {name: digests for of_rank in gathered(own) for name, digests in of_rank.items()}
+
+
+def _read_digest(source: Source, name: str, state: str) -> Digest:
+    shape = source.manifest.parameters[name].layout_of(state).shape
+    read = chunks(source, name, state)
+    return sum((digest_runs(values, runs, name=name, state=state, shape=shape) for runs, values in read), Digest())
 
 
 def _naming_experts(source: Source, wrong: list[str]) -> list[str]:

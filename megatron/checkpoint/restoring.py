@@ -36,6 +36,8 @@ def restore_counters(live: LiveRun, source: Source, options: LoadOptions, *, is_
     _tell_unsaid(common, progress)
     for line in changed_order(common.get("train_order"), live.train_order):
         log.warning("warning: %s", line)
+    for line in changed_settings(common.get("model_settings"), live.model_settings):
+        log.warning("warning: %s", line)
     counted = common.get("engine", {})
     samples = counted.get("global_samples", progress.consumed_train_samples)
     set_counters(
@@ -79,6 +81,17 @@ def _tell_unsaid(common: Mapping[str, Any], progress: Progress) -> None:
         )
     if unsaid:
         log.warning("warning: the Source does not say its %s: counted from 0 here", ", ".join(unsaid))
+
+
+def changed_settings(saved: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> list[str]:
+    """One line for each value of how the model is trained that is another than the Source's: the loss may not go on as
+    it was. Not an error, as for the order of the samples. Pure."""
+    saved = saved or {}
+    return [
+        f"{key} was {shown(saved[key])} in the Source, is {value!r}: the loss may not go on as it was"
+        for key, value in wanted.items()
+        if key in saved and saved[key] != value
+    ]
 
 
 def changed_order(saved: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> list[str]:

@@ -95,6 +95,7 @@ def _common(live: LiveRun, progress: Progress) -> dict[str, Any]:
         "rng": {"file": RNG_FILE, "world_size": dist.get_world_size()},
         "global_batch_size": live.batch_sizes.at(progress.consumed_train_samples),
         "train_order": live.train_order,
+        "model_settings": live.model_settings,
         "engine": {
             "global_samples": live.engine.global_samples // live.context.sp_size,
             "skipped_steps": live.engine.skipped_steps,

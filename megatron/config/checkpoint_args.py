@@ -12,9 +12,9 @@ from typing import Any
 
 from megatron.config.errors import ConfigError, Problem
 from megatron.ucp.errors import UcpError
-from megatron.ucp.huggingface.config_json import describe, dropouts_of
+from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.folder import CONFIG, is_model_folder, read_json
-from megatron.ucp.huggingface.gpt_model import GptModel
+from megatron.ucp.huggingface.gpt_model import GptModel, sound_settings
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.ucp.run_folder import find_checkpoints
 
@@ -53,8 +53,8 @@ def fill_in_from_checkpoint(values: dict[str, Any], checkpoint: Mapping[str, Any
                 flags=(_FLAG,),
             )
         )
-    where, model, dropouts = found
-    known = {**model_values(model, where), **dropouts}
+    where, model, settings = found
+    known = {**settings, **model_values(model, where)}
     for together in (_OF_POSITIONS, _OF_BIASES):
         if together & values.keys():
             known = {field: value for field, value in known.items() if field not in together}
@@ -64,25 +64,23 @@ def fill_in_from_checkpoint(values: dict[str, Any], checkpoint: Mapping[str, Any
     return [f"{_FLAG}: {where} sets {shown}"]
 
 
-def _described(folder: Path) -> tuple[Path, GptModel, dict[str, float]] | None:
-    """(the checkpoint, its model, dropouts where it says them); None where nothing is there yet."""
+def _described(folder: Path) -> tuple[Path, GptModel, dict[str, Any]] | None:
+    """(the checkpoint, its model, its settings); None where nothing is there yet."""
     if not folder.is_dir():
         return None
     if is_model_folder(folder) and not (folder / MANIFEST_NAME).is_file():
-        config = read_json(folder, CONFIG)
-        described = describe(config)
+        described = describe(read_json(folder, CONFIG))
         if described.model is None:
             fix = "give the flags of a model that is known, or take another folder"
             raise ConfigError(Problem(f"{_FLAG}: {folder / CONFIG}", "; ".join(described.faults), "", (_FLAG,), fix))
-        return folder, described.model, dropouts_of(config)
+        return folder, described.model, dict(described.settings)
     found = find_checkpoints(folder)
     chosen = found.native or found.universal
     if chosen is None:
         return None
     manifest: Manifest = chosen.opened.source.manifest if chosen.opened else read_manifest(chosen.folder)
-    has_config = (chosen.folder / CONFIG).is_file()  # of an import
-    dropouts = dropouts_of(read_json(chosen.folder, CONFIG)) if has_config else {}
-    return chosen.folder, GptModel.of(manifest.model, chosen.folder), dropouts
+    settings = sound_settings(manifest.common.get("model_settings"))
+    return chosen.folder, GptModel.of(manifest.model, chosen.folder), settings
 
 
 def model_values(model: GptModel, where: object) -> dict[str, Any]:

@@ -50,6 +50,7 @@ from megatron.training.starting_point import StartingPoint
 from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, parameters_trained_later, refuse_buffers
 from megatron.ucp.commit import RUN_MARK, end_replacements
+from megatron.ucp.huggingface.gpt_model import SETTINGS
 from megatron.ucp.owner import claimed
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
         streams,
         schedule,
         model=_identity(config.model),
+        model_settings={name: getattr(config.model, name) for name in SETTINGS},
         train_order=batches.train_order(),
         batch_sizes=config.batch_sizes,
         padded_vocab_size=config.model.padded_vocab_size(topology.tp_size),

@@ -174,6 +174,7 @@ def copy_runs(target: Flat, origin: StoredTensor, copies: np.ndarray, piece: Pie
         tensor = origin.to_torch()
         for t, s, n in copies.tolist():
             target[t : t + n].copy_(tensor[s : s + n])
+    origin.let_go(int(copies[:, 1].min()), int((copies[:, 1] + copies[:, 2]).max()))
 
 
 def _require_held(origin: StoredTensor, copies: np.ndarray, piece: Piece | None) -> None:

@@ -26,7 +26,7 @@ from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.huggingface.config_json import config_of, describe, family_of
 from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import CONFIG, companions, file_of, read_json
-from megatron.ucp.huggingface.gpt_model import GptModel, layouts
+from megatron.ucp.huggingface.gpt_model import GptModel, layouts, sound_settings
 from megatron.ucp.huggingface.tensors import pairs
 from megatron.ucp.identity import Identity
 from megatron.ucp.sources import Source, find_checkpoint, open_source
@@ -83,6 +83,8 @@ def export(
     model = GptModel.of(source.manifest.model, where=folder)
     _require_parameters(source, model)
     like_folder = _like(like, folder)
+    settings = sound_settings(source.manifest.common.get("model_settings"))
+    max_positions = max_positions or settings.get("max_position_embeddings")
     chosen, config, notes = _config(model, family, like_folder, max_positions)
     dtype = dtype or _trained_in(source)
     if dtype not in DTYPE_NAMES:
@@ -158,14 +160,12 @@ def _config(
             raise UnsupportedCheckpointError(
                 "two families are asked for", found=[f"{wanted}", f"{described.family.model_type} by {like}"]
             )
-        if max_positions is not None:
-            theirs["max_position_embeddings"] = max_positions
         return described.family, theirs, described.notes
     family = family_of(model, wanted)
     notes = [f"{family.model_type}: {family.differs}"] if family.differs else []
     if max_positions is None and "max_position_embeddings" in family.defaults:
         notes.append(
-            f"max_position_embeddings is {_MAX_POSITIONS}, since a checkpoint does not say for how long sequences it "
+            f"max_position_embeddings is {_MAX_POSITIONS}, since the checkpoint does not say for how long sequences it "
             "is meant: give --max-positions, or --like a folder that has it"
         )
     return family, config_of(family, model, "float32", max_positions or _MAX_POSITIONS), tuple(notes)

@@ -17,6 +17,7 @@ from megatron.ucp.errors import NotACheckpointError, UcpError
 from megatron.ucp.export import DTYPE_NAMES, MAX_SHARD_BYTES, export
 from megatron.ucp.huggingface.families import FAMILIES
 from megatron.ucp.huggingface.folder import is_model_folder
+from megatron.ucp.huggingface.gguf import SUFFIX, unpacked
 from megatron.ucp.progress_line import ProgressLine
 
 Outcome = tuple[int, Any, str]
@@ -24,7 +25,9 @@ Outcome = tuple[int, Any, str]
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="config.json with model.safetensors or pytorch_model.bin, whole or in parts")
+    parser.add_argument(
+        "folder", help="a folder with config.json and model.safetensors or pytorch_model.bin; or a .gguf"
+    )
     parser.add_argument("output", help="the universal folder to make")
     parser.add_argument("--num_workers", type=int, default=2)
     parser.set_defaults(run=_import)
@@ -51,6 +54,11 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 def _import(arguments: argparse.Namespace) -> Outcome:
     folder = Path(arguments.folder)
+    if folder.suffix == SUFFIX and folder.is_file():
+        with unpacked(folder, near=Path(arguments.output)) as unpacked_folder:
+            arguments.folder = unpacked_folder
+            code, data, text = _import(arguments)
+        return code, {**data, "source": str(folder)}, text.replace(str(unpacked_folder), str(folder))
     if not is_model_folder(folder):
         raise NotACheckpointError(
             "no model of Hugging Face's",

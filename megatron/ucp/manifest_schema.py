@@ -217,6 +217,7 @@ _COMMON = record(
         "schedule": mapping(plain, optional=True),
         "loss_scaler": mapping(plain, optional=True),
         "train_order": mapping(plain, optional=True),
+        "model_settings": mapping(plain, optional=True),
         "rng": record(
             {"file": _file_path, "world_size": whole(1, MAX_DEGREE)}, required=("file", "world_size"), is_open=True
         ),

@@ -73,6 +73,8 @@ FLOAT32 = DTYPES["float32"]
 BFLOAT16 = DTYPES["bfloat16"]
 
 
+_LET_GO = 1 << 20
+"""Bytes below which pages that were read are not worth a call."""
 _READ = 1 << 16
 """Bytes that are read rather than mapped: a mapped page of a file that was cut short meanwhile ends the process."""
 
@@ -90,6 +92,7 @@ class MappedFile:
     def __init__(self, path: Path):
         self.path = path
         self._bytes: np.ndarray | None = None
+        self._mapped: mmap.mmap | None = None
         self._lock = threading.Lock()
 
     def bytes(self) -> np.ndarray:
@@ -97,9 +100,15 @@ class MappedFile:
             if self._bytes is None:
                 with open(self.path, "rb") as file:
                     # A private mapping: torch takes no memory that it may not write to, and the file stays as it is.
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-                self._bytes = np.frombuffer(mapped, dtype=np.uint8)
+                    self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._bytes = np.frombuffer(self._mapped, dtype=np.uint8)
             return self._bytes
+
+    def let_go(self, start: int, stop: int) -> None:
+        """Bytes [start, stop) have been read: their pages are the page cache's again, and not this process's too."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._mapped is not None and stop - first >= _LET_GO:
+            self._mapped.madvise(mmap.MADV_DONTNEED, first, stop - first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,6 +230,12 @@ class StoredTensor:
         strides = tuple(stride * size for stride in self.strides)
         spread = np.lib.stride_tricks.as_strided(whole[self.offset :], self.shape, strides)
         return np.ascontiguousarray(spread).reshape(-1)
+
+    def let_go(self, start: int, stop: int) -> None:
+        """Elements [start, stop) of a tensor in one stretch have been read, and were not changed."""
+        if (place := self.position) is not None and isinstance(self.storage.origin, MappedFile):
+            size = self.dtype.itemsize
+            self.storage.origin.let_go(place[1] + start * size, place[1] + stop * size)
 
     def item(self) -> Any:
         """Of a tensor of one element."""

@@ -18,8 +18,8 @@ from typing import Any
 
 from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.huggingface.families import FAMILIES, Family
-from megatron.ucp.huggingface.gpt_model import GptModel
-from megatron.ucp.json_checks import number, passes, shown
+from megatron.ucp.huggingface.gpt_model import GptModel, sound_settings
+from megatron.ucp.json_checks import shown
 
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _LLAMA3_KEYS = {
@@ -35,7 +35,8 @@ class Described:
     family: Family | None
     model: GptModel | None
     """None where there are faults."""
-    max_positions: int | None
+    settings: Mapping[str, Any]
+    """How it is trained, by our names (gpt_model.SETTINGS), as far as the config says it."""
     faults: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -44,7 +45,7 @@ def describe(config: Mapping[str, Any]) -> Described:
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         known = f"known are {', '.join(sorted(FAMILIES))}"
-        return Described(None, None, None, (f"model_type {shown(config.get('model_type'))}: {known}",))
+        return Described(None, None, {}, (f"model_type {shown(config.get('model_type'))}: {known}",))
     reading = _Reading(family, config)
     values = reading.values()
     model = None
@@ -54,23 +55,13 @@ def describe(config: Mapping[str, Any]) -> Described:
             reading.faults += model.faults()
         except UnsupportedCheckpointError as error:
             reading.faults += error.found if isinstance(error.found, list) else [str(error.found)]
-    length = reading.get("max_position_embeddings") if "max_position_embeddings" in family.defaults else None
-    if model is not None and model.max_position_embeddings:
-        length = model.max_position_embeddings
     return Described(
         family,
         None if reading.faults else model,
-        length if isinstance(length, int) else None,
+        sound_settings(reading.settings()),
         tuple(reading.faults),
         tuple(reading.notes),
     )
-
-
-def dropouts_of(config: Mapping[str, Any]) -> dict[str, float]:
-    """Dropout in training by our names, as far as a config.json says it: none where it does not."""
-    keys = (("hidden_dropout", "resid_pdrop"), ("attention_dropout", "attn_pdrop"))
-    found = {ours: config.get(ours, config.get(gpt2s, 0.0)) for ours, gpt2s in keys}
-    return {ours: float(value) for ours, value in found.items() if passes(number(0, 1), value)}
 
 
 class _Reading:
@@ -97,6 +88,14 @@ class _Reading:
         if family.has_experts:
             values |= self._experts(values)
         return values
+
+    def settings(self) -> dict[str, Any]:
+        """Where it says nothing of dropout, there is none."""
+        length = self.family.keys.get("max_position_embeddings", "max_position_embeddings")
+        found = {"max_position_embeddings": self.get(length)}
+        for ours, gpt2s in (("hidden_dropout", "resid_pdrop"), ("attention_dropout", "attn_pdrop")):
+            found[ours] = self.config.get(ours, self.get(gpt2s) or 0.0)
+        return found
 
     def _check_expected(self) -> None:
         for key, allowed in self.family.expected.items():

@@ -186,6 +186,8 @@ _ALL = (
         defaults={
             "n_inner": None,
             "n_positions": 1024,
+            "resid_pdrop": 0.1,
+            "attn_pdrop": 0.1,
             "layer_norm_epsilon": 1e-5,
             "tie_word_embeddings": True,
             "activation_function": "gelu_new",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron.ucp.errors import UnsupportedCheckpointError
-from megatron.ucp.json_checks import flag, list_of, number, one_of, record, whole
+from megatron.ucp.json_checks import flag, list_of, number, one_of, passes, record, whole
 from megatron.ucp.layout import Cut, Layout, Part
 
 MAX_LAYERS, MAX_EXPERTS = 1 << 12, 1 << 16
@@ -157,6 +157,25 @@ _CHECK = record(
     required=tuple(field.name for field in fields(GptModel))[:19],
     is_open=True,
 )
+
+
+_PROBABILITY = number(0, 1)
+_FACTOR = number(0, 1e6, optional=True)
+SETTINGS: Mapping[str, Any] = {
+    **dict.fromkeys(("seq_length", "max_position_embeddings", "moe_min_capacity"), _SIZE),
+    **dict.fromkeys(("hidden_dropout", "attention_dropout", "moe_router_jitter"), _PROBABILITY),
+    **dict.fromkeys(("moe_train_capacity_factor", "moe_eval_capacity_factor"), _FACTOR),
+    **dict.fromkeys(("moe_aux_loss_coeff", "moe_z_loss_coeff", "init_method_std"), number(0, 1e6)),
+    "moe_token_dropping": flag,
+}
+"""Fields of ModelConfig that are no part of the model but of how it is trained, each with its check: `model_settings`
+in a ucp.json's `common`."""
+
+
+def sound_settings(values: Any) -> dict[str, Any]:
+    """Those of them that are there and can be."""
+    values = values if isinstance(values, Mapping) else {}
+    return {key: values[key] for key, check in SETTINGS.items() if key in values and passes(check, values[key])}
 
 
 def layouts(model: GptModel) -> dict[str, Layout]:

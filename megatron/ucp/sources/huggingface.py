@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,13 @@ _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 class HuggingFaceSource:
-    def __init__(self, folder: ModelFolder, model: GptModel, held: dict[str, list[tuple[Pair, HeldTensor]]]):
+    def __init__(
+        self,
+        folder: ModelFolder,
+        model: GptModel,
+        held: dict[str, list[tuple[Pair, HeldTensor]]],
+        settings: Mapping[str, Any],
+    ):
         """`held`: their tensors, by our parameters."""
         self.folder, self._held = folder.path, held
         self._tensors = {(of.file, pair.name): (pair, of.tensor) for each in held.values() for pair, of in each}
@@ -49,6 +55,7 @@ class HuggingFaceSource:
             },
             optimizer=OptimizerInfo(kind=""),
             model=model.to_json(),
+            common={"model_settings": dict(settings)},
             unverified="a Hugging Face folder has no checksums",
         )
 
@@ -68,7 +75,7 @@ class HuggingFaceSource:
             raise _refused(opened.path, faults)
         for note in described.notes:
             log.warning("warning: %s: %s", opened.path.name, note)
-        return cls(opened, model, held)
+        return cls(opened, model, held, described.settings)
 
     def pieces(self, name: str, state: str) -> list[Piece]:
         if name not in self._held or state != _MASTER:
