@@ -118,8 +118,6 @@ _LLAMA_DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
     "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
     "rope_theta": 10000.0,
     "max_position_embeddings": 2048,
 }

@@ -5,7 +5,7 @@ whole in memory; the digest of each of our parameters comes out of the same pass
 saved.
 
     shards = shards_of(pairs(family, model), BFLOAT16, max_bytes=5 << 30)
-    written = write_weights(source, staging, shards, num_workers=2)
+    digests = write_weights(source, staging, shards, BFLOAT16, num_workers=2)
 """
 
 from __future__ import annotations
