@@ -95,7 +95,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry_fault(entry: Any, num_bytes: int) -> str | None:
     if not isinstance(entry, dict) or not passes(_SHAPE, entry.get("shape")):
         return f"no entry of a tensor: {shown(entry)}"
-    if entry.get("dtype") not in _NAMES:
+    if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _NAMES:
         return f"elements of type {shown(entry.get('dtype'))}; read are {', '.join(_NAMES)}"
     if not passes(_OFFSETS, entry.get("data_offsets")):
         return f"no place in the file: {shown(entry.get('data_offsets'))}"

@@ -253,3 +253,32 @@ def test_settings_that_cannot_be_are_left_out():
     }
     assert sound_settings(values) == {"attention_dropout": 0.1, "moe_token_dropping": True}
     assert sound_settings(None) == {} == sound_settings([1])
+
+
+STRANGE = [None, True, -1, 0, 1, 3, 1 << 70, 1e400, float("nan"), 0.5, "", "7", [], [1], {}, {"rope_type": []}, [[]]]
+
+
+@pytest.mark.parametrize("base", [name for name in CONFIGS if name.startswith("tiny-")])
+def test_no_value_of_a_config_makes_anything_but_a_model_or_faults(base):
+    """Each key, and keys that it does not have, with values of every kind."""
+    config = published(base)
+    keys = {
+        *config,
+        "rope_scaling",
+        "rope_theta",
+        "rotary_pct",
+        "num_experts",
+        "mlp_only_layers",
+        "head_dim",
+        "mlp_bias",
+    }
+    for key in sorted(keys):
+        for value in STRANGE:
+            described = describe({**config, key: value})
+            assert (described.model is None) == bool(described.faults), (key, value)
+            if described.model is not None and described.family is not None:
+                assert pairs(described.family, described.model) and not mismatches(described.family, described.model)
+    for key in ("rope_type", "rope_theta", "factor", "partial_rotary_factor", "low_freq_factor"):
+        for value in STRANGE:
+            described = describe({**config, "rope_parameters": {"rope_type": "llama3", key: value}})
+            assert (described.model is None) == bool(described.faults), (key, value)

@@ -52,7 +52,7 @@ def describe(config: Mapping[str, Any]) -> Described:
     if not reading.faults:
         try:
             model = GptModel.of(values)
-            reading.faults += model.faults()
+            reading.faults += model.faults() or mismatches(family, model)
         except UnsupportedCheckpointError as error:
             reading.faults += error.found if isinstance(error.found, list) else [str(error.found)]
     return Described(
@@ -160,7 +160,7 @@ class _Reading:
         }
         if kind in ("default", None):
             return values
-        if kind not in _OF_SCALING:
+        if not isinstance(kind, str) or kind not in _OF_SCALING:
             self.faults.append(f"rope scaling {shown(kind)}: known are default, {', '.join(_OF_SCALING)}")
             return {}
         if missing := sorted(_OF_SCALING[kind] - set(rope)):
@@ -175,10 +175,12 @@ class _Reading:
 
     def _experts(self, values: Mapping[str, Any]) -> dict[str, Any]:
         keys = ("num_local_experts", "num_experts")
-        count = next((self.config[key] for key in keys if key in self.config), None)
-        count = next(self.get(key) for key in keys if self.get(key) is not None) if count is None else count
-        layers, step, dense = values["num_layers"], self.get("decoder_sparse_step"), self.get("mlp_only_layers") or []
-        step = 1 if step is None else step
+        told = [table.get(key) for table in (self.config, self.family.defaults) for key in keys]
+        count = next((number for number in told if number is not None), None)
+        layers, step = values["num_layers"], 1
+        dense: Any = []
+        if "decoder_sparse_step" in self.family.defaults:
+            step, dense = self.get("decoder_sparse_step"), self.get("mlp_only_layers") or []
         numbers = (count, layers, step)
         if any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 1 << 16 for n in numbers):
             self.faults.append(f"experts {shown(count)} in every {shown(step)} of {shown(layers)} blocks: no numbers")
