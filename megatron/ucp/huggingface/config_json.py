@@ -176,7 +176,7 @@ class _Reading:
     def _experts(self, values: Mapping[str, Any]) -> dict[str, Any]:
         keys = ("num_local_experts", "num_experts")
         told = [table.get(key) for table in (self.config, self.family.defaults) for key in keys]
-        count = next((number for number in told if number is not None), None)
+        count: Any = next((number for number in told if number is not None), None)
         layers, step = values["num_layers"], 1
         dense: Any = []
         if "decoder_sparse_step" in self.family.defaults:
