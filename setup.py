@@ -51,12 +51,21 @@ setup(
     ],
     extras_require={
         # What training here needs beside that.
-        "train": ["transformers==5.23.0", "tokenizers==0.23.3", "tensorboard==2.21.0", "matplotlib==3.11.2"],
+        "train": [
+            "transformers==5.23.0",
+            "tokenizers==0.23.3",
+            "sentencepiece==0.2.3",
+            "tiktoken==0.14.0",
+            "tensorboard==2.21.0",
+            "matplotlib==3.11.2",
+        ],
         # Triton comes with torch's CUDA build (2.13.0 asks for 3.7.1); with the CPU build the tests need it too.
         "dev": [
             *("pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15", "ruff==0.17.6", "triton>=3.7.1,<4"),
             # Programs of others whose checkpoints are resumed (tests/ucp_deepspeed).
             *("accelerate==1.15.0", "peft==0.21.2", "pytorch-lightning==2.6.6"),
+            # What transformers reads .gguf files with (ucp import; examples/finetune_smollm2).
+            "gguf==0.19.0",
         ],
         # What `make lint` and pre-commit need beside dev's; the tests do not.
         "lint": ["mypy==2.4.1", "codespell==2.4.3", "pre-commit>=4"],

@@ -23,8 +23,9 @@ import time
 from tqdm import tqdm
 
 from megatron.data.errors import DataError
-from megatron.data.preprocess import TXT_DOCUMENTS, PreprocessJob, Progress, TokenizerSpec, preprocess
-from megatron.data.tokenizer import REFUSED
+from megatron.data.preprocess import TXT_DOCUMENTS, PreprocessJob, Progress, preprocess
+from megatron.data.tiktoken_tokenizer import DEFAULT_SPECIAL_TOKENS, PATTERNS
+from megatron.data.tokenizer import KINDS, REFUSED, TokenizerSpec
 
 _NOTES = {
     "lang": "--lang only matters when splitting sentences",
@@ -41,7 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         inputs=tuple(args.input),
         output_prefix=args.output_prefix,
         tokenizer=TokenizerSpec(
-            args.tokenizer_type, args.vocab_file, args.merge_file, args.tokenizer_model, args.vocab_size
+            args.tokenizer_type,
+            args.vocab_file,
+            args.merge_file,
+            args.tokenizer_model,
+            args.vocab_size,
+            args.tiktoken_pattern,
+            args.tiktoken_num_special_tokens,
+            tuple(args.tiktoken_special_tokens),
         ),
         json_keys=tuple(args.json_keys),
         append_eod=args.append_eod,
@@ -125,11 +133,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--output-prefix", required=True, help="outputs are PREFIX_KEY_document.bin and .idx")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold documents (text)")
     add("--txt-documents", choices=TXT_DOCUMENTS, default="block", help="what a document is in a .txt (block)")
-    add("--tokenizer-type", default="GPT2BPETokenizer", help="GPT2BPETokenizer, HFTokenizer or NullTokenizer")
+    add("--tokenizer-type", default="GPT2BPETokenizer", help=f"one of {', '.join(KINDS)} (GPT2BPETokenizer)")
     add("--vocab-file", help="GPT-2 vocabulary (JSON)")
     add("--merge-file", help="GPT-2 merges")
-    add("--tokenizer-model", help="HFTokenizer: local folder with tokenizer.json")
-    add("--vocab-size", type=int, help="NullTokenizer: number of ids")
+    add("--tokenizer-model", "--tokenizer-name-or-path", help="folder, tokenizer.json, tokenizer.model or vocabulary")
+    add("--vocab-size", type=int, help="NullTokenizer: number of ids; TikTokenizer: tokens with the special ones")
+    add("--tiktoken-pattern", choices=tuple(PATTERNS), default="v2", help="how a TikTokenizer cuts text into words")
+    add("--tiktoken-num-special-tokens", type=int, default=DEFAULT_SPECIAL_TOKENS, help="ids before the others (1000)")
+    add(
+        "--tiktoken-special-tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="their names, as far as they have some",
+    )
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
     add("--replace-broken-text", action="store_true", help="U+FFFD for what is no text, instead of an error; counted")
     add("--dataset-impl", default="mmap", help="only mmap")

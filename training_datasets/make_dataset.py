@@ -22,7 +22,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.data.preprocess import PreprocessJob, TokenizerSpec, preprocess
+from megatron.data.preprocess import PreprocessJob, preprocess
+from megatron.data.tokenizer import TokenizerSpec
 
 # name, version -> archive file and its SHA-256
 PACKAGES = {

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = {
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
-    "HFTokenizer": ("tokenizer_model",),
+    **dict.fromkeys(("HFTokenizer", "PretrainedFromHF", "HuggingFaceTokenizer"), ("tokenizer_model",)),
+    **dict.fromkeys(("GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"), ("tokenizer_model",)),
     "NullTokenizer": (),
 }
 """The fields that each tokenizer needs."""
@@ -42,7 +43,16 @@ class DataConfig:
     )
     vocab_file: str | None = flag(None, help="vocabulary of a GPT2BPETokenizer (JSON)")
     merge_file: str | None = flag(None, help="merges of a GPT2BPETokenizer (text)")
-    tokenizer_model: str | None = flag(None, help="local folder of an HFTokenizer")
+    tokenizer_model: str | None = flag(
+        None,
+        "--tokenizer-model",
+        "--tokenizer-name-or-path",
+        help="of Hugging Face's a folder, a tokenizer.json or what is in the hub's cache; a tokenizer.model of "
+        "SentencePiece; the vocabulary of a TikTokenizer",
+    )
+    tiktoken_pattern: str = flag("v2", help="how a TikTokenizer cuts text into words", choices=("v1", "v2"))
+    tiktoken_num_special_tokens: int = flag(1000, help="ids of a TikTokenizer before the others", unit="tokens")
+    tiktoken_special_tokens: tuple[str, ...] = flag((), help="their names, as far as they have some")
     eod_mask_loss: bool = flag(False, help="no loss where the input is the end-of-document token")
     num_workers: int = flag(2, help="loader processes of one rank; 0 loads in the rank", unit="processes")
 

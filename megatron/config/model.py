@@ -52,6 +52,12 @@ class ModelConfig:
         "the end-of-document id N is added",
         unit="tokens",
     )
+    pad_vocab_size_to: int | None = flag(
+        None,
+        help="rows of the vocabulary, if it has fewer tokens: unlike padding for tensor parallelism they are part of "
+        "the model, and in every checkpoint",
+        unit="tokens",
+    )
     make_vocab_size_divisible_by: int = flag(
         128, help="the vocabulary is padded to a multiple of this times the tensor parallel size", unit="rows"
     )

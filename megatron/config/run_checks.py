@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -317,7 +318,7 @@ def data_problems(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
                 flags=flags,
                 fix=f"give {flag_of(name)} PATH",
             )
-        elif not Path(path).exists():
+        elif not Path(path).exists() and not _is_hub_name(data.tokenizer_type, path):
             yield Problem(f"the file of {flag_of(name)} does not exist", found=str(Path(path).absolute()), flags=flags)
     if data.tokenizer_type == "NullTokenizer" and (model.vocab_size is None or model.vocab_size < 2):
         yield Problem(
@@ -325,6 +326,12 @@ def data_problems(data: DataConfig, model: ModelConfig) -> Iterator[Problem]:
             flags=("--vocab-size", "--tokenizer-type"),
             fix="give --vocab-size",
         )
+
+
+def _is_hub_name(tokenizer_type: str, path: str) -> bool:
+    """ "HuggingFaceTB/SmolLM2-135M", which may be in the hub's cache: who builds the tokenizer finds out."""
+    is_known = tokenizer_type in ("HFTokenizer", "PretrainedFromHF", "HuggingFaceTokenizer")
+    return is_known and re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not path.startswith(".")
 
 
 def _blend_problems(data: DataConfig) -> Iterator[Problem]:

@@ -26,29 +26,13 @@ import numpy as np
 
 from megatron.data.errors import DataError, DatasetExistsError, InputTextError
 from megatron.data.indexed_dataset import IndexedDatasetWriter, best_dtype, bin_path, idx_path
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.tokenizer import Tokenizer, TokenizerSpec
 
 TXT_DOCUMENTS = ("block", "line", "file")
 _JSON_ENDINGS = (".jsonl", ".json")
 _BATCH_BYTES = 1 << 18
 _BATCHES_PER_WORKER = 4
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """What build_tokenizer takes, in a form that travels to worker processes."""
-
-    tokenizer_type: str = "GPT2BPETokenizer"
-    vocab_file: str | None = None
-    merge_file: str | None = None
-    tokenizer_model: str | None = None
-    vocab_size: int | None = None
-
-    def build(self) -> Tokenizer:
-        return build_tokenizer(
-            self.tokenizer_type, self.vocab_file, self.merge_file, self.tokenizer_model, self.vocab_size
-        )
 
 
 @dataclass(frozen=True)

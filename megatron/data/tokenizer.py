@@ -4,17 +4,19 @@ A tokenizer is a small picklable object with `vocab_size` (the true one, before 
 `eod` (the id that ends a document), `tokenize` and `detokenize`. Text never produces `eod` by itself: a
 document that contains the characters "<|endoftext|>" is text like any other.
 
-    tokenizer = build_tokenizer("GPT2BPETokenizer", "gpt2-vocab.json", "gpt2-merges.txt")
+    tokenizer = TokenizerSpec("GPT2BPETokenizer", "gpt2-vocab.json", "gpt2-merges.txt").build()
     tokenizer.tokenize("Hello world")      # [15496, 995]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from megatron.data.errors import TokenizerError
+from megatron.data.tiktoken_tokenizer import DEFAULT_SPECIAL_TOKENS
 
 END_OF_TEXT = "<|endoftext|>"
 _MAX_GAPS = 16
@@ -23,10 +25,12 @@ _MAX_GAPS = 16
 REFUSED = {
     "BertWordPieceLowerCase": "it is for BERT; this framework trains GPT models",
     "BertWordPieceCase": "it is for BERT; this framework trains GPT models",
-    "SentencePieceTokenizer": "use HFTokenizer with the folder that holds the model's tokenizer.json",
-    "GPTSentencePieceTokenizer": "use HFTokenizer with the folder that holds the model's tokenizer.json",
-    "PretrainedFromHF": "it would download; use HFTokenizer with a local folder as --tokenizer-model",
+    "SentencePieceTokenizer": "it adds tokens of BERT and T5; use GPTSentencePieceTokenizer or Llama2Tokenizer",
 }
+HUGGING_FACE = ("HFTokenizer", "PretrainedFromHF", "HuggingFaceTokenizer")
+"""Names of one kind: upstream's, Megatron-DeepSpeed's older one, and Megatron-LM's."""
+SENTENCE_PIECE = ("GPTSentencePieceTokenizer", "Llama2Tokenizer")
+KINDS = ("GPT2BPETokenizer", *HUGGING_FACE, *SENTENCE_PIECE, "TikTokenizer", "NullTokenizer")
 
 
 class Tokenizer(Protocol):
@@ -40,57 +44,77 @@ class Tokenizer(Protocol):
     def detokenize(self, ids: Sequence[int]) -> str: ...
 
 
-def build_tokenizer(
-    tokenizer_type: str,
-    vocab_file: str | Path | None = None,
-    merge_file: str | Path | None = None,
-    tokenizer_model: str | Path | None = None,
-    vocab_size: int | None = None,
-) -> Tokenizer:
-    """The tokenizer named by --tokenizer-type. `vocab_size` is a NullTokenizer's; another one must not be larger.
-    Raises TokenizerError."""
-    tokenizer = _build(tokenizer_type, vocab_file, merge_file, tokenizer_model, vocab_size)
-    if tokenizer_type != "NullTokenizer" and vocab_size is not None and vocab_size < tokenizer.vocab_size:
-        raise TokenizerError(
-            "the vocabulary has no room for the tokenizer's tokens",
-            found=f"a vocabulary of {vocab_size} with a tokenizer of {tokenizer.vocab_size}",
-            expected=f"at least {tokenizer.vocab_size}",
-            where="--vocab-size, or --model-preset, which sets it",
-            do=f"give --vocab-size {tokenizer.vocab_size}, or the tokenizer that the model was made for",
-        )
-    return tokenizer
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Which tokenizer, in a form that travels to worker processes. Fields are the flags'."""
 
+    tokenizer_type: str = "GPT2BPETokenizer"
+    vocab_file: str | Path | None = None
+    merge_file: str | Path | None = None
+    tokenizer_model: str | Path | None = None
+    vocab_size: int | None = None
+    """Of a NullTokenizer or TikTokenizer; another one must not be larger."""
+    tiktoken_pattern: str = "v2"
+    tiktoken_num_special_tokens: int = DEFAULT_SPECIAL_TOKENS
+    tiktoken_special_tokens: tuple[str, ...] = ()
 
-def _build(
-    tokenizer_type: str,
-    vocab_file: str | Path | None,
-    merge_file: str | Path | None,
-    tokenizer_model: str | Path | None,
-    vocab_size: int | None,
-) -> Tokenizer:
-    if tokenizer_type == "GPT2BPETokenizer":
-        return GPT2BPETokenizer(
-            _existing_file(vocab_file, "--vocab-file", tokenizer_type),
-            _existing_file(merge_file, "--merge-file", tokenizer_type),
-        )
-    if tokenizer_type == "HFTokenizer":
-        return HFTokenizer(_existing_folder(tokenizer_model))
-    if tokenizer_type == "NullTokenizer":
-        if vocab_size is None or vocab_size < 1:
+    def build(self) -> Tokenizer:
+        """Raises TokenizerError."""
+        tokenizer, kind = self._build(), self.tokenizer_type
+        if kind != "NullTokenizer" and self.vocab_size is not None and self.vocab_size < tokenizer.vocab_size:
             raise TokenizerError(
-                "NullTokenizer needs the size of the vocabulary",
-                found=vocab_size,
-                expected="a count of at least 1",
-                where="--vocab-size",
+                "the vocabulary has no room for the tokenizer's tokens",
+                found=f"a vocabulary of {self.vocab_size} with a tokenizer of {tokenizer.vocab_size}",
+                expected=f"at least {tokenizer.vocab_size}",
+                where="--vocab-size, or what sets it: --model-preset, --use-checkpoint-args",
+                do=f"give --vocab-size {tokenizer.vocab_size}, or the tokenizer that the model was made for",
             )
-        return NullTokenizer(vocab_size)
-    raise TokenizerError(
-        "this tokenizer type is not available",
-        found=tokenizer_type,
-        expected="GPT2BPETokenizer, HFTokenizer or NullTokenizer",
-        where="--tokenizer-type",
-        do=REFUSED.get(tokenizer_type),
-    )
+        return tokenizer
+
+    def _build(self) -> Tokenizer:
+        kind = self.tokenizer_type
+        if kind == "GPT2BPETokenizer":
+            return GPT2BPETokenizer(
+                _existing_file(self.vocab_file, "--vocab-file", kind),
+                _existing_file(self.merge_file, "--merge-file", kind),
+            )
+        if kind in HUGGING_FACE:
+            if self.tokenizer_model is None:
+                _existing_file(None, "--tokenizer-model", kind)
+            from megatron.data.huggingface_tokenizer import HFTokenizer
+
+            return HFTokenizer(self.tokenizer_model)
+        if kind in SENTENCE_PIECE:
+            from megatron.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+            file = _existing_file(self.tokenizer_model, "--tokenizer-model", kind)
+            return SentencePieceTokenizer(file, has_bos=kind == "Llama2Tokenizer")
+        if kind == "TikTokenizer":
+            from megatron.data.tiktoken_tokenizer import TikTokenizer
+
+            return TikTokenizer(
+                _existing_file(self.tokenizer_model, "--tokenizer-model", kind),
+                self.tiktoken_pattern,
+                self.vocab_size,
+                self.tiktoken_num_special_tokens,
+                self.tiktoken_special_tokens,
+            )
+        if kind == "NullTokenizer":
+            if self.vocab_size is None or self.vocab_size < 1:
+                raise TokenizerError(
+                    "NullTokenizer needs the size of the vocabulary",
+                    found=self.vocab_size,
+                    expected="a count of at least 1",
+                    where="--vocab-size",
+                )
+            return NullTokenizer(self.vocab_size)
+        raise TokenizerError(
+            "this tokenizer type is not available",
+            found=kind,
+            expected=", ".join(KINDS),
+            where="--tokenizer-type",
+            do=REFUSED.get(kind),
+        )
 
 
 class GPT2BPETokenizer:
@@ -144,46 +168,6 @@ class GPT2BPETokenizer:
         return type(self), self._files
 
 
-class HFTokenizer:
-    """A Hugging Face tokenizer from a local folder (tokenizer.json and tokenizer_config.json). Never downloads, and
-    runs no code from the folder, nor asks whether it should."""
-
-    def __init__(self, folder: str | Path):
-        from transformers import AutoTokenizer  # seconds to import: only who asks for it pays
-
-        self._folder = str(folder)
-        try:
-            self._backend = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:
-            raise TokenizerError(
-                "the folder holds no tokenizer that transformers can read",
-                found=str(error).splitlines()[0] if str(error) else type(error).__name__,
-                expected="tokenizer.json and tokenizer_config.json",
-                where=folder,
-                do="give the model's folder as --tokenizer-model",
-            ) from error
-        if self._backend.eos_token_id is None:
-            raise TokenizerError(
-                "the tokenizer has no end-of-sequence token, which ends documents",
-                found="eos_token is not set",
-                expected="an eos_token",
-                where=f"{folder}/tokenizer_config.json",
-                do='add "eos_token"',
-            )
-        self.vocab_size = len(self._backend)
-        self.eod: int = self._backend.eos_token_id
-
-    def tokenize(self, text: str) -> list[int]:
-        # Special tokens in the text are text; none are added at the ends: --append-eod does that.
-        return self._backend(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return str(self._backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def __reduce__(self):
-        return type(self), (self._folder,)
-
-
 class NullTokenizer:
     """Text that is already ids: "12 7 5". As in Megatron, `eod` is one id past those given."""
 
@@ -209,18 +193,8 @@ def _existing_file(path: str | Path | None, flag: str, tokenizer_type: str) -> P
             found="nothing given" if path is None else f"no file {path}",
             expected="an existing file",
             where=flag,
-            do="GPT-2's own are training_datasets/gpt2-vocab.json and training_datasets/gpt2-merges.txt",
-        )
-    return Path(path)
-
-
-def _existing_folder(path: str | Path | None) -> Path:
-    if path is None or not Path(path).is_dir():
-        raise TokenizerError(
-            "HFTokenizer needs a local folder",
-            found="nothing given" if path is None else f"no folder {path}",
-            expected="a folder with tokenizer.json and tokenizer_config.json",
-            where="--tokenizer-model",
-            do="save the tokenizer there with save_pretrained; nothing is downloaded at run time",
+            do="give the tokenizer's own file or folder"
+            if flag == "--tokenizer-model"
+            else "GPT-2's own are training_datasets/gpt2-vocab.json and training_datasets/gpt2-merges.txt",
         )
     return Path(path)

@@ -26,8 +26,9 @@ from megatron.checkpoint.progress import Progress
 from megatron.checkpoint.restoring import progress_of
 from megatron.checkpoint.resume import LoadOptions, ResumeError, ResumePlan
 from megatron.config.config import Config
+from megatron.config.errors import ConfigError, Problem
 from megatron.config.model import ModelConfig
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.tokenizer import Tokenizer, TokenizerSpec
 from megatron.engine.ds_config import deepspeed_config
 from megatron.engine.engine import build_engine, partitioned_construction, write_shard
 from megatron.engine.expert_groups import register_expert_groups
@@ -70,7 +71,18 @@ def build_run(config: Config, launch: LaunchInfo) -> Run:
 def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) -> Run:
     with stops_all_ranks("reading the tokenizer"):
         tokenizer = _tokenizer(config)
-    model_config = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or tokenizer.vocab_size)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if config.model.pad_vocab_size_to is not None:
+        if config.model.pad_vocab_size_to < vocab_size:
+            raise ConfigError(
+                Problem(
+                    "--pad-vocab-size-to is smaller than the vocabulary",
+                    found=f"{config.model.pad_vocab_size_to} for {vocab_size} tokens",
+                    flags=("--pad-vocab-size-to",),
+                )
+            )
+        vocab_size = config.model.pad_vocab_size_to
+    model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
     config = dataclasses.replace(config, model=model_config)
     topology = config.parallel.topology(launch.world_size)
     user_json = _read_json(config.run.deepspeed_config)
@@ -171,13 +183,16 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
 def _tokenizer(config: Config) -> Tokenizer:
     data, vocab_size = config.data, config.model.vocab_size
     is_null = data.tokenizer_type == "NullTokenizer"
-    return build_tokenizer(
+    return TokenizerSpec(
         data.tokenizer_type,
-        vocab_file=data.vocab_file,
-        merge_file=data.merge_file,
-        tokenizer_model=data.tokenizer_model,
-        vocab_size=vocab_size - 1 if is_null and vocab_size else vocab_size,  # the words, without end of document
-    )
+        data.vocab_file,
+        data.merge_file,
+        data.tokenizer_model,
+        vocab_size - 1 if is_null and vocab_size else vocab_size,  # the words, without end of document
+        data.tiktoken_pattern,
+        data.tiktoken_num_special_tokens,
+        data.tiktoken_special_tokens,
+    ).build()
 
 
 def _own(save: str | None, rank: int) -> contextlib.ExitStack:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from megatron.data.errors import TokenizerError
-from megatron.data.tokenizer import build_tokenizer
+from megatron.data.tokenizer import TokenizerSpec
 
 DATA = Path(__file__).parents[2] / "training_datasets"
 
 
 @pytest.fixture(scope="module")
 def gpt2():
-    return build_tokenizer("GPT2BPETokenizer", DATA / "gpt2-vocab.json", DATA / "gpt2-merges.txt")
+    return TokenizerSpec("GPT2BPETokenizer", DATA / "gpt2-vocab.json", DATA / "gpt2-merges.txt").build()
 
 
 @pytest.mark.parametrize(
@@ -48,17 +48,17 @@ def test_gpt2_pickles(gpt2):
 
 
 def test_null_tokenizer():
-    tokenizer = build_tokenizer("NullTokenizer", vocab_size=100)
+    tokenizer = TokenizerSpec("NullTokenizer", vocab_size=100).build()
     assert (tokenizer.vocab_size, tokenizer.eod) == (101, 100)
     assert tokenizer.tokenize("5 99") == [5, 99] and tokenizer.detokenize([5, 99]) == "5 99"
 
 
 def test_a_vocabulary_must_have_room_for_the_tokenizer():
     files = (DATA / "gpt2-vocab.json", DATA / "gpt2-merges.txt")
-    assert build_tokenizer("GPT2BPETokenizer", *files, vocab_size=128256).vocab_size == 50257
-    assert build_tokenizer("GPT2BPETokenizer", *files, vocab_size=50257).eod == 50256
+    assert TokenizerSpec("GPT2BPETokenizer", *files, vocab_size=128256).build().vocab_size == 50257
+    assert TokenizerSpec("GPT2BPETokenizer", *files, vocab_size=50257).build().eod == 50256
     with pytest.raises(TokenizerError, match="a vocabulary of 49152 with a tokenizer of 50257"):
-        build_tokenizer("GPT2BPETokenizer", *files, vocab_size=49152)
+        TokenizerSpec("GPT2BPETokenizer", *files, vocab_size=49152).build()
 
 
 def test_hf_tokenizer_from_a_folder(tmp_path, gpt2):
@@ -67,7 +67,7 @@ def test_hf_tokenizer_from_a_folder(tmp_path, gpt2):
     (tmp_path / "vocab.json").write_bytes((DATA / "gpt2-vocab.json").read_bytes())
     (tmp_path / "merges.txt").write_bytes((DATA / "gpt2-merges.txt").read_bytes())
     GPT2TokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path / "hf")
-    tokenizer = build_tokenizer("HFTokenizer", tokenizer_model=tmp_path / "hf")
+    tokenizer = TokenizerSpec("HFTokenizer", tokenizer_model=tmp_path / "hf").build()
     assert (tokenizer.vocab_size, tokenizer.eod) == (50257, 50256)
     for text in ("Hello world", "To be, or not to be: that is the question:\n", "a<|endoftext|>b"):
         assert tokenizer.tokenize(text) == gpt2.tokenize(text)
@@ -81,15 +81,16 @@ def test_hf_tokenizer_from_a_folder(tmp_path, gpt2):
         (("GPT2BPETokenizer", DATA / "gpt2-vocab.json", "nowhere.txt"), "nowhere.txt"),
         (("GPT2BPETokenizer", DATA / "gpt2-merges.txt", DATA / "gpt2-merges.txt"), "cannot be read"),
         (("HFTokenizer",), "--tokenizer-model"),
-        (("HFTokenizer", None, None, DATA), "no tokenizer that transformers"),
+        (("Llama2Tokenizer",), "--tokenizer-model"),
+        (("HFTokenizer", None, None, DATA), "no tokenizer that transformers can read"),
         (("NullTokenizer",), "--vocab-size"),
         (("BertWordPieceCase",), "BERT"),
-        (("Nonsense",), "GPT2BPETokenizer, HFTokenizer or NullTokenizer"),
+        (("Nonsense",), "GPT2BPETokenizer, HFTokenizer"),
     ],
 )
 def test_what_is_missing_is_named(arguments, message):
     with pytest.raises(TokenizerError, match=message):
-        build_tokenizer(*arguments)
+        TokenizerSpec(*arguments).build()
 
 
 VOCAB = b'{"a": 0, "b": 1, "<|endoftext|>": 2}'
@@ -118,7 +119,7 @@ def test_a_damaged_vocabulary_is_told(vocab, merges, tmp_path):
     (tmp_path / "v.json").write_bytes(vocab)
     (tmp_path / "m.txt").write_bytes(merges)
     with pytest.raises(TokenizerError, match="vocabulary"):
-        build_tokenizer("GPT2BPETokenizer", tmp_path / "v.json", tmp_path / "m.txt")
+        TokenizerSpec("GPT2BPETokenizer", tmp_path / "v.json", tmp_path / "m.txt").build()
 
 
 @pytest.mark.parametrize("file", ["v.json", "m.txt"])
@@ -128,7 +129,7 @@ def test_a_fifo_is_no_vocabulary(file, tmp_path):
     (tmp_path / file).unlink()
     os.mkfifo(tmp_path / file)
     with pytest.raises(TokenizerError, match="needs a file that is not there"):
-        build_tokenizer("GPT2BPETokenizer", tmp_path / "v.json", tmp_path / "m.txt")
+        TokenizerSpec("GPT2BPETokenizer", tmp_path / "v.json", tmp_path / "m.txt").build()
 
 
 def test_code_in_a_tokenizers_folder_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
@@ -141,6 +142,6 @@ def test_code_in_a_tokenizers_folder_is_neither_run_nor_asked_about(tmp_path, mo
     with os.fdopen(read) as answers:
         monkeypatch.setattr(sys, "stdin", answers)
         with pytest.raises(TokenizerError, match="custom code|trust_remote_code"):
-            build_tokenizer("HFTokenizer", tokenizer_model=tmp_path)
+            TokenizerSpec("HFTokenizer", tokenizer_model=tmp_path).build()
         assert len(answers.readlines()) == 10
     assert not (tmp_path / "executed").exists()
