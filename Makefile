@@ -4,6 +4,7 @@
 # make fig7    one Source, eleven Targets and eight Sources, one Target: the paper's Figure 7 on CPU, into gallery/
 # make fig9    LLaMA, BLOOM and a mixture of experts under another topology: the paper's Figure 9, into gallery/
 # make elastic  a job that loses a machine and gets it back: one curve    (examples/elastic)
+# make finetune_smollm2  SmolLM2-135M in, fine-tuned under two topologies, and out again
 # make hf_trainer  a Hugging Face Trainer script with one line more: killed on 2 ranks, resumed on 1 and on 3
 # make bench   side-by-side measurements         make install only set up
 # make gpu     on a machine with a GPU: everything that only a GPU can tell, in one table (tools/gpu_check.py)
@@ -12,7 +13,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install ex1 ex2 ex3 ex4 fig7 fig9 hf_trainer elastic test test-fast lint bench gpu clean
+.PHONY: install ex1 ex2 ex3 ex4 fig7 fig9 hf_trainer elastic finetune_smollm2 test test-fast lint bench gpu clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -32,7 +33,7 @@ $(STAMP): setup.py pyproject.toml megatron/data/index_helpers.cpp megatron/ucp/k
 ex1 ex2 ex3 ex4: $(STAMP)
 	bash examples/$@/run.sh
 
-hf_trainer elastic: $(STAMP)
+hf_trainer elastic finetune_smollm2: $(STAMP)
 	bash examples/$@/run.sh
 
 fig7 fig9: $(STAMP)

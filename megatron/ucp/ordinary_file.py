@@ -11,13 +11,14 @@ reads the file. So this reader may refuse what it likes, and must only never do 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, BinaryIO, ClassVar, NoReturn
 
 from megatron.ucp.inert import INERT
 from megatron.ucp.stored import DTYPES, DType, MappedFile, Size, Storage, StoredTensor
@@ -35,10 +36,15 @@ def read_ordinary(path: Path) -> Any:
     """The file's content. Raises NotOrdinary, or OSError where it cannot be opened."""
     if not path.is_file():  # a pipe would be waited for
         _refuse("no regular file")
-    with open(path, "rb") as raw:
+    return read_ordinary_part(MappedFile(path), 0, path.stat().st_size)
+
+
+def read_ordinary_part(mapped: MappedFile, start: int, num_bytes: int) -> Any:
+    """The content of a .pt file that lies in another file (PyTorch DCP puts many into one). Raises as read_ordinary."""
+    with open(mapped.path, "rb") as raw:
         try:
-            with zipfile.ZipFile(raw) as file:
-                return _Reader(path, file).load()
+            with zipfile.ZipFile(_Part(raw, start, num_bytes)) as file:
+                return _Reader(mapped, file, start, num_bytes).load()
         except NotOrdinary:
             raise
         except Exception as error:  # whatever the zip reader and the unpickler stumble over is what is in the file
@@ -59,13 +65,46 @@ def _refuse(what: object) -> NoReturn:
     raise NotOrdinary(str(what))
 
 
+class _Part(io.RawIOBase):
+    """Some bytes of an open file as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, num_bytes: int):
+        self._file, self._start = file, start
+        # What is cut off ends where the file ends.
+        self._size = max(0, min(num_bytes, os.fstat(file.fileno()).st_size - start))
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise OSError(f"before the beginning: {base + offset}")
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._size - self._position)
+        self._file.seek(self._start + self._position)
+        content = self._file.read(left if size is None or size < 0 else min(size, left))
+        self._position += len(content)
+        return content
+
+
 class _Records:
     """Of the zip: name -> (start, bytes)."""
 
-    def __init__(self, path: Path, file: zipfile.ZipFile):
+    def __init__(self, file: zipfile.ZipFile, size: int):
         self._file = file
         self._raw = file.fp
-        self._size = path.stat().st_size
+        self._size = size
         self._infos = {info.filename: info for info in file.infolist()}
         if len(self._infos) != len(file.infolist()):
             _refuse("two records of one name")
@@ -142,9 +181,9 @@ class _Reader(pickle._Unpickler):
     stack: list[Any]
     append: Callable[[Any], None]
 
-    def __init__(self, path: Path, file: zipfile.ZipFile):
-        self._records = _Records(path, file)
-        self._mapped = MappedFile(path)
+    def __init__(self, mapped: MappedFile, file: zipfile.ZipFile, start: int, num_bytes: int):
+        self._records = _Records(file, num_bytes)
+        self._mapped, self._start = mapped, start
         self._storages: dict[str, tuple[DType, Storage]] = {}
         super().__init__(io.BytesIO(self._records.read("data.pkl", _MAX_PICKLE)), encoding="utf-8")
         if self._records.has("byteorder") and self._records.read("byteorder", 16) != b"little":
@@ -167,7 +206,7 @@ class _Reader(pickle._Unpickler):
             start, num_bytes = self._records.place(f"data/{key}")
             if num_bytes < numel * type_.dtype.itemsize:
                 _refuse(f"data/{key} is too short")
-            self._storages[key] = type_.dtype, Storage(self._mapped, start, num_bytes)
+            self._storages[key] = type_.dtype, Storage(self._mapped, self._start + start, num_bytes)
         dtype, storage = self._storages[key]
         if dtype is not type_.dtype:
             _refuse(f"data/{key} under two types")

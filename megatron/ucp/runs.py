@@ -37,7 +37,7 @@ def shard_runs(
     those are given (see Layout.boxes).
     """
     shard_shape = layout.shard_shape(rank)
-    pieces = [_box_runs(box, layout.shape, shard_shape) for box in layout.boxes(rank, owned)]
+    pieces = [box_runs(box, layout.shape, shard_shape) for box in layout.boxes(rank, owned)]
     runs = np.concatenate(pieces) if pieces else EMPTY
     runs = clip_local(runs, start, math.prod(shard_shape) if stop is None else stop)
     return coalesce(runs[np.argsort(runs[:, 0], kind="stable")])
@@ -118,7 +118,7 @@ def numel(runs: Runs) -> int:
     return int(runs[:, 2].sum())
 
 
-def _box_runs(box: Box, atomic_shape: tuple[int, ...], shard_shape: tuple[int, ...]) -> Runs:
+def box_runs(box: Box, atomic_shape: tuple[int, ...], shard_shape: tuple[int, ...]) -> Runs:
     """One run per stretch that is contiguous on both sides, in atomic order."""
     extents = [stop - start for start, stop in box.atomic]
     # Dimensions from `inner` on are whole on both sides, so a run spans them and the range of the one before.

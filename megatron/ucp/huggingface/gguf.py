@@ -35,12 +35,14 @@ def unpacked(file: Path, near: Path) -> Iterator[Path]:
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise UcpError("reading GGUF needs packages that are not there", found=missing, do=f"pip install {missing[0]}")
     near.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{file.stem}.", dir=near.parent))
+    around = Path(tempfile.mkdtemp(prefix=".gguf.", dir=near.parent))
+    folder = around / file.stem
     try:
+        folder.mkdir()
         _unpack(file, folder)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(around, ignore_errors=True)
 
 
 def _unpack(file: Path, folder: Path) -> None:

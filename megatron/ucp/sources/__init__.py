@@ -3,6 +3,7 @@
 source = open_source("checkpoints")                   # a run folder: follows `latest`
 source = open_source("checkpoints/global_step100")    # DeepSpeed's files, with or without ucp.json
 source = open_source("checkpoints/global_step100_universal")
+source = open_source("outputs/checkpoint/step-1000")  # PyTorch's DCP: FSDP2, TorchTitan
 source = open_source("SmolLM2-135M")                  # a model folder of Hugging Face's: weights, no optimizer
 """
 
@@ -19,6 +20,7 @@ from megatron.ucp.file_table import require_listed, require_sizes
 from megatron.ucp.huggingface.folder import is_model_folder
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron.ucp.pointers import POINTERS, read_pointer
+from megatron.ucp.sources.dcp.source import DcpSource, is_dcp
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.huggingface import HuggingFaceSource
 from megatron.ucp.sources.source import Piece, Source
@@ -108,6 +110,8 @@ def open_source(
         return _open_listed(folder, read_manifest(folder))
     if not is_checkpoint(folder) and is_model_folder(folder):
         return HuggingFaceSource.open(folder)
+    if is_dcp(folder):
+        return DcpSource.open(folder)
     from megatron.ucp.sources.foreign import open_foreign  # imports torch
 
     return open_foreign(folder, column_parallel, optimizer_order)
@@ -129,5 +133,6 @@ def is_checkpoint(folder: Path) -> bool:
     return (
         (folder / MANIFEST_NAME).is_file()
         or (folder / "zero").is_dir()
+        or is_dcp(folder)
         or any(MODEL_FILE.match(path.name) or ZERO_FILE.match(path.name) for path in folder.iterdir())
     )

@@ -1,0 +1,221 @@
+"""Source: a PyTorch DCP folder with a model and its optimizer, by the parameters' own names.
+
+source = DcpSource.open("outputs/checkpoint/step-1000")
+source.pieces("layers.0.attention.wq.weight", "exp_avg")
+
+Names are the model's (a "model." or "module." that all of them begin with is left out). The optimizer's states stand
+under "optim.state.NAME.STATE" (get_state_dict) or "optimizer.state.NAME.STATE" (TorchTitan); its groups under
+"....param_groups.N.KEY" or "....param_groups.NAME.KEY". All else that a program keeps beside them is left out. Where a
+chunk's values lie is found out when they are asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.ucp.box import Box
+from megatron.ucp.errors import CorruptFileError, SourceError, UcpError, UnsupportedCheckpointError, listed
+from megatron.ucp.layout import Layout
+from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
+from megatron.ucp.ordinary_file import NotOrdinary, read_ordinary_part
+from megatron.ucp.runs import box_runs
+from megatron.ucp.safe_paths import existing_file
+from megatron.ucp.sources.dcp.metadata import METADATA, Chunk, Metadata, Place, SavedTensor, read_metadata
+from megatron.ucp.sources.source import Piece
+from megatron.ucp.stored import MappedFile, StoredTensor
+from megatron.ucp.topology import Topology
+
+MASTER = "fp32"
+_STATE = re.compile(r"(?:.+\.)?(?:optim|optimizer|optimizers)\.state\.(.+)\.(\w+)")
+_GROUP = re.compile(r"(?:.+\.)?(?:optim|optimizer|optimizers)\.param_groups\.(.+)\.(\w+)")
+_PREFIXES = ("model.", "module.")
+_NOT_READ = ("bool", "complex64", "complex128", "int64", "int32", "int16", "int8", "uint8")
+
+
+class DcpSource:
+    def __init__(self, folder: Path, metadata: Metadata, keys: Mapping[tuple[str, str], str], manifest: Manifest):
+        """`keys`: of each (parameter, state) the name there."""
+        self.folder, self.manifest = folder, manifest
+        self._metadata, self._keys = metadata, keys
+        self._files: dict[str, MappedFile] = {}
+        self._found: dict[Place, StoredTensor] = {}
+        self._lock = threading.Lock()
+        self._steps: dict[str, float | None] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> DcpSource:
+        """Raises CorruptFileError, UnsafePickleError or UnsupportedCheckpointError with all that is wrong."""
+        folder = Path(folder)
+        metadata = read_metadata(folder)
+        names, states = _sorted_by_kind(metadata)
+        if not names:
+            raise UnsupportedCheckpointError(
+                "no parameters of a model in the folder", found=list(metadata.tensors)[:20], where=folder
+            )
+        keys = {(name, MASTER): key for name, key in names.items()}
+        keys |= {(name, state): key for (name, state), key in states.items() if name in names and state != "step"}
+        if strange := sorted({name for name, _ in states} - set(names)):
+            raise UnsupportedCheckpointError(
+                "the optimizer keeps states of parameters that the model has not", found=listed(strange), where=folder
+            )
+        source = cls(folder, metadata, keys, Manifest(kind="universal", topology=Topology(), parameters={}))
+        source._steps = {name: source._number(states.get((name, "step"))) for name in names}
+        source.manifest = source._manifest(names, states)
+        source.manifest.require_sound(folder)
+        source._require_whole()
+        return source
+
+    def _manifest(self, names: Mapping[str, str], states: Mapping[tuple[str, str], str]) -> Manifest:
+        tensors = self._metadata.tensors
+        parameters = {}
+        for name, key in names.items():
+            own = [state for (other, state) in states if other == name and state != "step"]
+            shapes = {state: tensors[states[name, state]].shape for state in own}
+            parameters[name] = ParameterInfo(
+                layout=Layout.unique(tensors[key].shape),
+                states=(MASTER, *sorted(state for state in own if len(shapes[state]))),
+                step=self._steps[name],
+                scalars={s: self._number(states[name, s]) or 0.0 for s in own if not len(shapes[s])},
+                shapes={s: shape for s, shape in shapes.items() if len(shape) and shape != tensors[key].shape},
+                dtype=tensors[key].dtype.name,
+            )
+        return Manifest(
+            kind="universal",
+            topology=Topology(),
+            parameters=parameters,
+            optimizer=OptimizerInfo(kind="", groups=self._groups()),
+            unverified="PyTorch's distributed checkpoints have no checksums",
+        )
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """Numbers, texts and lists of the optimizer's groups; by parameter's name where they are kept so."""
+        groups: dict[str, dict[str, Any]] = {}
+        for key, place in self._metadata.values.items():
+            if (match := _GROUP.fullmatch(key)) and match[2] != "params":
+                value = self._content(place)
+                if value is None or isinstance(value, (bool, int, float, str)):
+                    groups.setdefault(match[1], {})[match[2]] = value
+                elif isinstance(value, (tuple, list)) and all(isinstance(v, (int, float)) for v in value):
+                    groups.setdefault(match[1], {})[match[2]] = list(value)
+        alike = list(groups.values())
+        return {"0": alike[0]} if alike and all(group == alike[0] for group in alike) else groups
+
+    def _require_whole(self) -> None:
+        faults = []
+        for (name, state), key in self._keys.items():
+            tensor = self._metadata.tensors[key]
+            held = sum(_numel(chunk.sizes) for chunk in tensor.chunks)
+            if held != _numel(tensor.shape):
+                faults.append(f"{name} ({state}): chunks of {held} elements, of {_numel(tensor.shape)}")
+            if tensor.dtype.name in _NOT_READ:
+                faults.append(f"{name} ({state}): elements of {tensor.dtype}")
+        missing = sorted(
+            {chunk.place.file for key in self._keys.values() for chunk in self._metadata.tensors[key].chunks}
+        )
+        for file in missing:
+            try:
+                existing_file(self.folder, file)
+            except UcpError as error:
+                faults.append(f"{file}: {error.what}")
+        if faults:
+            raise CorruptFileError("the checkpoint is not whole", found=faults, where=self.folder)
+
+    def pieces(self, name: str, state: str) -> list[Piece]:
+        tensor = self._tensor_of(name, state)
+        return [
+            Piece(self.folder / chunk.place.file, (name, state, number), _runs_of(chunk, tensor.shape))
+            for number, chunk in enumerate(tensor.chunks)
+        ]
+
+    def tensor(self, piece: Piece) -> StoredTensor:
+        name, state, number = piece.key
+        whole = self._tensor_of(str(name), str(state))
+        chunk = whole.chunks[int(number)]
+        with self._lock:
+            if chunk.place not in self._found:
+                self._found[chunk.place] = self._chunk(f"{name} ({state})", chunk, whole)
+            return self._found[chunk.place]
+
+    def _chunk(self, what: str, chunk: Chunk, whole: SavedTensor) -> StoredTensor:
+        content = self._content(chunk.place)
+        if not isinstance(content, StoredTensor) or content.shape != chunk.sizes or content.dtype is not whole.dtype:
+            raise CorruptFileError(
+                f"a chunk of {what} is not what {METADATA} says",
+                found=repr(content)[:200],
+                expected=f"{chunk.sizes}, {whole.dtype}",
+                where=self.folder / chunk.place.file,
+            )
+        return content.flat()
+
+    def _content(self, place: Place) -> Any:
+        if place.file not in self._files:
+            self._files[place.file] = MappedFile(existing_file(self.folder, place.file))
+        try:
+            return read_ordinary_part(self._files[place.file], place.start, place.num_bytes)
+        except (NotOrdinary, OSError) as error:
+            raise CorruptFileError(
+                f"no record of torch.save's at byte {place.start} ({error})", where=self.folder / place.file
+            ) from error
+
+    def _number(self, key: str | None) -> float | None:
+        """Of a tensor without dimensions."""
+        tensor = None if key is None else self._metadata.tensors[key]
+        if tensor is None or tensor.shape or len(tensor.chunks) != 1:
+            return None
+        content = self._content(tensor.chunks[0].place)
+        return float(content) if isinstance(content, StoredTensor) and content.numel() == 1 else None
+
+    def _tensor_of(self, name: str, state: str) -> SavedTensor:
+        if (name, state) not in self._keys:
+            info = self.manifest.parameters.get(name)
+            raise SourceError(
+                f"the checkpoint holds no {state} of {name}",
+                expected=self.manifest.parameters if info is None else info.states,
+                where=self.folder,
+            )
+        return self._metadata.tensors[self._keys[name, state]]
+
+    def step(self, name: str) -> float | None:
+        return self._steps.get(name)
+
+    def step_object(self, name: str) -> Any:
+        return self._steps.get(name)
+
+    def side_files(self) -> dict[str, Any]:
+        return {}
+
+    def other_files(self) -> dict[str, Path]:
+        return {}
+
+
+def is_dcp(folder: Path) -> bool:
+    return (folder / METADATA).is_file()
+
+
+def _sorted_by_kind(metadata: Metadata) -> tuple[dict[str, str], dict[tuple[str, str], str]]:
+    """(parameter -> key, (parameter, state) -> key)."""
+    states = {(match[1], match[2]): key for key in metadata.tensors if (match := _STATE.fullmatch(key))}
+    others = [key for key in metadata.tensors if key not in states.values() and not _GROUP.fullmatch(key)]
+    owners = {name for name, _ in states}
+    for prefix in _PREFIXES:
+        under = {key.removeprefix(prefix): key for key in others if key.startswith(prefix)}
+        # The state dict's own "model.", not a name's: with it the optimizer's names would not be found.
+        if under and (not owners or owners <= under.keys()) and not owners & set(others):
+            return under, states
+    return {key: key for key in others}, states
+
+
+def _runs_of(chunk: Chunk, shape: tuple[int, ...]):
+    atomic = tuple((offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes))
+    return box_runs(Box(atomic, tuple((0, size) for size in chunk.sizes)), shape, chunk.sizes)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    numel = 1
+    for extent in shape:
+        numel *= extent
+    return numel
