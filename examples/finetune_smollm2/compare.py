@@ -19,7 +19,7 @@ LENGTH, NUM_TOKENS = 512, 40
 
 
 def losses(log: str) -> dict[int, float]:
-    return {int(i): float(x) for i, x in re.findall(r"iteration (\d+)/\d+ \|.*? loss ([\d.]+)", log)}
+    return {int(i): float(x) for i, x in re.findall(r"iteration +(\d+)/\d+ \|.*? loss ([\d.]+)", log)}
 
 
 def is_proven(log: str) -> bool:

@@ -31,7 +31,7 @@ train() { # name, ranks, flags
         --train-iters "$TRAIN_ITERS" --lr 1e-4 --min-lr 1e-5 --lr-warmup-iters 2 --lr-decay-style cosine \
         --weight-decay 0.0 --clip-grad 1.0 --log-interval 1 --eval-iters 0 --num-workers 0 \
         --save-interval "$half" --tensorboard-dir "$RUN_DIR/tensorboard/$name" "$@" 2>&1 |
-        tee "$RUN_DIR/$name.log" | grep -E --line-buffered 'iteration [0-9]|digest|loaded|saved|rror' | sed -u "s/^/  /"
+        tee "$RUN_DIR/$name.log" | grep -E --line-buffered 'iteration +[0-9]|digest|loaded|saved|rror' | sed -u "s/^/  /"
 }
 
 rm -rf "$RUN_DIR"

@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--to and --dp belong together: the ZeRO stage, and the ranks that are to load it")
     if arguments.run is _convert and arguments.to and arguments.share:
         parser.error("--share divides the conversion to a universal folder, not that to DeepSpeed's own files (--to)")
+    if arguments.run is _convert and arguments.like and (arguments.to or arguments.share):
+        parser.error("--like renames parameters in a conversion to a universal folder, without --to or --share")
     try:
         code, data, text = arguments.run(arguments)
     except NotACheckpointError as error:
@@ -110,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--num_workers", type=int, default=2)
     p.add_argument("--to", choices=NAMES, help="DeepSpeed's own files of this ZeRO stage, which stock DeepSpeed loads")
     p.add_argument("--dp", type=_num_ranks, help="data-parallel ranks that they are for")
+    p.add_argument(
+        "--like",
+        metavar="MODEL",
+        help="a folder with a config.json: parameters that have Hugging Face's names (of Trainer, Accelerate, FSDP2) "
+        "get ours, moments included",
+    )
     p.add_argument("--share", type=Share.parse, metavar="I/N", help="of a conversion by N processes that see one disk")
     for name, add in (("import", add_import), ("export", add_export)):
         p = commands.add_parser(name)
@@ -268,6 +276,7 @@ def _convert(arguments: argparse.Namespace) -> tuple[int, Any, str]:
             arguments.output,
             num_workers=arguments.num_workers,
             column_parallel=tuple(arguments.column_parallel),
+            like=arguments.like,
             progress=progress,
         )
     else:

@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.ucp.errors import SourceError, UnsupportedCheckpointError, listed
+from megatron.ucp.errors import SourceError, UnsupportedCheckpointError
 from megatron.ucp.huggingface.config_json import describe
-from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import CONFIG, HeldTensor, ModelFolder, companions, file_of
 from megatron.ucp.huggingface.gpt_model import GptModel, layouts
-from megatron.ucp.huggingface.tensors import Pair, pairs
+from megatron.ucp.huggingface.matching import match
+from megatron.ucp.huggingface.tensors import Pair
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.source import Piece
 from megatron.ucp.stored import StoredTensor, are_equal
@@ -67,12 +67,23 @@ class HuggingFaceSource:
         described = describe(opened.config)
         if described.family is None or described.model is None:
             raise _refused(opened.path, list(described.faults))
-        model, family = described.model, described.family
-        if model.num_layers > len(opened.tensors):
-            raise _refused(opened.path, [f"{model.num_layers} blocks, and {len(opened.tensors)} tensors in all"])
-        held, faults = _matched(family, model, opened)
+        model, tensors = described.model, opened.tensors
+        matched = match(described.family, model, {name: held.tensor.shape for name, held in tensors.items()})
+        held = {ours: [(pair, tensors[name]) for pair, name in p] for ours, p in matched.by_parameter.items()}
+        faults = matched.faults + [
+            f"{name} is {tensors[name].tensor.dtype.name}: quantised weights are not read"
+            for parts in matched.by_parameter.values()
+            for _, name in parts
+            if tensors[name].tensor.dtype.name not in _FLOATS
+        ]
+        embedding = held.get("embedding.word_embeddings.weight")
+        if matched.tied and embedding and not are_equal(tensors[matched.tied].tensor, embedding[0][1].tensor):
+            faults.append(
+                f"{matched.tied} is not {embedding[0][0].name}, and config.json says that they are one: set "
+                '"tie_word_embeddings": false there if they are not'
+            )
         if faults:
-            raise _refused(opened.path, faults)
+            raise _refused(opened.path, sorted(faults))
         for note in described.notes:
             log.warning("warning: %s: %s", opened.path.name, note)
         return cls(opened, model, held, described.settings)
@@ -119,49 +130,3 @@ def _refused(folder: Path, faults: Sequence[str]) -> UnsupportedCheckpointError:
         where=folder,
         do="see docs/migration.md for what is known of each architecture; nothing was written",
     )
-
-
-def _matched(
-    family: Family, model: GptModel, folder: ModelFolder
-) -> tuple[dict[str, list[tuple[Pair, HeldTensor]]], list[str]]:
-    """(their tensors by our parameters, all that is missing, too much or not as it should be)."""
-    there = _canonical(family, folder.tensors)
-    has_whole_experts = any(name.endswith(f".{family.whole_experts.get(_UP)}") for name in there)
-    wanted = pairs(family, model, has_whole_experts=has_whole_experts)
-    held: dict[str, list[tuple[Pair, HeldTensor]]] = {}
-    faults, missing = list[str](), list[str]()
-    for pair in wanted:
-        found = there.pop(pair.name, None)
-        if found is None:
-            missing.append(pair.name)
-        elif found.tensor.dtype.name not in _FLOATS:
-            faults.append(f"{pair.name} is {found.tensor.dtype.name}: quantised weights are not read")
-        elif found.tensor.shape != pair.shape:
-            faults.append(f"{pair.name} is {found.tensor.shape}, {pair.shape} by config.json")
-        else:
-            held.setdefault(pair.ours, []).append((pair, found))
-    tied = there.pop(f"{family.lm_head}.weight", None)
-    if tied is not None:
-        embedding = held.get("embedding.word_embeddings.weight")
-        if embedding and not are_equal(tied.tensor, embedding[0][1].tensor):
-            faults.append(
-                f"{family.lm_head}.weight is not {embedding[0][0].name}, and config.json says that they are one: set "
-                '"tie_word_embeddings": false there if they are not'
-            )
-    if missing:
-        faults.append(f"{len(missing)} tensor(s) are missing: {listed(missing)}")
-    if there:
-        faults.append(f"{len(there)} tensor(s) have no place in a {family.model_type}: {listed(there)}")
-    return held, sorted(faults)
-
-
-_UP = "mlp.experts.dense_h_to_4h"
-
-
-def _canonical(family: Family, tensors: Any) -> dict[str, HeldTensor]:
-    """By names as transformers writes them, without what is no parameter. Older files leave the prefix out."""
-    named = {name: held for name, held in tensors.items() if not family.ignored.fullmatch(name)}
-    if any(name.startswith(family.prefix) for name in named):
-        return named
-    is_head = f"{family.lm_head}."
-    return {name if name.startswith(is_head) else family.prefix + name: held for name, held in named.items()}

@@ -211,7 +211,7 @@ class _Reading:
             )
             place = places.get((name, offsets))
             fits = len(offsets) == len(sizes) == len(shape) and all(
-                0 <= first and 0 <= extent and first + extent <= whole
+                first >= 0 and extent >= 0 and first + extent <= whole
                 for first, extent, whole in zip(offsets, sizes, shape)
             )
             if not fits or place is None:
