@@ -65,7 +65,7 @@ def draw(path: Path, halves: dict[int, float], whole: dict[int, float], half: in
     axes.plot(list(whole), list(whole.values()), color="0.7", linewidth=5, label="one rank, never changed")
     for name, steps in (("tp3, ZeRO-1", range(1, half + 1)), ("dp2, ZeRO-3", range(half + 1, max(halves) + 1))):
         axes.plot(list(steps), [halves[i] for i in steps], marker=".", label=name)
-    axes.set_xlabel("iteration"), axes.set_ylabel("training loss"), axes.legend()
+    axes.set_xlabel("iteration"), axes.set_ylabel("training loss"), axes.legend(loc="lower left")
     axes.set_title("SmolLM2-135M, fine-tuned on Shakespeare and the King James Bible")
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -74,9 +74,6 @@ class _Part(io.RawIOBase):
         self._size = max(0, min(num_bytes, os.fstat(file.fileno()).st_size - start))
         self._position = 0
 
-    def readable(self) -> bool:
-        return True
-
     def seekable(self) -> bool:
         return True
 

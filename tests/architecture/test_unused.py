@@ -20,6 +20,7 @@ CALLED_FROM_OUTSIDE = {
     "preserves_storage_sharing",  # DeepSpeed, of a checkpoint engine
     "persistent_id",
     *("reducer_override", "find_class", "persistent_load", "load_persid"),  # pickle
+    *("seekable", "tell"),  # zipfile, of a file
     "filter",  # logging
     "on_step_begin",  # transformers' Trainer
     # The library's, for programs that are not ours.

@@ -461,3 +461,29 @@ def test_the_elastic_verdict_sees_planted_faults(fault, tmp_path, monkeypatch, c
         (tmp_path / f"logs/agent_{at}.log").write_text(text)
     assert compare.main(tmp_path) == (1 if told else 0)
     assert re.search(told or "PASS", capsys.readouterr().out)
+
+
+SMOLLM2 = {
+    "nothing": ({}, True, []),
+    "a loss is another": ({7: 1e-3}, True, ["iteration 7 is 1.0e-03 away"]),
+    "a loss is missing": ({3: None}, True, ["no loss of iteration 3"]),
+    "a loss is no number": ({3: float("nan")}, True, ["iteration 3 is nan away"]),
+    "the state was not proven": ({}, False, []),
+}
+
+
+@pytest.mark.parametrize("fault", SMOLLM2)
+def test_the_verdict_on_smollm2_sees_planted_faults(fault):
+    changes, has_proof, told = SMOLLM2[fault]
+    spec = importlib.util.spec_from_file_location("smollm2_compare", EXAMPLES / "finetune_smollm2/compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    whole = {step: 3.5 - 0.01 * step for step in range(1, 25)}
+    lines = [f"[10:00:00] iteration {step:2}/24 | samples 4 | loss {loss:.6f} | lr 1" for step, loss in whole.items()]
+    proof = f"state digest {'0a' * 16} equals the one at save (direct resume)" if has_proof else "loaded"
+    log = "\n".join([*lines, proof])
+    assert compare.losses(log) == pytest.approx(whole) and compare.is_proven(log) is has_proof
+    halves = {step: loss + (changes.get(step, 0.0) or 0.0) for step, loss in whole.items()}
+    halves = {step: loss for step, loss in halves.items() if changes.get(step, 0.0) is not None}
+    assert compare.faults(halves, whole, 12, 24) == told
+    assert compare.faults(whole, whole, 24, 24) == ["one of the halves is empty"]
