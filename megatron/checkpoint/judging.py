@@ -65,7 +65,8 @@ def compare_models(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
 
 def state_problems(state: EngineState, source: Source) -> list[str]:
     """Of the optimizer, whose states are there already. One line for all parameters that differ in the same way."""
-    if all(info.states == (MASTER,) for info in source.manifest.parameters.values()):
+    needed = {held.state for interval in state.intervals for held in state.states_of(interval)} - {MASTER}
+    if needed and all(info.states == (MASTER,) for info in source.manifest.parameters.values()):
         return ["it holds weights and no optimizer states: give --finetune (or --no-load-optim, to keep its counters)"]
     alike: dict[str, list[str]] = {}
     for interval in state.intervals:

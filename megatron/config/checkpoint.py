@@ -37,6 +37,17 @@ class CheckpointConfig:
         help="with --keep-last: before a checkpoint is removed the newest is read back from the disk; where it is not "
         "what was saved it is marked damaged, and the newest that is stays. Without --async-save training waits for it",
     )
+    export_hf_interval: int | None = flag(
+        None,
+        help="a multiple of --save-interval: such saves are exported as model folders of Hugging Face's into SAVE_hf/, "
+        "by a process beside training. --keep-last must leave a save until it is exported",
+        unit="iterations",
+    )
+    export_hf_like: str | None = flag(
+        None,
+        help="folder whose config.json and tokenizer the exports take over; default: the model folder that training "
+        "started from, if any",
+    )
     load: str | None = flag(
         None, help="run folder to resume from; with --finetune also a model folder of Hugging Face's"
     )

@@ -289,6 +289,14 @@ def checkpoint_problems(checkpoint: CheckpointConfig, run: RunConfig) -> Iterato
                     flags=(flag_of(name), flag_of(other)),
                     fix=f"give {flag_of(other)}",
                 )
+    if (every := checkpoint.export_hf_interval) is not None:
+        yield from at_least(1, checkpoint, "export_hf_interval")
+        if checkpoint.save is None or every % (checkpoint.save_interval or every) or not checkpoint.save_interval:
+            yield Problem(
+                "--export-hf-interval is no multiple of --save-interval",
+                found=f"{every}, {checkpoint.save_interval}",
+                flags=("--export-hf-interval", "--save-interval", "--save"),
+            )
     if checkpoint.async_save_max_gib is not None:
         yield from within(0.0, math.inf, checkpoint, "async_save_max_gib")
     for name in ("universal_checkpoint", "load_tag", "finetune", "load_strict", "exit_on_missing_checkpoint"):

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+import torch.distributed as dist
+
 from megatron.checkpoint.background import BackgroundSaves, SaveEvent
 from megatron.checkpoint.errors import CheckpointError, on_rank_0
 from megatron.checkpoint.live_run import LiveRun
@@ -19,6 +21,8 @@ from megatron.checkpoint.saving import save
 from megatron.checkpoint.state_digest import DivergedCopiesError
 from megatron.checkpoint.state_watch import StateChangedError
 from megatron.config.checkpoint import CheckpointConfig
+from megatron.parallel.agreement import stops_all_ranks
+from megatron.training.hub_exports import HubExports
 from megatron.training.tensorboard import RunLog
 from megatron.ucp.commit import damage_of, mark_damaged
 from megatron.ucp.errors import UcpError
@@ -41,6 +45,10 @@ class Saves:
         self._keep = Keep(config.keep_last, config.keep_every, config.keep_newest_verified)
         self._behind = BackgroundSaves(live, config.async_save_max_gib, self._keep) if is_behind else None
         self._is_prepared = False
+        self._exports = None
+        with stops_all_ranks("looking for the model's name at Hugging Face"):
+            if dist.get_rank() == 0:
+                self._exports = HubExports.of(config, live.model)
 
     def __enter__(self) -> Saves:
         return self
@@ -50,6 +58,10 @@ class Saves:
     ) -> None:
         if self._behind is not None:
             self._behind.close()
+        if self._exports is not None:
+            if kind is None:
+                self._exports.finish()
+            self._exports.close()
 
     def after_step(self, *, is_last: bool) -> None:
         """Saves if it is time to, and sees what became of a save behind. `is_last`: the run stops here, with all that
@@ -61,6 +73,8 @@ class Saves:
                 self._behind.prepare()
                 self._is_prepared = True
             self._see(*self._behind.poll())
+        if self._exports is not None:
+            self._exports.poll()
         iteration, interval = self._progress.iteration, self._config.save_interval
         if interval and iteration % interval == 0:
             self._save(Path(self._config.save))
@@ -111,14 +125,19 @@ class Saves:
     def _save_now(self, folder: Path) -> None:
         started, iteration = time.perf_counter(), self._progress.iteration
         save(self._live, folder, self._progress, self._keep)
-        self._saved_at = iteration
+        self._is_durable(iteration)
         self._run_log.times(iteration, {"checkpoint": time.perf_counter() - started})
+
+    def _is_durable(self, iteration: int) -> None:
+        self._saved_at = iteration
+        if self._exports is not None:
+            self._exports.after_save(Path(self._config.save or "") / f"global_step{iteration}", iteration)
 
     def _see(self, *events: SaveEvent) -> None:
         for event in events:
             self._run_log.save(event.iteration, event.kind, event.seconds)
             if event.kind == "durable":
-                self._saved_at = event.iteration
+                self._is_durable(event.iteration)
             elif event.kind == "failed" and self._config.exit_on_save_failure:
                 raise CheckpointError(f"{event.error}\nThe run stops here, as --exit-on-save-failure asks.")
 

@@ -85,7 +85,7 @@ def export(
     like_folder = _like(like, folder)
     settings = sound_settings(source.manifest.common.get("model_settings"))
     max_positions = max_positions or settings.get("max_position_embeddings")
-    chosen, config, notes = _config(model, family, like_folder, max_positions)
+    chosen, config, notes = config_json_of(model, family, like_folder, max_positions)
     dtype = dtype or _trained_in(source)
     if dtype not in DTYPE_NAMES:
         raise UnsupportedCheckpointError("no precision of weights", found=dtype, expected=DTYPE_NAMES)
@@ -144,10 +144,10 @@ def _like(given: str | Path | None, checkpoint: Path) -> Path | None:
     return checkpoint if (checkpoint / CONFIG).is_file() else None
 
 
-def _config(
+def config_json_of(
     model: GptModel, wanted: str | None, like: Path | None, max_positions: int | None
 ) -> tuple[Family, dict[str, Any], tuple[str, ...]]:
-    """(family, config.json, notes)."""
+    """(family, config.json, notes) of a model. Raises UnsupportedCheckpointError where it has none."""
     if like is not None and (like / CONFIG).is_file():
         theirs = read_json(like, CONFIG)
         described = describe(theirs)

@@ -200,6 +200,8 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("load-tag", {"load_tag": "global_step1"}, ["--load-tag without --load"]),
     ("go-back", {"go_back_on_state_change": True},
      ["--go-back-on-state-change without --verify-state-every", "--go-back-on-state-change without --save"]),
+    ("export", {"save": "run", "save_interval": 4, "export_hf_interval": 6}, ["--export-hf-interval is no multiple"]),
+    ("export-without-save", {"export_hf_interval": 6}, ["--export-hf-interval is no multiple of --save-interval"]),
     ("keep-verified", {"keep_newest_verified": True}, ["--keep-newest-verified without --keep-last"]),
     ("no-data", {"data_path": ()}, ["--data-path is missing"]),
     ("no-dataset", {"data_path": ("nowhere/x",)}, ["nowhere/x.bin", "nowhere/x.idx", "tools/preprocess_data.py"]),

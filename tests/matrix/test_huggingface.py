@@ -7,6 +7,7 @@ folder, and the logits of what is exported. Two steps later the topologies must 
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -96,6 +97,49 @@ def test_what_is_exported_computes_what_was_trained(name, data, tmp_path):
     back = convert(tmp_path / "out", tmp_path / "back")
     assert {key: states["fp32"] for key, states in back.manifest.digests.items()} == weights
     assert verify(tmp_path / "back").is_sound
+
+
+@pytest.mark.parametrize("how", [{}, {"async_save": True}])
+def test_exports_while_training(how, data, tmp_path):
+    """Of every second save; the last is waited for, and the run ends where one that exports nothing ends."""
+    flags = {**RUNS["llama"], **cell("llama-tp2pp1dp1-z1").flags, "save_interval": 1, **how}
+    argv = command_line(data, **{**flags, "iters": 4, "save": tmp_path / "run", "export_hf_interval": 2})
+    exporting = run_ranks(2, train, argv)[0]
+    alone = run_ranks(2, train, command_line(data, **{**flags, "iters": 4, "save": tmp_path / "alone"}))[0]
+    assert exporting.digests == alone.digests and exporting.losses == alone.losses
+    assert {path.name for path in (tmp_path / "run_hf").iterdir()} == {"global_step2", "global_step4"}
+    for step in (2, 4):
+        native = open_source(tmp_path / f"run/global_step{step}")
+        logits = _logits(tmp_path / f"run_hf/global_step{step}")
+        torch.testing.assert_close(logits, ours(native, tokens()), rtol=0, atol=TOLERANCE)
+
+
+def test_an_export_that_fails_ends_no_run(data, tmp_path):
+    flags = {**RUNS["llama"], "save_interval": 2, "iters": 4, "save": tmp_path / "run", "export_hf_interval": 2}
+    (tmp_path / "run_hf").write_text("no folder")
+    curves, told = run_ranks(1, _train_and_listen, command_line(data, **flags))[0]
+    assert sorted(curves.losses) == [1, 2, 3, 4]
+    assert sum("was not exported" in line for line in told) == 2, told
+    (tmp_path / "run_hf").unlink()
+    _, told = run_ranks(1, _train_and_listen, command_line(data, **{**flags, "load": tmp_path / "run", "iters": 6}))[0]
+    assert sum(line.startswith("exported ") and "global_step6" in line for line in told) == 1, told
+
+
+def _train_and_listen(rank, world_size, argv):
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger("megatron.training.hub_exports")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    return train(rank, world_size, argv), told
+
+
+def test_exports_of_a_model_with_no_name_there_are_refused_before_training(data, tmp_path):
+    flags = {**RUNS["mixtral"], "moe_shared_expert_intermediate_size": 12, "save": tmp_path / "run"}
+    with pytest.raises(RankFailure, match="moe_shared_expert_intermediate_size is 12, not 0"):
+        run_ranks(2, train, command_line(data, **{**flags, "save_interval": 1, "export_hf_interval": 1}))
+    assert not list(tmp_path.glob("run/global_step*"))
 
 
 def test_a_model_with_no_name_there_is_refused(data, tmp_path):
