@@ -303,7 +303,8 @@ def _convert(arguments: argparse.Namespace) -> tuple[int, Any, str]:
 
 def _kind(manifest: Manifest) -> str:
     if manifest.kind == "universal":
-        return "universal"
+        # What a folder of another format is, which was not converted.
+        return manifest.saved_by.get("format", "universal") if manifest.source is None else "universal"
     return f"native, ZeRO-{manifest.zero_stage}" + (", pipeline" if manifest.is_pipelined else "")
 
 

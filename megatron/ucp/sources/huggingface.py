@@ -56,6 +56,7 @@ class HuggingFaceSource:
             optimizer=OptimizerInfo(kind=""),
             model=model.to_json(),
             common={"model_settings": dict(settings)},
+            saved_by={"format": f"model folder of Hugging Face's, {folder.config['model_type']}"},
             unverified="a Hugging Face folder has no checksums",
         )
 

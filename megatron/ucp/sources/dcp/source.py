@@ -88,6 +88,7 @@ class DcpSource:
             topology=Topology(),
             parameters=parameters,
             optimizer=OptimizerInfo(kind="", groups=self._groups()),
+            saved_by={"format": "PyTorch DCP"},
             unverified="PyTorch's distributed checkpoints have no checksums",
         )
 
