@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.config.checkpoint import CheckpointConfig
-from megatron.config.checkpoint_args import fill_in_from_checkpoint
 from megatron.config.config import Config
 from megatron.config.data import DataConfig
 from megatron.config.errors import ConfigError, Problem
@@ -85,7 +84,11 @@ def parse(argv: Sequence[str]) -> ParseResult:
 
 def _from_checkpoint(sections: dict[str, Any]) -> list[str]:
     (_, model), (_, checkpoint) = sections["model"], sections["checkpoint"]
-    return fill_in_from_checkpoint(model, checkpoint) if checkpoint.get("use_checkpoint_args") else []
+    if not checkpoint.get("use_checkpoint_args"):
+        return []
+    from megatron.config.checkpoint_args import fill_in_from_checkpoint  # late: it loads the checkpoint library
+
+    return fill_in_from_checkpoint(model, checkpoint)
 
 
 def build_parser() -> argparse.ArgumentParser:

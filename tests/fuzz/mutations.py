@@ -151,7 +151,9 @@ MUTATIONS = (
     ),
     Mutation("digests after a load", "optim_states.pt: a bit is flipped", ((loading, "prove", _nothing),), "ZeRO"),
     Mutation("files that run code", "a pickle that runs code", ((safe_load, "_load", _execute),)),
-    Mutation("files that run code, read without torch", "a pickle that runs code", ((source, "read_ordinary", _obey),)),
+    Mutation(
+        "files that run code, read without torch", "a pickle that runs code", ((ordinary_file, "read_ordinary", _obey),)
+    ),
     Mutation(
         "memory by a number",
         "an archive that asks for memory",

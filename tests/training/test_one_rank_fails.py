@@ -38,8 +38,7 @@ def _hide(part: str) -> None:
     """This rank finds no file whose name contains `part`, nor lists it in a folder."""
     import torch
 
-    from megatron.ucp import torch_file
-    from megatron.ucp.sources import source
+    from megatron.ucp import ordinary_file, torch_file
 
     def refusing(action):
         def call(path, *args, **kwargs):
@@ -52,7 +51,7 @@ def _hide(part: str) -> None:
     torch.load = refusing(torch.load)
     os.lstat = refusing(os.lstat)
     torch_file.open_output = refusing(torch_file.open_output)
-    source.read_ordinary = refusing(source.read_ordinary)
+    ordinary_file.read_ordinary = refusing(ordinary_file.read_ordinary)
     iterdir, is_file = Path.iterdir, Path.is_file
     Path.iterdir = lambda folder: (path for path in iterdir(folder) if part not in path.name)
     Path.is_file = lambda path: part not in path.name and is_file(path)

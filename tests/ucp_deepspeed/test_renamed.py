@@ -1,7 +1,7 @@
 """What programs of others saved of a transformers model goes on in pretrain_gpt.py, moments included.
 
-DeepSpeed's files (as Trainer and Accelerate write them) and PyTorch's DCP. The state is held against what DeepSpeed's own
-accessors and the program's memory say, and the next loss against transformers' with the trained weights.
+DeepSpeed's files (as Trainer and Accelerate write them) and PyTorch's DCP. The state is held against what DeepSpeed
+itself says and what the program had in memory, and the next loss against transformers' with the trained weights.
 """
 
 from __future__ import annotations
