@@ -42,6 +42,8 @@ def _go_back(run: Run, error: StateChangedError, reached: int) -> int:
         load=run.config.checkpoint.save,
         load_tag=None,
         load_strict=False,
+        finetune=False,
+        pretrained_checkpoint=None,
         universal_checkpoint=False,
         exit_on_missing_checkpoint=True,
     )

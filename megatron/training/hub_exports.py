@@ -88,7 +88,8 @@ class HubExports:
         if output.exists():  # a run that went back, or saved its last iteration twice
             log.warning("warning: %s is there already: not exported again", output)
             return
-        arguments = ["export", str(checkpoint), str(output), "--num_workers", "1"]
+        # As JSON: without lines of progress, which nobody reads until the end.
+        arguments = ["export", str(checkpoint), str(output), "--num_workers", "1", "--json"]
         arguments += ["--like", str(self._like)] if self._like is not None else []
         root = str(Path(__file__).resolve().parents[2])
         try:
@@ -108,6 +109,6 @@ class HubExports:
     def _tell(self, checkpoint: Path, process: subprocess.Popen[str]) -> None:
         told = (process.communicate()[0] or "").strip()
         if process.returncode == 0:
-            log.info("exported %s", told.splitlines()[0] if told else checkpoint)
+            log.info("exported %s as a model folder of Hugging Face's, %s", checkpoint, self._folder / checkpoint.name)
         else:
             log.error("error: %s was not exported (exit code %d): %s", checkpoint, process.returncode, told[-1000:])

@@ -143,7 +143,9 @@ def _fit(run: Run, saves: Saves, last_iteration: int, begins: Callable[[int], No
                     stop.ignore()
                 run.is_stopped_by_signal = reason == config.run.exit_signal
                 log.info("stopping at iteration %d: %s", progress.iteration, reason)
-                return progress
+                break
+        if not run.is_stopped_by_signal:  # whoever sent it does not wait long
+            saves.finish_exports()
         return progress
 
 

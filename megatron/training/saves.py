@@ -59,8 +59,6 @@ class Saves:
         if self._behind is not None:
             self._behind.close()
         if self._exports is not None:
-            if kind is None:
-                self._exports.finish()
             self._exports.close()
 
     def after_step(self, *, is_last: bool) -> None:
@@ -89,6 +87,11 @@ class Saves:
             if self._behind.is_busy:
                 log.info("waiting for the save that is being written")
             self._see(*self._behind.wait())
+
+    def finish_exports(self) -> None:
+        """Waits for what is being exported, and for what is to be."""
+        if self._exports is not None:
+            self._exports.finish()
 
     def finish_and_mark(self, change: StateChangedError) -> None:
         """Waits for the save in flight; then a checkpoint that holds what has changed is marked damaged, so that nobody

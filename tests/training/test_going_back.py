@@ -112,6 +112,15 @@ def test_nothing_to_go_back_to(data, tmp_path):
         run_ranks(2, _fit, _argv(data, tmp_path), [(1, "before the save")])
 
 
+def test_the_weights_that_a_run_began_with_are_nothing_to_go_back_to(data, tmp_path):
+    """A checkpoint of another run is no state of this one: the change stays what ends it."""
+    begun_with = tmp_path / "other"
+    run_ranks(1, _fit, [*_argv(data, begun_with)], [])
+    flags = {"pretrained_checkpoint": begun_with, "save_interval": 6}
+    with pytest.raises(RankFailure, match="StateChangedError"):
+        run_ranks(2, _fit, _argv(data, tmp_path / "run", **flags), [(3, "after the save")])
+
+
 def test_a_run_that_stops_leaves_no_flipped_checkpoint_to_resume_from(data, tmp_path):
     """Without the flag: the next start takes the save of before."""
     argv = [word for word in _argv(data, tmp_path) if word != "--go-back-on-state-change"]
