@@ -17,6 +17,10 @@ _ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 """What a tokenizer.json alone may call the end of a document: it does not say which of its tokens that is."""
 
 
+MAX_GAPS = 16
+"""Times as many ids as tokens; published vocabularies leave a few free, not most of them."""
+
+
 class HFTokenizer:
     """Never downloads, and runs no code from the folder, nor asks whether it should. The vocabulary counts added tokens
     too."""
@@ -44,6 +48,14 @@ class HFTokenizer:
             )
         # Ids may leave gaps: the last one decides how many rows there are.
         self.vocab_size = max(len(self._backend), 1 + max(self._backend.get_vocab().values(), default=0))
+        if self.vocab_size > MAX_GAPS * len(self._backend):
+            raise TokenizerError(
+                "the vocabulary's ids leave gaps, and every id up to the last takes a row of the embedding",
+                found=f"{len(self._backend)} tokens, the last id {self.vocab_size - 1}",
+                expected=f"ids from 0 to about {len(self._backend) - 1}",
+                where=name_or_path,
+                do="number the tokens anew, or give the tokenizer that the data was made with",
+            )
         self.eod: int = self._backend.eos_token_id
 
     def tokenize(self, text: str) -> list[int]:

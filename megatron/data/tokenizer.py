@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron.data.errors import TokenizerError
+from megatron.data.huggingface_tokenizer import MAX_GAPS, HFTokenizer
 from megatron.data.tiktoken_tokenizer import DEFAULT_SPECIAL_TOKENS
 
 END_OF_TEXT = "<|endoftext|>"
-_MAX_GAPS = 16
-"""Times as many ids as tokens; published vocabularies leave a few free, not most of them."""
 
 REFUSED = {
     "BertWordPieceLowerCase": "it is for BERT; this framework trains GPT models",
@@ -81,8 +80,6 @@ class TokenizerSpec:
         if kind in HUGGING_FACE:
             if self.tokenizer_model is None:
                 _existing_file(None, "--tokenizer-model", kind)
-            from megatron.data.huggingface_tokenizer import HFTokenizer
-
             return HFTokenizer(self.tokenizer_model)
         if kind in SENTENCE_PIECE:
             from megatron.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -144,7 +141,7 @@ class GPT2BPETokenizer:
                 where=vocab_file,
             )
         self.vocab_size = max(vocab.values()) + 1
-        if self.vocab_size > _MAX_GAPS * len(vocab):
+        if self.vocab_size > MAX_GAPS * len(vocab):
             raise TokenizerError(
                 "the vocabulary's ids leave gaps, and every id up to the last takes a row of the embedding",
                 found=f"{len(vocab)} tokens, the last id {self.vocab_size - 1}",

@@ -204,6 +204,15 @@ def test_a_tokenizer_json_alone(folder, tmp_path):
         TokenizerSpec("HFTokenizer", tokenizer_model=tmp_path / "tokenizer.json").build()
 
 
+def test_ids_that_would_take_a_billion_rows(folder, tmp_path):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    word = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][word] = 900_000_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match="leave gaps|no tokenizer that transformers can read"):
+        TokenizerSpec("HFTokenizer", tokenizer_model=tmp_path / "tokenizer.json").build()
+
+
 def test_what_the_hubs_cache_has_and_nothing_is_downloaded(folder, tmp_path):
     snapshot = tmp_path / "models--someone--model/snapshots/0123456789abcdef0123456789abcdef01234567"
     snapshot.mkdir(parents=True)

@@ -366,6 +366,9 @@ HOSTILE = {
     "a config that is not JSON": (_config("{"), CorruptFileError),
     "a config nested too deep": (_config('{"a":' * 5000 + "1" + "}" * 5000), CorruptFileError),
     "a file that was cut short": (_cut, CorruptFileError),
+    "a model of a billion heads": (_config(json.dumps({
+        "model_type": "bloom", "n_layer": 2, "hidden_size": 1 << 31, "n_head": 1 << 31, "vocab_size": 101})),
+        UnsupportedCheckpointError),
     "a model of a million blocks": (_config(json.dumps({
         "model_type": "llama", "num_hidden_layers": 4096, "hidden_size": 1 << 31, "num_attention_heads": 1 << 30,
         "vocab_size": 1 << 31, "intermediate_size": 1 << 31})), UnsupportedCheckpointError),

@@ -20,7 +20,7 @@ from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.json_checks import flag, list_of, number, one_of, passes, record, whole
 from megatron.ucp.layout import Cut, Layout, Part
 
-MAX_LAYERS, MAX_EXPERTS = 1 << 12, 1 << 16
+MAX_LAYERS, MAX_EXPERTS, MAX_HEADS = 1 << 12, 1 << 16, 1 << 16
 """Of a model; more is no model but a file that wants memory."""
 _ROPE = ("rope_theta", "rotary_percent", "rope_scaling_type")
 _LLAMA3 = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_position_embeddings")
@@ -133,8 +133,8 @@ _SIZE = whole(1, 1 << 32)
 _CHECK = record(
     {
         "num_layers": whole(1, MAX_LAYERS),
-        **dict.fromkeys(("hidden_size", "ffn_hidden_size", "num_attention_heads"), _SIZE),
-        **dict.fromkeys(("num_key_value_heads", "kv_channels", "vocab_size"), _SIZE),
+        **dict.fromkeys(("hidden_size", "ffn_hidden_size", "kv_channels", "vocab_size"), _SIZE),
+        **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), whole(1, MAX_HEADS)),
         "normalization": one_of("layernorm", "rmsnorm"),
         "layernorm_epsilon": number(0, 1),
         "positions": one_of("learned_absolute", "rope", "alibi", "none"),

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -74,7 +75,7 @@ def _rows(entry: Theirs, model: GptModel, shape: tuple[int, ...]) -> Iterator[tu
     """(module, runs, rows) of each part of ours, [rows, ...]."""
     row = math.prod(shape[1:])
     if entry.form == BY_HEAD:
-        yield entry.modules[0], _by_head(model, row), shape[0]
+        yield entry.modules[0], _by_head(model.num_attention_heads, model.kv_channels * row), shape[0]
         return
     start = 0
     for module, rows in zip(entry.modules, _part_sizes(entry, model, shape[0]), strict=True):
@@ -82,9 +83,9 @@ def _rows(entry: Theirs, model: GptModel, shape: tuple[int, ...]) -> Iterator[tu
         start += rows
 
 
-def _by_head(model: GptModel, row: int) -> Runs:
-    """Theirs [heads, q|k|v, head], ours [q|k|v, heads, head]."""
-    heads, length = model.num_attention_heads, model.kv_channels * row
+@lru_cache(maxsize=8)
+def _by_head(heads: int, length: int) -> Runs:
+    """Theirs [heads, q|k|v, head], ours [q|k|v, heads, head], a head of `length` elements. The same for all blocks."""
     part, head = np.divmod(np.arange(3 * heads, dtype=np.int64), heads)
     return np.stack([(part * heads + head) * length, (head * 3 + part) * length, np.full(3 * heads, length)], axis=1)
 
