@@ -1,7 +1,5 @@
 """PyTorch's distributed checkpoints, made by an FSDP2 program, against what that program had in memory."""
 
-import io
-import json
 import os
 import pickle
 import shutil
@@ -16,7 +14,6 @@ from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
 from megatron.ucp.errors import CorruptFileError, UcpError, UnsafePickleError, UnsupportedCheckpointError
 from megatron.ucp.execute import read_into
-from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.matching import match
 from megatron.ucp.runs import whole_runs
 from megatron.ucp.sources import open_source
@@ -253,7 +250,6 @@ def test_no_code_is_run(where, saved, tmp_path):
         (folder / ".metadata").write_bytes(pickle.dumps({"a": _Evil(mark)}))
     else:
         _edited(folder, lambda m: setattr(m, "planner_data", {"a": _Evil(mark)}))
-        os.rmdir(mark) if os.path.isdir(mark) else None
     with pytest.raises(UnsafePickleError, match="mkdir"):
         open_source(folder)
     assert not os.path.exists(mark)
@@ -315,5 +311,3 @@ def test_our_reader_of_metadata_agrees_with_torchs(saved):
         for chunk in tensor.chunks:
             info = places[key, chunk.offsets]
             assert (chunk.place.file, chunk.place.start) == (info.relative_path, info.offset)
-    assert json.dumps(describe(made("llama").config.to_dict()).model.to_json())
-    assert io.BytesIO((folder / ".metadata").read_bytes()).read(2) == b"\x80\x04"
