@@ -51,7 +51,7 @@ from megatron.training.starting_point import StartingPoint
 from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, parameters_trained_later, refuse_buffers
 from megatron.ucp.commit import RUN_MARK, end_replacements
-from megatron.ucp.huggingface.gpt_model import SETTINGS
+from megatron.ucp.naming.gpt_model import SETTINGS
 from megatron.ucp.owner import claimed
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from typing import Any
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.ucp.export import config_json_of
 from megatron.ucp.huggingface.folder import is_model_folder
-from megatron.ucp.huggingface.gpt_model import GptModel
+from megatron.ucp.naming.gpt_model import GptModel
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.huggingface.config_json import config_of, describe, family_of
 from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import CONFIG, companions, file_of, read_json
-from megatron.ucp.huggingface.gpt_model import GptModel, layouts, sound_settings
-from megatron.ucp.huggingface.tensors import pairs
+from megatron.ucp.naming.gpt_model import GptModel, layouts, sound_settings
+from megatron.ucp.naming.tensors import pairs
 from megatron.ucp.identity import Identity
 from megatron.ucp.sources import Source, find_checkpoint, open_source
 from megatron.ucp.stored import DTYPES

@@ -76,7 +76,7 @@ def ours(source, tokens):
     from megatron.parallel.context import ParallelContext
     from megatron.parallel.rng import RandomStreams
     from megatron.ucp.execute import read_into
-    from megatron.ucp.huggingface.gpt_model import GptModel
+    from megatron.ucp.naming.gpt_model import GptModel
     from megatron.ucp.runs import shard_runs
 
     values = model_values(GptModel.of(source.manifest.model), source.folder)

@@ -23,8 +23,8 @@ from megatron.training.build import _identity
 from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.huggingface.config_json import config_of, describe, family_of, mismatches
 from megatron.ucp.huggingface.families import FAMILIES
-from megatron.ucp.huggingface.gpt_model import GptModel, layouts, sound_settings
-from megatron.ucp.huggingface.tensors import pairs
+from megatron.ucp.naming.gpt_model import GptModel, layouts, sound_settings
+from megatron.ucp.naming.tensors import pairs
 
 MODELS = {
     **{name: ModelConfig.of_preset(name, **({} if "vocab_size" in p.values else {"vocab_size": 101}))

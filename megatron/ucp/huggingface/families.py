@@ -15,35 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-ROWS, TRANSPOSED, BY_HEAD = "rows", "transposed", "by head"
+from megatron.ucp.naming.names import BY_GROUP, TRANSPOSED, Names
+from megatron.ucp.naming.names import theirs as _is
 
 
-@dataclass(frozen=True)
-class Theirs:
-    """What one of our parameters (without ".weight" or ".bias") is there."""
+@dataclass(frozen=True, kw_only=True)
+class Family(Names):
+    """`title` is config.json's model_type."""
 
-    modules: tuple[str, ...]
-    """Whose rows stand one after the other in ours: q, k, v; or gate, up. "{}" is an expert's number."""
-    form: str = ROWS
-    """Of a matrix. ROWS: [out, in], as ours. TRANSPOSED: [in, out] (GPT-2's Conv1D). BY_HEAD: its rows are q, k and v
-    of the first head, then of the second, and so on."""
-
-
-def _is(*names: str, form: str = ROWS) -> Theirs:
-    return Theirs(names, form)
-
-
-@dataclass(frozen=True)
-class Family:
-    model_type: str
     architecture: str
-    prefix: str
-    """Of the names in front of the output layer; older files leave it out."""
-    layers: str
-    """Of a block's names, after the prefix."""
-    top: Mapping[str, str]
-    """Ours -> theirs, after the prefix, but for the output layer."""
-    block: Mapping[str, Theirs]
     keys: Mapping[str, str]
     """GptModel's field -> key of config.json."""
     defaults: Mapping[str, Any]
@@ -54,15 +34,14 @@ class Family:
     """Of linear layers: "none", "all", "qkv", or "flags": as `bias_flags` say."""
     bias_flags: tuple[str, ...] = ()
     """Keys of config.json: of attention's biases and, where there is a second one, of the MLP's."""
-    lm_head: str = "lm_head"
     expected: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Keys of config.json, and the values with which the model computes what ours computes. The first is written."""
-    whole_experts: Mapping[str, str] = field(default_factory=dict)
-    """Ours -> theirs of the experts in one tensor, as transformers 5 has them in memory."""
-    ignored: re.Pattern[str] = re.compile(r".*\.rotary_emb\.inv_freq")
-    """Names that are no parameters: tables and masks that older versions saved."""
     differs: str = ""
     """What the published model has and this one has not."""
+
+    @property
+    def model_type(self) -> str:
+        return self.title
 
     @property
     def has_experts(self) -> bool:
@@ -140,7 +119,7 @@ def _llama_like(model_type: str, architecture: str, without: tuple[str, ...] = (
         values[key] = {field: value for field, value in values[key].items() if field not in without}
     for key, value in changes.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
-    return Family(model_type, architecture, **values)
+    return Family(title=model_type, architecture=architecture, **values)
 
 
 _QWEN_WINDOW = {"use_sliding_window": (False,)}
@@ -159,8 +138,8 @@ _MASKS = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|att
 
 _ALL = (
     Family(
-        "gpt2",
-        "GPT2LMHeadModel",
+        title="gpt2",
+        architecture="GPT2LMHeadModel",
         prefix="transformer.",
         layers="h.{}.",
         top={"embedding.word_embeddings": "wte", "embedding.position_embeddings": "wpe", "final_norm": "ln_f"},
@@ -204,8 +183,8 @@ _ALL = (
         ignored=_MASKS,
     ),
     Family(
-        "bloom",
-        "BloomForCausalLM",
+        title="bloom",
+        architecture="BloomForCausalLM",
         prefix="transformer.",
         layers="h.{}.",
         top={
@@ -216,7 +195,7 @@ _ALL = (
         block={
             **_LAYER_NORMS,
             **_FUSED_MLP,
-            "attention.query_key_value": _is("self_attention.query_key_value", form=BY_HEAD),
+            "attention.query_key_value": _is("self_attention.query_key_value", form=BY_GROUP),
             "attention.dense": _is("self_attention.dense"),
         },
         keys={
@@ -237,8 +216,8 @@ _ALL = (
         ignored=_MASKS,
     ),
     Family(
-        "gpt_neox",
-        "GPTNeoXForCausalLM",
+        title="gpt_neox",
+        architecture="GPTNeoXForCausalLM",
         prefix="gpt_neox.",
         layers="layers.{}.",
         top={"embedding.word_embeddings": "embed_in", "final_norm": "final_layer_norm"},
@@ -246,7 +225,7 @@ _ALL = (
         block={
             **_LAYER_NORMS,
             **_FUSED_MLP,
-            "attention.query_key_value": _is("attention.query_key_value", form=BY_HEAD),
+            "attention.query_key_value": _is("attention.query_key_value", form=BY_GROUP),
             "attention.dense": _is("attention.dense"),
         },
         keys={

@@ -20,9 +20,9 @@ from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.execute import gather
 from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.folder import CONFIG, companions, file_of, read_json
-from megatron.ucp.huggingface.gpt_model import GptModel, layouts
-from megatron.ucp.huggingface.matching import match
-from megatron.ucp.huggingface.tensors import Pair
+from megatron.ucp.naming.gpt_model import GptModel, layouts
+from megatron.ucp.naming.matching import match
+from megatron.ucp.naming.tensors import Pair
 from megatron.ucp.manifest import Manifest, ParameterInfo
 from megatron.ucp.runs import Runs, intersect, whole_runs
 from megatron.ucp.sources.source import Piece, Source

@@ -23,7 +23,7 @@ import numpy as np
 from megatron.ucp.digest import Digest, digest_runs
 from megatron.ucp.errors import UcpError
 from megatron.ucp.execute import gather, pour, rounded
-from megatron.ucp.huggingface.tensors import Pair
+from megatron.ucp.naming.tensors import Pair
 from megatron.ucp.runs import whole_runs
 from megatron.ucp.safetensors_file import write_safetensors
 from megatron.ucp.sources.source import Source

@@ -1,6 +1,6 @@
 """Where the elements of their tensors lie in ours: names, shapes and runs, the same in both directions.
 
-for pair in pairs(family, model):
+for pair in pairs(names, model):
     pair.name, pair.shape                  # "model.layers.0.self_attn.k_proj.weight", (64, 576)
     pair.ours, pair.runs                   # "layers.0.attention.query_key_value.weight", [[atomic, theirs, length]]
 
@@ -17,8 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron.ucp.huggingface.families import BY_HEAD, TRANSPOSED, Family, Theirs
-from megatron.ucp.huggingface.gpt_model import GptModel, layouts
+from megatron.ucp.naming.gpt_model import GptModel, layouts
+from megatron.ucp.naming.names import BY_GROUP, TRANSPOSED, Names, Theirs
 from megatron.ucp.runs import Runs, whole_runs
 
 _BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
@@ -35,31 +35,31 @@ class Pair:
     is_transposed: bool = False
 
 
-def pairs(family: Family, model: GptModel, *, has_whole_experts: bool = False) -> list[Pair]:
+def pairs(names: Names, model: GptModel, *, has_whole_experts: bool = False) -> list[Pair]:
     """Of all tensors of a folder, in our parameters' order. `has_whole_experts`: a block's experts are one tensor."""
     return [
         pair
         for name, layout in layouts(model).items()
-        for pair in _pairs_of(family, model, name, layout.shape, has_whole_experts)
+        for pair in _pairs_of(names, model, name, layout.shape, has_whole_experts)
     ]
 
 
-def _pairs_of(family: Family, model: GptModel, name: str, shape: tuple[int, ...], whole: bool) -> Iterator[Pair]:
+def _pairs_of(names: Names, model: GptModel, name: str, shape: tuple[int, ...], whole: bool) -> Iterator[Pair]:
     match = _BLOCK.fullmatch(name)
     path = match[2] if match else name
     module, dot, kind = path.rpartition(".")
     if kind not in ("weight", "bias"):
         module, dot, kind = path, ".", "weight"
     if not match:
-        theirs = family.lm_head if module == "lm_head" else family.prefix + family.top[module]
+        theirs = names.lm_head if module == "lm_head" else names.prefix + names.top[module]
         yield Pair(f"{theirs}{dot}{kind}", shape, name, whole_runs(math.prod(shape)))
         return
-    prefix = family.prefix + family.layers.format(match[1])
-    if whole and module in family.whole_experts:
+    prefix = names.prefix + names.layers.format(match[1])
+    if whole and module in names.whole_experts:
         suffix = "" if module.startswith("mlp.experts.") else ".weight"
-        yield Pair(f"{prefix}{family.whole_experts[module]}{suffix}", shape, name, whole_runs(math.prod(shape)))
+        yield Pair(f"{prefix}{names.whole_experts[module]}{suffix}", shape, name, whole_runs(math.prod(shape)))
         return
-    entry = family.block[module]
+    entry = names.block[module]
     if module.startswith("mlp.experts."):
         yield from _of_experts(entry, model, f"{prefix}{{}}.{kind}", name, shape)
         return
@@ -74,8 +74,9 @@ def _pairs_of(family: Family, model: GptModel, name: str, shape: tuple[int, ...]
 def _rows(entry: Theirs, model: GptModel, shape: tuple[int, ...]) -> Iterator[tuple[str, Runs, int]]:
     """(module, runs, rows) of each part of ours, [rows, ...]."""
     row = math.prod(shape[1:])
-    if entry.form == BY_HEAD:
-        yield entry.modules[0], _by_head(model.num_attention_heads, model.kv_channels * row), shape[0]
+    if entry.form == BY_GROUP:
+        shared = model.num_attention_heads // model.num_key_value_heads
+        yield entry.modules[0], _by_group(model.num_key_value_heads, shared, model.kv_channels * row), shape[0]
         return
     start = 0
     for module, rows in zip(entry.modules, _part_sizes(entry, model, shape[0]), strict=True):
@@ -84,10 +85,15 @@ def _rows(entry: Theirs, model: GptModel, shape: tuple[int, ...]) -> Iterator[tu
 
 
 @lru_cache(maxsize=8)
-def _by_head(heads: int, length: int) -> Runs:
-    """Theirs [heads, q|k|v, head], ours [q|k|v, heads, head], a head of `length` elements. The same for all blocks."""
-    part, head = np.divmod(np.arange(3 * heads, dtype=np.int64), heads)
-    return np.stack([(part * heads + head) * length, (head * 3 + part) * length, np.full(3 * heads, length)], axis=1)
+def _by_group(groups: int, shared: int, length: int) -> Runs:
+    """Theirs [groups, shared queries|k|v, head], ours [q|k|v, heads, head], a head of `length` elements. The same for
+    all blocks."""
+    group = np.arange(groups, dtype=np.int64)
+    start = group * (shared + 2) * length
+    queries = np.stack([group * shared * length, start, np.full(groups, shared * length)], axis=1)
+    keys = np.stack([(groups * shared + group) * length, start + shared * length, np.full(groups, length)], axis=1)
+    values = keys + np.array([groups * length, length, 0])
+    return np.concatenate([queries, keys, values])
 
 
 def _of_experts(entry: Theirs, model: GptModel, name: str, ours: str, shape: tuple[int, ...]) -> Iterator[Pair]:

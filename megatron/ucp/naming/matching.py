@@ -1,6 +1,6 @@
 """Are the tensors that are there those of a model of this architecture? Names and shapes, all that is wrong at once.
 
-matched = match(family, model, {"model.norm.weight": (64,), ...})
+matched = match(names, model, {"model.norm.weight": (64,), ...})
 matched.faults                                  # one line each; empty where it fits
 matched.by_parameter["final_norm.weight"]       # [(pair, the name there)]
 matched.tied                                    # the name of an output layer that is the word embedding once more
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.ucp.errors import listed
-from megatron.ucp.huggingface.families import Family
-from megatron.ucp.huggingface.gpt_model import GptModel
-from megatron.ucp.huggingface.tensors import Pair, pairs
+from megatron.ucp.naming.gpt_model import GptModel
+from megatron.ucp.naming.names import Names
+from megatron.ucp.naming.tensors import Pair, pairs
 
 _UP = "mlp.experts.dense_h_to_4h"
 
@@ -26,36 +26,36 @@ class Matched:
     faults: list[str]
 
 
-def match(family: Family, model: GptModel, shapes: Mapping[str, tuple[int, ...]]) -> Matched:
+def match(names: Names, model: GptModel, shapes: Mapping[str, tuple[int, ...]]) -> Matched:
     """Experts may be one by one or in one tensor; older names without their prefix, and those that transformers has in
     memory, are known too."""
     if model.num_layers > len(shapes):
         return Matched({}, None, [f"{model.num_layers} blocks, and {len(shapes)} tensors in all"])
-    there = _canonical(family, shapes)
-    has_whole_experts = any(name.endswith(f".{family.whole_experts.get(_UP)}") for name in there)
+    there = _canonical(names, shapes)
+    has_whole_experts = any(name.endswith(f".{names.whole_experts.get(_UP)}") for name in there)
     found: dict[str, list[tuple[Pair, str]]] = {}
     faults, missing = list[str](), list[str]()
-    for pair in pairs(family, model, has_whole_experts=has_whole_experts):
+    for pair in pairs(names, model, has_whole_experts=has_whole_experts):
         name = there.pop(pair.name, None)
         if name is None:
             missing.append(pair.name)
         elif shapes[name] != pair.shape:
-            faults.append(f"{name} is {shapes[name]}, {pair.shape} by config.json")
+            faults.append(f"{name} is {shapes[name]}, {pair.shape} is expected")
         else:
             found.setdefault(pair.ours, []).append((pair, name))
-    tied = there.pop(f"{family.lm_head}.weight", None)
+    tied = there.pop(f"{names.lm_head}.weight", None)
     if missing:
         faults.append(f"{len(missing)} tensor(s) are missing: {listed(missing)}")
     if there:
-        faults.append(f"{len(there)} tensor(s) have no place in a {family.model_type}: {listed(there)}")
+        faults.append(f"{len(there)} tensor(s) have no place in a {names.title}: {listed(there)}")
     return Matched(found, tied, sorted(faults))
 
 
-def _canonical(family: Family, names: Mapping[str, object]) -> dict[str, str]:
+def _canonical(names: Names, there: Mapping[str, object]) -> dict[str, str]:
     """Names as transformers writes them -> as they are there, without what is no parameter."""
-    kept = [name for name in names if not family.ignored.fullmatch(name)]
-    in_memory = {"lm_head.weight": f"{family.lm_head}.weight"}
-    if any(name.startswith(family.prefix) for name in kept):
+    kept = [name for name in there if not names.ignored.fullmatch(name)]
+    in_memory = {"lm_head.weight": f"{names.lm_head}.weight"}
+    if any(name.startswith(names.prefix) for name in kept):
         return {in_memory.get(name, name): name for name in kept}
-    is_head = f"{family.lm_head}.", "lm_head."
-    return {in_memory.get(name, name) if name.startswith(is_head) else family.prefix + name: name for name in kept}
+    is_head = f"{names.lm_head}.", "lm_head."
+    return {in_memory.get(name, name) if name.startswith(is_head) else names.prefix + name: name for name in kept}
