@@ -14,8 +14,8 @@ from megatron.config.errors import ConfigError, Problem
 from megatron.ucp.errors import UcpError
 from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.folder import CONFIG, is_model_folder, read_json
-from megatron.ucp.naming.gpt_model import GptModel, sound_settings
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megatron.ucp.naming.gpt_model import GptModel, sound_settings
 from megatron.ucp.run_folder import find_checkpoints
 
 _FLAG = "--use-checkpoint-args"

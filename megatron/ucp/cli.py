@@ -118,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder with a config.json: parameters that have Hugging Face's names (of Trainer, Accelerate, FSDP2) "
         "get ours, moments included",
     )
+    p.add_argument(
+        "--vocab-size",
+        type=_num_ranks,
+        metavar="N",
+        help="true size of the vocabulary, where another Megatron's checkpoint knows only the padded one",
+    )
     p.add_argument("--share", type=Share.parse, metavar="I/N", help="of a conversion by N processes that see one disk")
     for name, add in (("import", add_import), ("export", add_export)):
         p = commands.add_parser(name)
@@ -277,6 +283,7 @@ def _convert(arguments: argparse.Namespace) -> tuple[int, Any, str]:
             num_workers=arguments.num_workers,
             column_parallel=tuple(arguments.column_parallel),
             like=arguments.like,
+            vocab_size=arguments.vocab_size,
             progress=progress,
         )
     else:

@@ -31,7 +31,7 @@ from megatron.ucp.manifest import MANIFEST_NAME, Manifest, write_manifest
 from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.pointers import LATEST_UNIVERSAL
 from megatron.ucp.sources import Source, find_checkpoint, open_source
-from megatron.ucp.sources.renamed import RenamedSource
+from megatron.ucp.sources.renamed import with_names_of
 from megatron.ucp.targets.universal import tensor_bytes, tensor_jobs, write_universal
 from megatron.ucp.unfinished import Journal, bytes_there, end_work, plan_of, staged_again
 
@@ -65,20 +65,25 @@ def convert(
     num_workers: int = 2,
     column_parallel: tuple[str, ...] = (),
     like: str | Path | None = None,
+    vocab_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Writes `output_folder` and points `latest_universal` beside it to it. Raises before anything is written where
     the input is incomplete, the output exists or the disk is too small; a failure later leaves no output. What was
     killed (or its machine) is gone on with: see unfinished.py.
 
-    `like`: a folder with a config.json of Hugging Face's; parameters that have its names get ours.
+    `like`: a folder with a config.json of Hugging Face's; parameters that have its names get ours. `vocab_size`: see
+    open_source.
     `progress(done, total)` in bytes, from several threads."""
     started = time.perf_counter()
-    source, output, identity = opened(input_folder, output_folder, column_parallel)
+    source, output, identity = opened(input_folder, output_folder, column_parallel, vocab_size)
     if like is not None:
-        source = RenamedSource.of(source, like)
+        source = with_names_of(source, like)
     num_bytes = tensor_bytes(source.manifest)
-    plan = plan_of(identity, [*column_parallel, *([f"like {source.manifest.model}"] if like else [])], 0)
+    asked = list(column_parallel)
+    asked += [f"like {source.manifest.model}"] if like else []
+    asked += [f"vocabulary {vocab_size}"] if vocab_size else []
+    plan = plan_of(identity, asked, 0)
     require_space(output, num_bytes + _SPARE_BYTES - bytes_there(output, plan))
     with staged_again(output, plan) as staging, whole_or_not_at_all(staging, output, identity):
         journal = Journal(staging, "tensors")
@@ -92,7 +97,7 @@ def convert(
 
 
 def opened(
-    input_folder: str | Path, output_folder: str | Path, column_parallel: tuple[str, ...]
+    input_folder: str | Path, output_folder: str | Path, column_parallel: tuple[str, ...], vocab_size: int | None = None
 ) -> tuple[Source, Path, Identity]:
     """(the checkpoint that is meant, where its conversion goes, what it was when it was opened). Nothing is made."""
     # A trailing slash must not put the pointer inside the folder.
@@ -100,7 +105,7 @@ def opened(
     folder = find_checkpoint(input_folder)
     require_apart(folder, output)
     identity = Identity.of(folder)
-    return open_source(folder, column_parallel=column_parallel), output, identity
+    return open_source(folder, column_parallel=column_parallel, vocab_size=vocab_size), output, identity
 
 
 @contextlib.contextmanager

@@ -26,9 +26,9 @@ from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.huggingface.config_json import config_of, describe, family_of
 from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import CONFIG, companions, file_of, read_json
+from megatron.ucp.identity import Identity
 from megatron.ucp.naming.gpt_model import GptModel, layouts, sound_settings
 from megatron.ucp.naming.tensors import pairs
-from megatron.ucp.identity import Identity
 from megatron.ucp.sources import Source, find_checkpoint, open_source
 from megatron.ucp.stored import DTYPES
 from megatron.ucp.targets.huggingface import shards_of, write_weights

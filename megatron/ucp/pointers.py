@@ -1,4 +1,5 @@
 """The pointer files of a run folder: `latest`, `latest_universal`. One line each, the name of a checkpoint folder.
+Other Megatrons have `latest_checkpointed_iteration.txt`, with a number.
 
 A pointer is a stranger's file too. It may be missing, a folder, a FIFO, no text, or name nothing; then
 the reason is told, and nothing is read that could wait or lead out of the folder.
@@ -13,13 +14,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.ucp.errors import CorruptFileError, MissingFileError, UnsafePathError
+from megatron.ucp.errors import CorruptFileError, MissingFileError, UcpError, UnsafePathError
 from megatron.ucp.safe_paths import MAX_PATH_BYTES, open_file, path_fault
 
 LATEST = "latest"
 """The newest native checkpoint."""
 LATEST_UNIVERSAL = "latest_universal"
 POINTERS = (LATEST, LATEST_UNIVERSAL)
+_MEGATRONS = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,19 @@ class Pointer:
     """Why there is none; empty also where there is no pointer."""
     named: str = ""
     """The name, which may be a folder's that is gone."""
+
+
+def read_megatron_pointer(run_folder: str | Path) -> Path | None:
+    """The folder of the iteration that it names, or of a release; None where there is none."""
+    try:
+        with open_file(run_folder, _MEGATRONS) as file:
+            text = file.read(32).decode("utf-8").strip()
+    except (UcpError, OSError, UnicodeDecodeError):
+        return None
+    is_number = text.isascii() and text.isdigit() and len(text) <= 18
+    name = f"iter_{int(text):07d}" if is_number else "release"
+    folder = Path(run_folder) / name
+    return folder if (is_number or text == "release") and folder.is_dir() else None
 
 
 def read_pointer(run_folder: str | Path, pointer: str) -> Pointer:

@@ -68,6 +68,12 @@ def saved(folder, name, **changes):
 
 def ours(source, tokens):
     """Logits of our plain model with the Source's weights."""
+    with torch.no_grad():
+        return our_model(source, tokens.shape[1]).eval().logits(tokens)
+
+
+def our_model(source, seq_length, **settings):
+    """Our plain model with the Source's weights, in fp32. `settings`: more of ModelConfig's fields."""
     from megatron.config.checkpoint_args import model_values
     from megatron.config.model import ModelConfig
     from megatron.config.parallel import ParallelConfig
@@ -80,18 +86,16 @@ def ours(source, tokens):
     from megatron.ucp.runs import shard_runs
 
     values = model_values(GptModel.of(source.manifest.model), source.folder)
-    config = ModelConfig(seq_length=tokens.shape[1], hidden_dropout=0.0, attention_dropout=0.0, **values)
+    config = ModelConfig(seq_length=seq_length, hidden_dropout=0.0, attention_dropout=0.0, **values, **settings)
     context = ParallelContext.single()
     streams = RandomStreams(1, context)
-    model = build_model(
-        config, ParallelConfig(no_pipeline_parallel=True), context, streams, 1, ledger=RouterLedger()
-    ).eval()
+    model = build_model(config, ParallelConfig(no_pipeline_parallel=True), context, streams, 1, ledger=RouterLedger())
     with torch.no_grad():
         for name, param in model.named_parameters():
             flat = torch.zeros(param.numel())
             read_into(source, name, "fp32", shard_runs(param.atomic_layout, param.shard_rank), flat)
             param.copy_(flat.view(param.shape))
-        return model.logits(tokens)
+    return model
 
 
 def tokens():

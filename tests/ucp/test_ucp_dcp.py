@@ -19,7 +19,7 @@ from megatron.ucp.runs import whole_runs
 from megatron.ucp.sources import open_source
 from megatron.ucp.sources.dcp.metadata import read_metadata
 from megatron.ucp.sources.dcp.source import DcpSource
-from megatron.ucp.sources.renamed import RenamedSource
+from megatron.ucp.sources.renamed import with_names_of
 from megatron.ucp.verify import verify
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -140,7 +140,7 @@ def test_parts_at_other_steps_are_refused(saved, tmp_path):
 
     infos[key] = dataclasses.replace(infos[key], step=2.0)
     with pytest.raises(UnsupportedCheckpointError, match=r"layers\.1\.attention\.query_key_value\.weight"):
-        RenamedSource.of(source, tmp_path / "like")
+        with_names_of(source, tmp_path / "like")
 
 
 def test_a_mistake_in_the_runs_would_be_seen(saved, tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ from typing import Any
 
 from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.huggingface.families import FAMILIES, Family
-from megatron.ucp.naming.gpt_model import GptModel, sound_settings
 from megatron.ucp.json_checks import shown
+from megatron.ucp.naming.gpt_model import GptModel, sound_settings
 
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _LLAMA3_KEYS = {

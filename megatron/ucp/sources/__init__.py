@@ -4,6 +4,7 @@ source = open_source("checkpoints")                   # a run folder: follows `l
 source = open_source("checkpoints/global_step100")    # DeepSpeed's files, with or without ucp.json
 source = open_source("checkpoints/global_step100_universal")
 source = open_source("outputs/checkpoint/step-1000")  # PyTorch's DCP: FSDP2, TorchTitan
+source = open_source("checkpoints/iter_0001000")      # Megatron-Core's torch_dist, under our names
 source = open_source("SmolLM2-135M")                  # a model folder of Hugging Face's: weights, no optimizer
 """
 
@@ -19,10 +20,11 @@ from megatron.ucp.file_names import MODEL_FILE, ZERO_FILE
 from megatron.ucp.file_table import require_listed, require_sizes
 from megatron.ucp.huggingface.folder import is_model_folder
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
-from megatron.ucp.pointers import POINTERS, read_pointer
+from megatron.ucp.pointers import POINTERS, read_megatron_pointer, read_pointer
 from megatron.ucp.sources.dcp.source import DcpSource, is_dcp
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.huggingface import HuggingFaceSource
+from megatron.ucp.sources.megatron.core import is_core, open_core
 from megatron.ucp.sources.source import Piece, Source
 from megatron.ucp.sources.universal import UniversalSource
 
@@ -60,6 +62,9 @@ def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
                 where=folder,
                 do=f"give one of the checkpoints inside: {listed(inside)}" if inside else None,
             )
+    megatrons = read_megatron_pointer(folder)
+    if megatrons is not None and is_checkpoint(megatrons):
+        return megatrons
     runs = _runs_inside(folder)
     if newest := _newest(runs):
         return find_checkpoint(folder / newest)
@@ -101,15 +106,18 @@ def open_source(
     tag: str | None = None,
     column_parallel: tuple[str, ...] = (),
     optimizer_order: Sequence[str] = (),
+    vocab_size: int | None = None,
 ) -> Source:
     """The Source for a checkpoint folder, or for a run folder with `latest`. `column_parallel` (regular expressions)
-    and `optimizer_order` (names) are what folders without a ucp.json may need, see sources/foreign. Raises
-    NotACheckpointError and what the Source raises."""
+    and `optimizer_order` (names) are what folders without a ucp.json may need, see sources/foreign; `vocab_size` is
+    what other Megatrons' may, see sources/megatron. Raises NotACheckpointError and what the Source raises."""
     folder = find_checkpoint(folder, tag)
     if (folder / MANIFEST_NAME).is_file():
         return _open_listed(folder, read_manifest(folder))
     if not is_checkpoint(folder) and is_model_folder(folder):
         return HuggingFaceSource.open(folder)
+    if is_core(folder):
+        return open_core(folder, vocab_size)
     if is_dcp(folder):
         return DcpSource.open(folder)
     from megatron.ucp.sources.foreign import open_foreign  # imports torch

@@ -19,10 +19,10 @@ from typing import Any
 from megatron.ucp.errors import SourceError, UnsupportedCheckpointError
 from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.folder import CONFIG, HeldTensor, ModelFolder, companions, file_of
+from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.naming.gpt_model import GptModel, layouts
 from megatron.ucp.naming.matching import match
 from megatron.ucp.naming.tensors import Pair
-from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.sources.source import Piece
 from megatron.ucp.stored import StoredTensor, are_equal
 from megatron.ucp.topology import Topology

@@ -1,9 +1,10 @@
-"""Source: a checkpoint whose parameters have Hugging Face's names, under ours, with all states.
+"""Source: a checkpoint whose parameters have another program's names, under ours, with all states.
 
 What Hugging Face's Trainer, Accelerate or an FSDP2 program saved of a transformers model becomes a checkpoint that
-pretrain_gpt.py goes on from, moments included: q, k and v are one parameter here, and so are their moments.
+pretrain_gpt.py goes on from, moments included: q, k and v are one parameter here, and so are their moments. The same
+for Megatron-Core and Megatron-DeepSpeed (sources/megatron).
 
-    source = RenamedSource.of(open_source("checkpoint-500"), "SmolLM2-135M")
+    source = with_names_of(open_source("checkpoint-500"), "SmolLM2-135M")
     source.pieces("layers.0.attention.query_key_value.weight", "exp_avg")
 """
 
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,10 +23,11 @@ from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.execute import gather
 from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.folder import CONFIG, companions, file_of, read_json
+from megatron.ucp.manifest import Manifest, ParameterInfo
 from megatron.ucp.naming.gpt_model import GptModel, layouts
 from megatron.ucp.naming.matching import match
+from megatron.ucp.naming.names import Names
 from megatron.ucp.naming.tensors import Pair
-from megatron.ucp.manifest import Manifest, ParameterInfo
 from megatron.ucp.runs import Runs, intersect, whole_runs
 from megatron.ucp.sources.source import Piece, Source
 from megatron.ucp.stored import StoredTensor
@@ -34,9 +38,10 @@ Parts = list[tuple[Pair, str]]
 
 
 class RenamedSource:
-    def __init__(self, inner: Source, parts: dict[str, Parts], manifest: Manifest, like: Path):
+    def __init__(self, inner: Source, parts: dict[str, Parts], manifest: Manifest, companions: Mapping[str, Path]):
+        """`companions`: files that come along, see Source.other_files."""
         self.folder, self.manifest = inner.folder, manifest
-        self._inner, self._parts, self._like = inner, parts, like
+        self._inner, self._parts, self._companions = inner, parts, dict(companions)
         self._pieces: dict[tuple[str, str], list[Piece]] = {}
         self._origin: dict[Piece, Piece | tuple[Pair, str, str]] = {}
         """The inner piece, or what a transposed tensor is made of."""
@@ -45,16 +50,18 @@ class RenamedSource:
         """The transposed tensor that this thread read last."""
 
     @classmethod
-    def of(cls, inner: Source, like: str | Path) -> RenamedSource:
-        """`like`: a folder with the model's config.json. Raises UnsupportedCheckpointError with all that does not fit,
-        and what reading config.json raises."""
-        like = Path(like)
-        described = describe(read_json(like, CONFIG))
-        if described.family is None or described.model is None:
-            raise _refused(inner, list(described.faults))
+    def of(
+        cls,
+        inner: Source,
+        names: Names,
+        model: GptModel,
+        settings: Mapping[str, Any],
+        companions: Mapping[str, Path] = MappingProxyType({}),
+    ) -> RenamedSource:
+        """Raises UnsupportedCheckpointError with all that does not fit."""
         parameters = inner.manifest.parameters
         shapes = {name: info.layout.shape for name, info in parameters.items()}
-        matched = match(described.family, described.model, shapes)
+        matched = match(names, model, shapes)
         faults = list(matched.faults)
         for ours, parts in matched.by_parameter.items():
             infos = [parameters[name] for _, name in parts]
@@ -66,7 +73,7 @@ class RenamedSource:
         if faults:
             raise _refused(inner, faults)
         found = dict(matched.by_parameter)
-        return cls(inner, found, _manifest(inner, found, described.model, dict(described.settings)), like)
+        return cls(inner, found, _manifest(inner, found, model, dict(settings)), companions)
 
     def pieces(self, name: str, state: str) -> list[Piece]:
         if (name, state) not in self._pieces:
@@ -120,7 +127,18 @@ class RenamedSource:
         return {}
 
     def other_files(self) -> dict[str, Path]:
-        return {name: file_of(self._like, name) for name in [CONFIG, *companions(self._like)]}
+        return dict(self._companions)
+
+
+def with_names_of(inner: Source, like: str | Path) -> RenamedSource:
+    """`like`: a folder with the config.json of the model whose names the parameters have. Raises
+    UnsupportedCheckpointError with all that does not fit, and what reading config.json raises."""
+    like = Path(like)
+    described = describe(read_json(like, CONFIG))
+    if described.family is None or described.model is None:
+        raise _refused(inner, list(described.faults))
+    beside = {name: file_of(like, name) for name in [CONFIG, *companions(like)]}
+    return RenamedSource.of(inner, described.family, described.model, described.settings, beside)
 
 
 def _through(ours: Runs, inner: Runs) -> Runs:
@@ -158,8 +176,8 @@ def _manifest(inner: Source, parts: dict[str, Parts], model: GptModel, settings:
 
 def _refused(inner: Source, faults: list[str]) -> UnsupportedCheckpointError:
     return UnsupportedCheckpointError(
-        f"its parameters are not those of the model that config.json describes: {len(faults)} reason(s)",
+        f"its parameters are not those of the model that is described: {len(faults)} reason(s)",
         found=faults,
         where=inner.folder,
-        do="give the folder of the model that was trained, in the same transformers' names",
+        do="give the description of the model that was trained, in the same names",
     )

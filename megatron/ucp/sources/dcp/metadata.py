@@ -85,6 +85,10 @@ _RECORDS = {
     )
 }
 _RECORDS["torch.distributed.checkpoint.filesystem._StorageInfo"] = _record("_StorageInfo")
+_RECORDS |= {
+    f"torch.distributed.checkpoint.planner.{name}": _record(name)
+    for name in ("SavePlan", "WriteItem", "TensorWriteData")  # Megatron-Core keeps every rank's plan
+}
 _INDEX, _WHOLE = _RECORDS[f"{_METADATA}.MetadataIndex"], _RECORDS[f"{_METADATA}.Metadata"]
 _INFO = _RECORDS["torch.distributed.checkpoint.filesystem._StorageInfo"]
 _TENSOR, _BYTES = _RECORDS[f"{_METADATA}.TensorStorageMetadata"], _RECORDS[f"{_METADATA}.BytesStorageMetadata"]
@@ -104,6 +108,7 @@ _CALLED: dict[str, Callable[..., Any]] = {
     "torch.Size": _shape,
     "torch.serialization._get_layout": _nothing,
     f"{_METADATA}._MEM_FORMAT_ENCODING": _nothing,
+    "torch.distributed.checkpoint.planner.WriteItemType": _nothing,
     "pathlib.PosixPath": _nothing,
     "pathlib._local.PosixPath": _nothing,
 }

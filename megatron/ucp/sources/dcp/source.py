@@ -12,28 +12,23 @@ chunk's values lie is found out when they are asked for.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.ucp.box import Box
-from megatron.ucp.errors import CorruptFileError, SourceError, UcpError, UnsupportedCheckpointError, listed
+from megatron.ucp.errors import SourceError, UnsupportedCheckpointError, listed
 from megatron.ucp.layout import Layout
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
-from megatron.ucp.ordinary_file import NotOrdinary, read_ordinary_part
-from megatron.ucp.runs import box_runs
-from megatron.ucp.safe_paths import existing_file
-from megatron.ucp.sources.dcp.metadata import METADATA, Chunk, Metadata, Place, SavedTensor, read_metadata
+from megatron.ucp.sources.dcp.files import DcpFiles, runs_of
+from megatron.ucp.sources.dcp.metadata import METADATA, Metadata, SavedTensor, read_metadata
 from megatron.ucp.sources.source import Piece
-from megatron.ucp.stored import MappedFile, StoredTensor
+from megatron.ucp.stored import StoredTensor
 from megatron.ucp.topology import Topology
 
 MASTER = "fp32"
 _STATE = re.compile(r"(?:.+\.)?(?:optim|optimizer|optimizers)\.state\.(.+)\.(\w+)")
 _GROUP = re.compile(r"(?:.+\.)?(?:optim|optimizer|optimizers)\.param_groups\.(.+)\.(\w+)")
 _PREFIXES = ("model.", "module.")
-_NOT_READ = ("bool", "complex64", "complex128", "int64", "int32", "int16", "int8", "uint8")
 
 
 class DcpSource:
@@ -41,9 +36,7 @@ class DcpSource:
         """`keys`: of each (parameter, state) the name there."""
         self.folder, self.manifest = folder, manifest
         self._metadata, self._keys = metadata, keys
-        self._files: dict[str, MappedFile] = {}
-        self._found: dict[Place, StoredTensor] = {}
-        self._lock = threading.Lock()
+        self._files = DcpFiles(folder)
         self._steps: dict[str, float | None] = {}
 
     @classmethod
@@ -66,7 +59,7 @@ class DcpSource:
         source._steps = {name: source._number(states.get((name, "step"))) for name in names}
         source.manifest = source._manifest(names, states)
         source.manifest.require_sound(folder)
-        source._require_whole()
+        source._files.require_whole(metadata, [(f"{name} ({state})", key) for (name, state), key in keys.items()])
         return source
 
     def _manifest(self, names: Mapping[str, str], states: Mapping[tuple[str, str], str]) -> Manifest:
@@ -97,7 +90,7 @@ class DcpSource:
         groups: dict[str, dict[str, Any]] = {}
         for key, place in self._metadata.values.items():
             if (match := _GROUP.fullmatch(key)) and match[2] != "params":
-                value = self._content(place)
+                value = self._files.value(place)
                 if value is None or isinstance(value, (bool, int, float, str)):
                     groups.setdefault(match[1], {})[match[2]] = value
                 elif isinstance(value, (tuple, list)) and all(isinstance(v, (int, float)) for v in value):
@@ -105,30 +98,10 @@ class DcpSource:
         alike = list(groups.values())
         return {"0": alike[0]} if alike and all(group == alike[0] for group in alike) else groups
 
-    def _require_whole(self) -> None:
-        faults = []
-        for (name, state), key in self._keys.items():
-            tensor = self._metadata.tensors[key]
-            held = sum(_numel(chunk.sizes) for chunk in tensor.chunks)
-            if held != _numel(tensor.shape):
-                faults.append(f"{name} ({state}): chunks of {held} elements, of {_numel(tensor.shape)}")
-            if tensor.dtype.name in _NOT_READ:
-                faults.append(f"{name} ({state}): elements of {tensor.dtype}")
-        missing = sorted(
-            {chunk.place.file for key in self._keys.values() for chunk in self._metadata.tensors[key].chunks}
-        )
-        for file in missing:
-            try:
-                existing_file(self.folder, file)
-            except UcpError as error:
-                faults.append(f"{file}: {error.what}")
-        if faults:
-            raise CorruptFileError("the checkpoint is not whole", found=faults, where=self.folder)
-
     def pieces(self, name: str, state: str) -> list[Piece]:
         tensor = self._tensor_of(name, state)
         return [
-            Piece(self.folder / chunk.place.file, (name, state, number), _runs_of(chunk, tensor.shape))
+            Piece(self.folder / chunk.place.file, (name, state, number), runs_of(chunk, tensor.shape))
             for number, chunk in enumerate(tensor.chunks)
         ]
 
@@ -136,38 +109,14 @@ class DcpSource:
         name, state, number = piece.key
         whole = self._tensor_of(str(name), str(state))
         chunk = whole.chunks[int(number)]
-        with self._lock:
-            if chunk.place not in self._found:
-                self._found[chunk.place] = self._chunk(f"{name} ({state})", chunk, whole)
-            return self._found[chunk.place]
-
-    def _chunk(self, what: str, chunk: Chunk, whole: SavedTensor) -> StoredTensor:
-        content = self._content(chunk.place)
-        if not isinstance(content, StoredTensor) or content.shape != chunk.sizes or content.dtype is not whole.dtype:
-            raise CorruptFileError(
-                f"a chunk of {what} is not what {METADATA} says",
-                found=repr(content)[:200],
-                expected=f"{chunk.sizes}, {whole.dtype}",
-                where=self.folder / chunk.place.file,
-            )
-        return content.flat()
-
-    def _content(self, place: Place) -> Any:
-        if place.file not in self._files:
-            self._files[place.file] = MappedFile(existing_file(self.folder, place.file))
-        try:
-            return read_ordinary_part(self._files[place.file], place.start, place.num_bytes)
-        except (NotOrdinary, OSError) as error:
-            raise CorruptFileError(
-                f"no record of torch.save's at byte {place.start} ({error})", where=self.folder / place.file
-            ) from error
+        return self._files.chunk(f"{name} ({state})", chunk, whole)
 
     def _number(self, key: str | None) -> float | None:
         """Of a tensor without dimensions."""
         tensor = None if key is None else self._metadata.tensors[key]
         if tensor is None or tensor.shape or len(tensor.chunks) != 1:
             return None
-        content = self._content(tensor.chunks[0].place)
+        content = self._files.value(tensor.chunks[0].place)
         return float(content) if isinstance(content, StoredTensor) and content.numel() == 1 else None
 
     def _tensor_of(self, name: str, state: str) -> SavedTensor:
@@ -208,15 +157,3 @@ def _sorted_by_kind(metadata: Metadata) -> tuple[dict[str, str], dict[tuple[str,
         if under and (not owners or owners <= under.keys()) and not owners & set(others):
             return under, states
     return {key: key for key in others}, states
-
-
-def _runs_of(chunk: Chunk, shape: tuple[int, ...]):
-    atomic = tuple((offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes))
-    return box_runs(Box(atomic, tuple((0, size) for size in chunk.sizes)), shape, chunk.sizes)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for extent in shape:
-        numel *= extent
-    return numel

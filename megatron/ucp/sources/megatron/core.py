@@ -1,0 +1,237 @@
+"""Source: a `torch_dist` checkpoint of Megatron-Core under our names: weights, masters, moments, steps, counters,
+schedule.
+
+source = open_core("checkpoints/iter_0001000")
+source.pieces("layers.0.attention.query_key_value.weight", "exp_avg")
+
+The optimizer's states may be the parameters' (`fully_reshardable`, a plain optimizer) or lie in flat buckets
+(`dp_reshardable`). Where there are masters, they must round to the weights: megatron-core 0.16.1 can write shifted ones
+(the ends of several buckets are padded), and then the moments are another parameter's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.ucp.errors import CorruptFileError, UnsupportedCheckpointError
+from megatron.ucp.execute import gather
+from megatron.ucp.json_checks import number, passes
+from megatron.ucp.manifest import OptimizerInfo
+from megatron.ucp.naming.gpt_model import GptModel
+from megatron.ucp.ordinary_file import read_content
+from megatron.ucp.safe_paths import existing_file, open_file
+from megatron.ucp.sources.dcp.metadata import METADATA, Metadata, read_metadata
+from megatron.ucp.sources.megatron.arguments import describe, schedule_of
+from megatron.ucp.sources.megatron.buckets import find_in_buckets
+from megatron.ucp.sources.megatron.names import CORE
+from megatron.ucp.sources.megatron.tensors import MASTER, CoreTensors
+from megatron.ucp.sources.renamed import RenamedSource
+from megatron.ucp.stored import DTYPES, is_tensor
+
+COMMON, _FORMAT = "common.pt", "metadata.json"
+_SHARDING = ("fully_reshardable", "fully_sharded_model_space", "dp_reshardable")
+_STRETCH = 256
+"""Elements at a parameter's beginning, middle and end at which masters and weights are compared when it is opened."""
+_MAX_JSON = 1 << 20
+
+
+def is_core(folder: Path) -> bool:
+    return (folder / METADATA).is_file() and (folder / COMMON).is_file()
+
+
+def open_core(folder: str | Path, vocab_size: int | None = None) -> RenamedSource:
+    """`vocab_size`: of the vocabulary without its padding, where `args` do not say it. Raises CorruptFileError,
+    UnsafePickleError or UnsupportedCheckpointError with all that is wrong; no tensor is read but at a few places."""
+    folder = Path(folder)
+    _require_format(folder)
+    common = read_content(existing_file(folder, COMMON))
+    if not isinstance(common, Mapping) or not isinstance(common.get("args"), argparse.Namespace):
+        raise UnsupportedCheckpointError(
+            f"{COMMON} has no args, which say of which model the checkpoint is",
+            found=list(common)[:20] if isinstance(common, Mapping) else type(common).__name__,
+            where=folder,
+            do="save it with Megatron-LM's pretrain_gpt.py",
+        )
+    args = vars(common["args"])
+    described = describe(args, vocab_size)
+    if described.model is None:
+        raise UnsupportedCheckpointError(
+            f"a model that is not known here: {len(described.faults)} reason(s)",
+            found=list(described.faults),
+            where=folder,
+        )
+    metadata, model = read_metadata(folder), described.model
+    tensors = CoreTensors.of(folder, metadata, vocab_size=model.vocab_size, num_layers=model.num_layers)
+    groups = _groups(common, tensors, metadata)
+    if _sharding(common, folder) == "dp_reshardable":
+        tensors = tensors.with_states(find_in_buckets(tensors, model, args))
+    _require_masters_fit(tensors)
+    step, optimizer = _step(groups, tensors), _optimizer(groups, model)
+    names = {
+        name: _group_of(name, len(info.layout.shape), model, optimizer.groups)
+        for name, info in tensors.manifest.parameters.items()
+    }
+    source = RenamedSource.of(tensors.with_optimizer(optimizer, names, step), CORE, model, described.settings)
+    source.manifest.common.update(described.progress)
+    if passes(number(0), common.get("iteration")):
+        source.manifest.common["iteration"] = int(common["iteration"])
+    if (schedule := schedule_of(common.get("opt_param_scheduler"), args)) is not None:
+        source.manifest.common["schedule"] = schedule
+    source.manifest.require_sound(folder)
+    return source
+
+
+def _require_format(folder: Path) -> None:
+    try:
+        with open_file(folder, _FORMAT) as file:
+            told = json.loads(file.read(_MAX_JSON))
+    except ValueError as error:
+        raise CorruptFileError(f"not readable as JSON ({error})"[:200], where=folder / _FORMAT) from error
+    backend = told.get("sharded_backend") if isinstance(told, dict) else None
+    if backend != "torch_dist":
+        raise UnsupportedCheckpointError(
+            "a format of Megatron-Core's that is not read here",
+            found=f"sharded_backend {backend!r}"[:100],
+            expected="torch_dist",
+            where=folder,
+            do="save it with --dist-ckpt-format torch_dist, or convert it with Megatron-LM",
+        )
+
+
+def _sharding(common: Mapping[str, Any], folder: Path) -> str | None:
+    """None where the optimizer is a plain one, or is not there."""
+    content = common.get("content_metadata")
+    told = content.get("distrib_optim_sharding_type") if isinstance(content, Mapping) else None
+    told = told or next((value for key, value in _walk(common.get("optimizer")) if key == _SHARDING_KEY), None)
+    if told is not None and told not in _SHARDING:
+        raise UnsupportedCheckpointError(
+            "optimizer states in a form that is not read here",
+            found=str(told)[:100],
+            expected=_SHARDING,
+            where=folder,
+            do="save once with --dist-ckpt-optim-fully-reshardable",
+        )
+    return told
+
+
+_SHARDING_KEY = "param_state_sharding_type"
+
+
+def _walk(value: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
+    """Keys and values of nested dicts and lists, as deep as chained optimizers go."""
+    if depth > 5 or not isinstance(value, (Mapping, list)):
+        return
+    for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield key, inner
+        yield from _walk(inner, depth + 1)
+
+
+def _groups(common: Mapping[str, Any], tensors: CoreTensors, metadata: Metadata) -> list[Mapping[str, Any]]:
+    """The optimizer's parameter groups without their parameters, with the step count that they or it keep."""
+    kept = [common.get("optimizer")]
+    kept += [
+        tensors.files.value(place)
+        for name, place in metadata.values.items()
+        if name.startswith(("optimizer.distributed.", "chained_")) and ".optimizer/shard_" in name
+    ]
+    found, steps = list[Mapping[str, Any]](), list[Any]()
+    for key, value in _walk(kept):
+        if key == "param_groups" and isinstance(value, list):
+            found += [group for group in value if isinstance(group, Mapping)]
+        elif key == "common_step":
+            steps.append(value)
+    return [{"step": steps[0], **group} for group in found] if steps else found
+
+
+def _step(groups: list[Mapping[str, Any]], tensors: CoreTensors) -> float | None:
+    told = {float(g["step"]) for g in groups if is_tensor(g.get("step")) or passes(number(0), g.get("step"))}
+    if len(told) > 1 or (not told and any(len(info.states) > 1 for info in tensors.manifest.parameters.values())):
+        raise UnsupportedCheckpointError(
+            "how many steps the optimizer took is not one number",
+            found=sorted(told) or "no step in its parameter groups",
+            where=tensors.folder,
+        )
+    return told.pop() if told else None
+
+
+_KEPT = {"lr": number(0), "eps": number(0), "weight_decay": number()}
+
+
+def _optimizer(groups: list[Mapping[str, Any]], model: GptModel) -> OptimizerInfo:
+    """Its groups by our names. None where several of theirs would have one name: then a run takes its flags'."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        is_decayed = bool(group.get("wd_mult", 1.0))
+        name = _name(is_decayed, bool(group.get("is_decoupled_lr")), bool(group.get("is_expert_parallel")))
+        values = {key: group[key] for key, check in _KEPT.items() if passes(check, group.get(key))}
+        betas = group.get("betas")
+        if isinstance(betas, (tuple, list)) and len(betas) == 2 and all(passes(number(0, 1), b) for b in betas):
+            values["betas"] = list(betas)
+        values["weight_decay"] = values.get("weight_decay", 0.0) if is_decayed else 0.0
+        if found.setdefault(name, values) != values:
+            return OptimizerInfo(kind="AdamW")
+    if model.has_experts:  # without expert parallelism theirs are among the others, ours are not
+        for name in ("decay", "no_decay"):
+            if name in found:
+                found.setdefault("experts" + name.removeprefix("decay").replace("no_decay", "_no_decay"), found[name])
+    return OptimizerInfo(kind="AdamW", groups=found)
+
+
+def _name(is_decayed: bool, is_decoupled: bool, is_expert: bool) -> str:
+    """As model/build.py names this program's groups."""
+    if is_expert:
+        return "experts" if is_decayed else "experts_no_decay"
+    if is_decoupled:
+        return "decoupled" if is_decayed else "decoupled_no_decay"
+    return "decay" if is_decayed else "no_decay"
+
+
+def _group_of(name: str, num_dims: int, model: GptModel, groups: Mapping[str, Any]) -> str:
+    """Megatron decays matrices, and neither biases nor norms."""
+    is_decoupled = "decoupled" in groups and name.startswith(("embedding.word_embeddings.", "output_layer."))
+    is_expert = model.has_experts and ".mlp.experts." in name
+    is_decayed = num_dims - is_expert > 1 and not name.endswith(".bias")
+    group = _name(is_decayed, is_decoupled, is_expert)
+    return group if group in groups else ""
+
+
+def _require_masters_fit(tensors: CoreTensors) -> None:
+    if not tensors.has_masters():
+        return
+    wrong = [name for name in tensors.manifest.parameters if not _fits(tensors, name)]
+    if wrong:
+        raise CorruptFileError(
+            f"the optimizer's masters of {len(wrong)} parameter(s) are not those of the weights; their moments would "
+            "not be either",
+            found=wrong,
+            where=tensors.folder,
+            do="megatron-core 0.16.1 writes such states as fully_reshardable where several buckets are padded: save "
+            "again without --dist-ckpt-optim-fully-reshardable",
+        )
+
+
+def _fits(tensors: CoreTensors, name: str) -> bool:
+    info = tensors.manifest.parameters[name]
+    numel = info.layout.numel
+    for start in {0, max(0, numel // 2 - _STRETCH // 2), max(0, numel - _STRETCH)}:
+        runs = np.array([[start, 0, min(_STRETCH, numel - start)]], dtype=np.int64)
+        master, weight = (np.empty(int(runs[0, 2]), dtype=np.float32) for _ in range(2))
+        gather(tensors, name, MASTER, tensors.pieces(name, MASTER), runs, master)
+        gather(tensors, name, MASTER, tensors.weights(name), runs, weight)
+        if not np.array_equal(_rounded(master, info.dtype), weight, equal_nan=True):
+            return False
+    return True
+
+
+def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    if DTYPES[dtype].itemsize >= 4:
+        return values
+    import torch
+
+    return torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
