@@ -126,8 +126,8 @@ def _choose(found: FoundCheckpoints, wanted: Wanted) -> ResumePlan:
         return ResumePlan(
             "universal",
             universal.folder,
-            f"starting from {universal.folder.name}, a model folder of Hugging Face's"
-            if universal.is_model_folder
+            f"starting from {universal.folder.name}, {universal.program} (iteration {universal.iteration})"
+            if universal.program
             else f"resuming from universal checkpoint {_tell(universal)}: the only one there",
         )
     if wanted.exit_on_missing_checkpoint:

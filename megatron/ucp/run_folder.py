@@ -18,9 +18,12 @@ from megatron.ucp.errors import ManifestError, NotACheckpointError, UcpError
 from megatron.ucp.huggingface.folder import is_model_folder
 from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import MANIFEST_NAME, read_manifest
-from megatron.ucp.pointers import LATEST, LATEST_UNIVERSAL, POINTERS, read_pointer
+from megatron.ucp.pointers import LATEST, LATEST_UNIVERSAL, POINTERS, read_megatron_pointer, read_pointer
 from megatron.ucp.sources import Source, open_source
+from megatron.ucp.sources.megatron.common_file import is_core
 from megatron.ucp.topology import Topology
+
+_HUGGING_FACE, _MEGATRON_CORE = "a model folder of Hugging Face's", "a checkpoint of Megatron-Core's"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +52,8 @@ class Found:
     zero_stage: int
     opened: OpenCheckpoint | None = None
     """Where it had to be opened to find out."""
-    is_model_folder: bool = False
-    """Of Hugging Face's: weights alone, of no run that is known."""
+    program: str = ""
+    """Whose it is, where another program's folder is read as it is: its topology is not known then."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ def find_checkpoints(
                 do="name one of the checkpoints found",
             )
         return _sorted_by_kind(load, [_describe(load / tag)])
+    theirs = read_megatron_pointer(load)  # a run of Megatron-Core's, in which this program has saved nothing yet
+    if theirs is not None and is_core(theirs) and not _has_pointers(load):
+        return _sorted_by_kind(load, [_describe(theirs)])
     kinds = {LATEST_UNIVERSAL: "universal"} if only_universal else {LATEST: "native", LATEST_UNIVERSAL: "universal"}
     named: list[Found] = []
     faults: dict[str, str] = {}
@@ -129,12 +135,16 @@ def is_checkpoint_folder(folder: Path) -> bool:
         next(folder.glob(pattern), None) is not None
         for pattern in (MANIFEST_NAME, "zero/", "mp_rank_*_model_states.pt", "*zero_pp_rank_*_optim_states.pt")
     )
-    return is_checkpoint or _is_model_folder(folder)
+    return is_checkpoint or is_core(folder) or _is_model_folder(folder)
 
 
 def _is_model_folder(folder: Path) -> bool:
     """Of Hugging Face's, and not the folder of a run that has one beside its checkpoints."""
-    return is_model_folder(folder) and not any(os.path.lexists(folder / pointer) for pointer in POINTERS)
+    return is_model_folder(folder) and not _has_pointers(folder)
+
+
+def _has_pointers(folder: Path) -> bool:
+    return any(os.path.lexists(folder / pointer) for pointer in POINTERS)
 
 
 def _committed(load: Path) -> list[Path]:
@@ -196,7 +206,7 @@ def _describe(folder: Path) -> Found:
     has_manifest = (folder / MANIFEST_NAME).is_file()
     is_foreign_universal = not has_manifest and (folder / "zero").is_dir()  # written by DeepSpeed's own converter
     is_model = not has_manifest and not is_foreign_universal and _is_model_folder(folder)
-    if not has_manifest and not is_foreign_universal and not is_model:
+    if not has_manifest and not is_foreign_universal and not is_model and not is_core(folder):
         raise NotACheckpointError(
             f"no {MANIFEST_NAME} in the folder: it was never committed, or another program saved it",
             where=folder,
@@ -209,4 +219,5 @@ def _describe(folder: Path) -> Found:
     trained = manifest.source or {"topology": manifest.topology.to_json(), "zero_stage": manifest.zero_stage}
     topology = Topology.from_json(trained["topology"])
     iteration = int(manifest.iteration or 0)
-    return Found(folder, manifest.kind, iteration, topology, trained["zero_stage"], opened, is_model)
+    program = _HUGGING_FACE if is_model else _MEGATRON_CORE if not has_manifest and is_core(folder) else ""
+    return Found(folder, manifest.kind, iteration, topology, trained["zero_stage"], opened, program)

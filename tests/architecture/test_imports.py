@@ -104,6 +104,47 @@ def test_no_cycle():
     assert find_cycle(_graph()) is None
 
 
+IMPORT_EACH_FIRST = """
+import importlib, os, sys, traceback
+import numpy, torch
+failed = []
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            importlib.import_module(name)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    if os.waitpid(child, 0)[1]:
+        failed.append(name)
+print(failed)
+"""
+
+
+def _cannot_be_imported_first(names: list[str], cwd: Path) -> str:
+    command = [sys.executable, "-c", IMPORT_EACH_FIRST, *names]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=True).stdout.strip()
+
+
+def test_each_module_of_the_library_can_be_imported_first():
+    """Importing a module imports its packages too, so that there are cycles that no arrow shows."""
+    names = sorted(name for name in _modules() if name.startswith("megatron.ucp."))
+    assert len(names) > MIN_MODULES
+    assert _cannot_be_imported_first([n for n in names if not n.endswith("__main__")], ROOT) == "[]"
+
+
+def test_a_module_that_cannot_be_imported_first_is_named(tmp_path):
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house/__init__.py").write_text("from house import first")
+    (tmp_path / "house/first.py").write_text("import outside\nfloor = 1")
+    (tmp_path / "outside.py").write_text("from house.first import floor")
+    assert _cannot_be_imported_first(["house.first", "outside"], tmp_path) == "['house.first']"
+    (tmp_path / "outside.py").write_text("")
+    assert _cannot_be_imported_first(["house.first", "outside"], tmp_path) == "[]"
+
+
 def test_planted_faults_are_found():
     planted = {"megatron.ucp.plan": {"megatron.engine.engine"}, "megatron.engine.engine": set()}
     assert forbidden_arrows(planted) == ["megatron.ucp.plan -> megatron.engine.engine"]

@@ -61,19 +61,21 @@ class Curves:
     digests: dict
 
 
-def write_dataset(prefix: Path, seed: int = 0, num_documents: int = NUM_DOCUMENTS) -> Path:
+def write_dataset(
+    prefix: Path, seed: int = 0, num_documents: int = NUM_DOCUMENTS, vocab_size: int = VOCAB_SIZE
+) -> Path:
     """A small MMIDIDX dataset with learnable structure (each token depends on the one before)."""
     from megatron.data.indexed_dataset import IndexedDatasetWriter
 
     generator = np.random.default_rng(seed)
-    table = generator.permutation(VOCAB_SIZE - 1)
+    table = generator.permutation(vocab_size - 1)
     with IndexedDatasetWriter(prefix, dtype=np.uint16) as writer:
         for _ in range(num_documents):
-            tokens = [int(generator.integers(VOCAB_SIZE - 1))]
+            tokens = [int(generator.integers(vocab_size - 1))]
             for _ in range(int(generator.integers(50, 200))):
                 follows = generator.random() < 0.8
-                tokens.append(int(table[tokens[-1]] if follows else generator.integers(VOCAB_SIZE - 1)))
-            writer.add_document([*tokens, VOCAB_SIZE - 1])
+                tokens.append(int(table[tokens[-1]] if follows else generator.integers(vocab_size - 1)))
+            writer.add_document([*tokens, vocab_size - 1])
     return prefix
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ucp.huggingface_models import our_model
+from ucp.plain_training import go_on
 
-from megatron.engine.schedule import LearningRateCurve
 from megatron.ucp import cli
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
@@ -22,7 +21,7 @@ from megatron.ucp.errors import CorruptFileError, UcpError, UnsafePickleError, U
 from megatron.ucp.execute import read_into
 from megatron.ucp.export import export
 from megatron.ucp.naming.names import ROWS
-from megatron.ucp.runs import shard_runs, whole_runs
+from megatron.ucp.runs import whole_runs
 from megatron.ucp.sources import find_checkpoint, open_source
 from megatron.ucp.sources.megatron import buckets, core
 
@@ -76,40 +75,9 @@ def batch(step):
 
 
 def gone_on(source, steps=3):
-    """Losses and gradient norms of our model in plain torch, from the Source's weights, moments, step and schedule."""
-    manifest = source.manifest
-    settings = manifest.common["model_settings"]
-    model = our_model(source, SEQ, **{key: settings[key] for key in settings if key.startswith("moe_")})
-    params = dict(model.named_parameters())
-    saved = dict(manifest.common["schedule"])
-    samples = saved.pop("num_samples")
-    curve = LearningRateCurve(**saved)
-    members = {}
-    for name, param in params.items():
-        members.setdefault(manifest.parameters[name].group, []).append(param)
-    optimizer = torch.optim.AdamW(
-        [{"params": held, **manifest.optimizer.groups[group]} for group, held in members.items()], foreach=False
-    )
-    for name, param in params.items():
-        moments = {key: torch.zeros(param.numel()) for key in ("exp_avg", "exp_avg_sq")}
-        for key, values in moments.items():
-            read_into(source, name, key, shard_runs(param.atomic_layout, param.shard_rank), values)
-        moments = {key: values.view(param.shape) for key, values in moments.items()}
-        optimizer.state[param] = {"step": torch.tensor(manifest.parameters[name].step), **moments}
-    found = []
-    for step in range(STEPS, STEPS + steps):
-        rows = batch(step)
-        logits = model.logits(rows[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(params.values()), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = curve.learning_rate(samples)
-        optimizer.step()
-        samples += BATCH
-        found.append([loss.item(), norm.item()])
-    return found
+    """On megatron_core/make.py's batches."""
+    rows = [batch(step) for step in range(STEPS, STEPS + steps)]
+    return go_on(source, [(row[:, :-1], row[:, 1:]) for row in rows])
 
 
 def theirs(samples, name):

@@ -24,7 +24,7 @@ from megatron.ucp.pointers import POINTERS, read_megatron_pointer, read_pointer
 from megatron.ucp.sources.dcp.source import DcpSource, is_dcp
 from megatron.ucp.sources.deepspeed import DeepSpeedSource
 from megatron.ucp.sources.huggingface import HuggingFaceSource
-from megatron.ucp.sources.megatron.core import is_core, open_core
+from megatron.ucp.sources.megatron.common_file import is_core
 from megatron.ucp.sources.source import Piece, Source
 from megatron.ucp.sources.universal import UniversalSource
 
@@ -117,6 +117,8 @@ def open_source(
     if not is_checkpoint(folder) and is_model_folder(folder):
         return HuggingFaceSource.open(folder)
     if is_core(folder):
+        from megatron.ucp.sources.megatron.core import open_core  # it reads, and what reads imports this module
+
         return open_core(folder, vocab_size)
     if is_dcp(folder):
         return DcpSource.open(folder)

@@ -11,8 +11,6 @@ The optimizer's states may be the parameters' (`fully_reshardable`, a plain opti
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,40 +22,25 @@ from megatron.ucp.execute import gather
 from megatron.ucp.json_checks import number, passes
 from megatron.ucp.manifest import OptimizerInfo
 from megatron.ucp.naming.gpt_model import GptModel
-from megatron.ucp.ordinary_file import read_content
-from megatron.ucp.safe_paths import existing_file, open_file
-from megatron.ucp.sources.dcp.metadata import METADATA, Metadata, read_metadata
+from megatron.ucp.sources.dcp.metadata import Metadata, read_metadata
 from megatron.ucp.sources.megatron.arguments import describe, schedule_of
 from megatron.ucp.sources.megatron.buckets import find_in_buckets
+from megatron.ucp.sources.megatron.common_file import read_common
 from megatron.ucp.sources.megatron.names import CORE
 from megatron.ucp.sources.megatron.tensors import MASTER, CoreTensors
 from megatron.ucp.sources.renamed import RenamedSource
 from megatron.ucp.stored import DTYPES, is_tensor
 
-COMMON, _FORMAT = "common.pt", "metadata.json"
 _SHARDING = ("fully_reshardable", "fully_sharded_model_space", "dp_reshardable")
 _STRETCH = 256
 """Elements at a parameter's beginning, middle and end at which masters and weights are compared when it is opened."""
-_MAX_JSON = 1 << 20
-
-
-def is_core(folder: Path) -> bool:
-    return (folder / METADATA).is_file() and (folder / COMMON).is_file()
 
 
 def open_core(folder: str | Path, vocab_size: int | None = None) -> RenamedSource:
     """`vocab_size`: of the vocabulary without its padding, where `args` do not say it. Raises CorruptFileError,
     UnsafePickleError or UnsupportedCheckpointError with all that is wrong; no tensor is read but at a few places."""
     folder = Path(folder)
-    _require_format(folder)
-    common = read_content(existing_file(folder, COMMON))
-    if not isinstance(common, Mapping) or not isinstance(common.get("args"), argparse.Namespace):
-        raise UnsupportedCheckpointError(
-            f"{COMMON} has no args, which say of which model the checkpoint is",
-            found=list(common)[:20] if isinstance(common, Mapping) else type(common).__name__,
-            where=folder,
-            do="save it with Megatron-LM's pretrain_gpt.py",
-        )
+    common = read_common(folder)
     args = vars(common["args"])
     described = describe(args, vocab_size)
     if described.model is None:
@@ -85,23 +68,6 @@ def open_core(folder: str | Path, vocab_size: int | None = None) -> RenamedSourc
         source.manifest.common["schedule"] = schedule
     source.manifest.require_sound(folder)
     return source
-
-
-def _require_format(folder: Path) -> None:
-    try:
-        with open_file(folder, _FORMAT) as file:
-            told = json.loads(file.read(_MAX_JSON))
-    except ValueError as error:
-        raise CorruptFileError(f"not readable as JSON ({error})"[:200], where=folder / _FORMAT) from error
-    backend = told.get("sharded_backend") if isinstance(told, dict) else None
-    if backend != "torch_dist":
-        raise UnsupportedCheckpointError(
-            "a format of Megatron-Core's that is not read here",
-            found=f"sharded_backend {backend!r}"[:100],
-            expected="torch_dist",
-            where=folder,
-            do="save it with --dist-ckpt-format torch_dist, or convert it with Megatron-LM",
-        )
 
 
 def _sharding(common: Mapping[str, Any], folder: Path) -> str | None:

@@ -1,6 +1,6 @@
 """A torch_dist folder's tensors as a Source, block by block and under the names that sources/megatron/names.py knows.
 
-source = CoreTensors.of(folder, metadata, groups, vocab_size=32000, num_layers=32)
+source = CoreTensors.of(folder, metadata, vocab_size=32000, num_layers=32)
 source.pieces("decoder.layers.3.self_attention.linear_qkv.weight", "exp_avg")
 
 Blocks that are alike are one tensor there, [blocks, ...]; rows of the vocabulary behind `vocab_size` are padding. Where
