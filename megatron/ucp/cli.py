@@ -41,7 +41,7 @@ from megatron.ucp.progress_line import ProgressLine
 from megatron.ucp.reshape import Reshaped, reshape
 from megatron.ucp.run_folder import find_checkpoints
 from megatron.ucp.shares import Share, convert_share
-from megatron.ucp.sources import find_checkpoint, open_source
+from megatron.ucp.sources import PROGRAMS, find_checkpoint, open_source
 from megatron.ucp.targets.native_target import NAMES, NativeTarget
 from megatron.ucp.targets.universal import tensor_bytes
 from megatron.ucp.topology import Topology
@@ -58,8 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--to and --dp belong together: the ZeRO stage, and the ranks that are to load it")
     if arguments.run is _convert and arguments.to and arguments.share:
         parser.error("--share divides the conversion to a universal folder, not that to DeepSpeed's own files (--to)")
-    if arguments.run is _convert and arguments.like and (arguments.to or arguments.share):
-        parser.error("--like renames parameters in a conversion to a universal folder, without --to or --share")
+    if arguments.run is _convert and (renaming := _renaming(arguments)) and (arguments.to or arguments.share):
+        parser.error(f"{renaming[0]} is for a conversion to a universal folder, without --to or --share")
+    if arguments.run is _convert and len(_renaming(arguments)) > 1:
+        parser.error(f"{' and '.join(_renaming(arguments))} exclude each other")
     try:
         code, data, text = arguments.run(arguments)
     except NotACheckpointError as error:
@@ -70,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         return NOT
     print(json.dumps(data, indent=1) if arguments.json else text)
     return code
+
+
+def _renaming(arguments: argparse.Namespace) -> list[str]:
+    """Flags that make another Source of the folder."""
+    given = {"--like": arguments.like, "--from": arguments.program, "--vocab-size": arguments.vocab_size}
+    return [flag for flag, value in given.items() if value]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,10 +127,17 @@ def _parser() -> argparse.ArgumentParser:
         "get ours, moments included",
     )
     p.add_argument(
+        "--from",
+        dest="program",
+        choices=PROGRAMS,
+        help="whose names the parameters have, which become ours, moments included; Megatron-Core's is known "
+        "by its files",
+    )
+    p.add_argument(
         "--vocab-size",
         type=_num_ranks,
         metavar="N",
-        help="true size of the vocabulary, where another Megatron's checkpoint knows only the padded one",
+        help="true size of the vocabulary, where Megatron-Core's checkpoint knows only the padded one",
     )
     p.add_argument("--share", type=Share.parse, metavar="I/N", help="of a conversion by N processes that see one disk")
     for name, add in (("import", add_import), ("export", add_export)):
@@ -284,6 +299,7 @@ def _convert(arguments: argparse.Namespace) -> tuple[int, Any, str]:
             column_parallel=tuple(arguments.column_parallel),
             like=arguments.like,
             vocab_size=arguments.vocab_size,
+            program=arguments.program,
             progress=progress,
         )
     else:

@@ -66,23 +66,25 @@ def convert(
     column_parallel: tuple[str, ...] = (),
     like: str | Path | None = None,
     vocab_size: int | None = None,
+    program: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Writes `output_folder` and points `latest_universal` beside it to it. Raises before anything is written where
     the input is incomplete, the output exists or the disk is too small; a failure later leaves no output. What was
     killed (or its machine) is gone on with: see unfinished.py.
 
-    `like`: a folder with a config.json of Hugging Face's; parameters that have its names get ours. `vocab_size`: see
-    open_source.
+    `like`: a folder with a config.json of Hugging Face's; parameters that have its names get ours. `vocab_size`,
+    `program`: see open_source.
     `progress(done, total)` in bytes, from several threads."""
     started = time.perf_counter()
-    source, output, identity = opened(input_folder, output_folder, column_parallel, vocab_size)
+    source, output, identity = opened(input_folder, output_folder, column_parallel, vocab_size, program)
     if like is not None:
         source = with_names_of(source, like)
     num_bytes = tensor_bytes(source.manifest)
     asked = list(column_parallel)
     asked += [f"like {source.manifest.model}"] if like else []
     asked += [f"vocabulary {vocab_size}"] if vocab_size else []
+    asked += [f"of {program}"] if program else []
     plan = plan_of(identity, asked, 0)
     require_space(output, num_bytes + _SPARE_BYTES - bytes_there(output, plan))
     with staged_again(output, plan) as staging, whole_or_not_at_all(staging, output, identity):
@@ -97,7 +99,11 @@ def convert(
 
 
 def opened(
-    input_folder: str | Path, output_folder: str | Path, column_parallel: tuple[str, ...], vocab_size: int | None = None
+    input_folder: str | Path,
+    output_folder: str | Path,
+    column_parallel: tuple[str, ...],
+    vocab_size: int | None = None,
+    program: str | None = None,
 ) -> tuple[Source, Path, Identity]:
     """(the checkpoint that is meant, where its conversion goes, what it was when it was opened). Nothing is made."""
     # A trailing slash must not put the pointer inside the folder.
@@ -105,7 +111,7 @@ def opened(
     folder = find_checkpoint(input_folder)
     require_apart(folder, output)
     identity = Identity.of(folder)
-    return open_source(folder, column_parallel=column_parallel, vocab_size=vocab_size), output, identity
+    return open_source(folder, None, column_parallel, vocab_size=vocab_size, program=program), output, identity
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-ROWS, TRANSPOSED, BY_GROUP = "rows", "transposed", "by group"
+ROWS, TRANSPOSED, BY_GROUP, BY_RANK = "rows", "transposed", "by group", "by rank"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Theirs:
     """Whose rows stand one after the other in ours: q, k, v; or gate, up. "{}" is an expert's number."""
     form: str = ROWS
     """Of a matrix. ROWS: [out, in], as ours. TRANSPOSED: [in, out] (GPT-2's Conv1D). BY_GROUP: its rows are, for each
-    key/value head, the query heads that share it, the key, the value; ours are all queries, all keys, all values."""
+    key/value head, the query heads that share it, the key, the value; ours are all queries, all keys, all values.
+    BY_RANK: for each of `ranks` tensor-parallel ranks, its queries, its keys, its values."""
+    ranks: int = 1
 
 
 def theirs(*modules: str, form: str = ROWS) -> Theirs:

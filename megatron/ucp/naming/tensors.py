@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 from megatron.ucp.naming.gpt_model import GptModel, layouts
-from megatron.ucp.naming.names import BY_GROUP, TRANSPOSED, Names, Theirs
+from megatron.ucp.naming.names import BY_GROUP, BY_RANK, TRANSPOSED, Names, Theirs
 from megatron.ucp.runs import Runs, whole_runs
 
 _BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
@@ -76,7 +76,11 @@ def _rows(entry: Theirs, model: GptModel, shape: tuple[int, ...]) -> Iterator[tu
     row = math.prod(shape[1:])
     if entry.form == BY_GROUP:
         shared = model.num_attention_heads // model.num_key_value_heads
-        yield entry.modules[0], _by_group(model.num_key_value_heads, shared, model.kv_channels * row), shape[0]
+        yield entry.modules[0], _by_group(model.num_key_value_heads, shared, 1, model.kv_channels * row), shape[0]
+        return
+    if entry.form == BY_RANK:
+        of_rank = (model.num_attention_heads // entry.ranks, model.num_key_value_heads // entry.ranks)
+        yield entry.modules[0], _by_group(entry.ranks, *of_rank, model.kv_channels * row), shape[0]
         return
     start = 0
     for module, rows in zip(entry.modules, _part_sizes(entry, model, shape[0]), strict=True):
@@ -85,15 +89,19 @@ def _rows(entry: Theirs, model: GptModel, shape: tuple[int, ...]) -> Iterator[tu
 
 
 @lru_cache(maxsize=8)
-def _by_group(groups: int, shared: int, length: int) -> Runs:
-    """Theirs [groups, shared queries|k|v, head], ours [q|k|v, heads, head], a head of `length` elements. The same for
-    all blocks."""
+def _by_group(groups: int, queries: int, keys: int, length: int) -> Runs:
+    """Theirs [groups, its queries|keys|values, head], ours [q|k|v, heads, head], a head of `length` elements. The same
+    for all blocks."""
     group = np.arange(groups, dtype=np.int64)
-    start = group * (shared + 2) * length
-    queries = np.stack([group * shared * length, start, np.full(groups, shared * length)], axis=1)
-    keys = np.stack([(groups * shared + group) * length, start + shared * length, np.full(groups, length)], axis=1)
-    values = keys + np.array([groups * length, length, 0])
-    return np.concatenate([queries, keys, values])
+    start = group * (queries + 2 * keys) * length
+
+    def part(heads: int, ours: int, before: int) -> Runs:
+        own = (ours + group * heads) * length
+        return np.stack([own, start + before * length, np.full(groups, heads * length)], axis=1)
+
+    first_key, first_value = groups * queries, groups * (queries + keys)
+    parts = part(queries, 0, 0), part(keys, first_key, queries), part(keys, first_value, queries + keys)
+    return np.concatenate(parts)
 
 
 def _of_experts(entry: Theirs, model: GptModel, name: str, ours: str, shape: tuple[int, ...]) -> Iterator[Pair]:

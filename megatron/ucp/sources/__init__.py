@@ -28,8 +28,9 @@ from megatron.ucp.sources.megatron.common_file import is_core
 from megatron.ucp.sources.source import Piece, Source
 from megatron.ucp.sources.universal import UniversalSource
 
-__all__ = ["Piece", "Source", "find_checkpoint", "is_checkpoint", "open_source"]
+__all__ = ["PROGRAMS", "Piece", "Source", "find_checkpoint", "is_checkpoint", "open_source"]
 
+PROGRAMS = ("megatron-deepspeed",)
 _COUNTED = re.compile(r"(checkpoint[-_]|step[-_])([0-9]{1,18})")
 """Names of the run folders of Trainer ("checkpoint-500"), Accelerate ("checkpoint_3") and its examples ("step_500")."""
 
@@ -107,11 +108,15 @@ def open_source(
     column_parallel: tuple[str, ...] = (),
     optimizer_order: Sequence[str] = (),
     vocab_size: int | None = None,
+    program: str | None = None,
 ) -> Source:
     """The Source for a checkpoint folder, or for a run folder with `latest`. `column_parallel` (regular expressions)
     and `optimizer_order` (names) are what folders without a ucp.json may need, see sources/foreign; `vocab_size` is
-    what other Megatrons' may, see sources/megatron. Raises NotACheckpointError and what the Source raises."""
+    what other Megatrons' may, see sources/megatron. `program`: one of PROGRAMS, whose names become ours; by default
+    only a format that is known by its files is read so. Raises NotACheckpointError and what the Source raises."""
     folder = find_checkpoint(folder, tag)
+    if program is not None:
+        return _open_program(folder, program, column_parallel)
     if (folder / MANIFEST_NAME).is_file():
         return _open_listed(folder, read_manifest(folder))
     if not is_checkpoint(folder) and is_model_folder(folder):
@@ -125,6 +130,16 @@ def open_source(
     from megatron.ucp.sources.foreign import open_foreign  # imports torch
 
     return open_foreign(folder, column_parallel, optimizer_order)
+
+
+def _open_program(folder: Path, program: str, column_parallel: tuple[str, ...]) -> Source:
+    if program not in PROGRAMS:
+        raise NotACheckpointError("no program that is known", found=program[:100], expected=PROGRAMS)
+    if (folder / MANIFEST_NAME).is_file():
+        raise NotACheckpointError(f"this program saved it, not {program}", where=folder, do="leave --from out")
+    from megatron.ucp.sources.megatron.deepspeed import open_megatron_deepspeed  # it reads, as open_core does
+
+    return open_megatron_deepspeed(folder, column_parallel)
 
 
 def _open_listed(folder: Path, manifest: Manifest) -> Source:

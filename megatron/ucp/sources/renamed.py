@@ -42,6 +42,8 @@ class RenamedSource:
         """`companions`: files that come along, see Source.other_files."""
         self.folder, self.manifest = inner.folder, manifest
         self._inner, self._parts, self._companions = inner, parts, dict(companions)
+        self.without_copies: frozenset[str] = frozenset()
+        """Of which, by their names there, only the first copy counts: the others are no copies."""
         self._pieces: dict[tuple[str, str], list[Piece]] = {}
         self._origin: dict[Piece, Piece | tuple[Pair, str, str]] = {}
         """The inner piece, or what a transposed tensor is made of."""
@@ -57,13 +59,16 @@ class RenamedSource:
         model: GptModel,
         settings: Mapping[str, Any],
         companions: Mapping[str, Path] = MappingProxyType({}),
+        called: Mapping[str, str] = MappingProxyType({}),
     ) -> RenamedSource:
-        """Raises UnsupportedCheckpointError with all that does not fit."""
+        """`called`: of parameters whose names `names` does not know, those that it does. Raises
+        UnsupportedCheckpointError with all that does not fit."""
         parameters = inner.manifest.parameters
-        shapes = {name: info.layout.shape for name, info in parameters.items()}
-        matched = match(names, model, shapes)
+        known = {called.get(name, name): name for name in parameters}
+        matched = match(names, model, {name: parameters[there].layout.shape for name, there in known.items()})
         faults = list(matched.faults)
-        for ours, parts in matched.by_parameter.items():
+        found = {ours: [(pair, known[name]) for pair, name in parts] for ours, parts in matched.by_parameter.items()}
+        for ours, parts in found.items():
             infos = [parameters[name] for _, name in parts]
             kinds = {(info.states, info.step, tuple(info.scalars.items()), info.is_trainable) for info in infos}
             if len(kinds) > 1:
@@ -72,7 +77,6 @@ class RenamedSource:
                 faults.append(f"{ours}: its states have other shapes than its own")
         if faults:
             raise _refused(inner, faults)
-        found = dict(matched.by_parameter)
         return cls(inner, found, _manifest(inner, found, model, dict(settings)), companions)
 
     def pieces(self, name: str, state: str) -> list[Piece]:
@@ -89,6 +93,8 @@ class RenamedSource:
 
     def _pieces_of(self, pair: Pair, theirs: str, state: str) -> list[Piece]:
         inner = self._inner.pieces(theirs, state)
+        if theirs in self.without_copies:
+            inner = [piece for piece in inner if piece.copy == 0]
         if pair.is_transposed:
             made = Piece(inner[0].file, (theirs, state), pair.runs)
             self._origin[made] = pair, theirs, state

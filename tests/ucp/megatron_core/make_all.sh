@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Makes every sample of this folder anew: bash make_all.sh. See README.md.
 set -euo pipefail
-cd "$(dirname "$0")"
+here=$(realpath "$(dirname "$0")")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+cd "$work" # so that what is saved names no folder
 
 sample() { # name, ranks, make.py's flags
     local name=$1 ranks=$2
     shift 2
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$ranks" make.py "$work/$name" "$@"
-    tar -C "$work" --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cJf "$name.tar.xz" "$name"
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$ranks" "$here/make.py" "$name" "$@"
+    tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cJf "$here/$name.tar.xz" "$name"
 }
 
 sample gpt 1

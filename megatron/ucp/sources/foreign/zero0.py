@@ -12,7 +12,7 @@ Source of these conventions: torch/optim/optimizer.py (state_dict), deepspeed/ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +30,8 @@ from megatron.ucp.stored import is_tensor, place_of
 from megatron.ucp.topology import Topology
 
 NAMES_KEY = "ucp_parameter_names"
+_MAX_DEPTH = 8
+"""Of dicts in a state dict."""
 _MAX_WAYS = 100_000
 """Of dividing parameters among groups that are followed at once."""
 _SAVE_AGAIN = (
@@ -52,6 +54,8 @@ def open_zero0(folder: Path, order: Sequence[str] = ()) -> Source:
             "train on under ZeRO-1 from its weights, or save it with a ucp.json",
         )
     content = cache.load(found.models[0, 0])
+    if isinstance(content.get("module"), Mapping):
+        content["module"] = dict(_named(content["module"]))  # in the cache, where a piece's tensor is looked up by name
     weights, optimizer = _weights(folder, content), _optimizer(folder, content)
     groups, state = optimizer["param_groups"], optimizer["state"]
     owner = {index: number for number, group in enumerate(groups) for index in group["params"]}
@@ -104,6 +108,15 @@ def _weights(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
             folder, "only ZeRO-0 in fp32 keeps the state by parameter", low, "train on under ZeRO-1 from its weights"
         )
     return weights
+
+
+def _named(module: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Also of nested dicts, as Megatron's state dicts are."""
+    for name, value in module.items():
+        if isinstance(value, Mapping) and depth < _MAX_DEPTH:
+            yield from _named(value, f"{prefix}{name}.", depth + 1)
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _optimizer(folder: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -133,6 +133,8 @@ class _Reading:
     def _vocab_size(self) -> Any:
         padded = self.get("padded_vocab_size")
         known = self.vocab_size or self.get("vocab_size")
+        if self.vocab_size is None and passes(whole(1), known) and self.get("tokenizer_type") == "NullTokenizer":
+            known += 1  # the end of a document, which the flag does not count
         if known is None and padded is not None:
             self.notes.append(
                 f"args do not say how long the vocabulary is without its padding: all {shown(padded)} rows are taken "

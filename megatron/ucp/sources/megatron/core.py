@@ -20,12 +20,11 @@ import numpy as np
 from megatron.ucp.errors import CorruptFileError, UnsupportedCheckpointError
 from megatron.ucp.execute import gather
 from megatron.ucp.json_checks import number, passes
-from megatron.ucp.manifest import OptimizerInfo
-from megatron.ucp.naming.gpt_model import GptModel
 from megatron.ucp.sources.dcp.metadata import Metadata, read_metadata
 from megatron.ucp.sources.megatron.arguments import describe, schedule_of
 from megatron.ucp.sources.megatron.buckets import find_in_buckets
 from megatron.ucp.sources.megatron.common_file import read_common
+from megatron.ucp.sources.megatron.groups import group_of, optimizer_of
 from megatron.ucp.sources.megatron.names import CORE
 from megatron.ucp.sources.megatron.tensors import MASTER, CoreTensors
 from megatron.ucp.sources.renamed import RenamedSource
@@ -55,9 +54,9 @@ def open_core(folder: str | Path, vocab_size: int | None = None) -> RenamedSourc
     if _sharding(common, folder) == "dp_reshardable":
         tensors = tensors.with_states(find_in_buckets(tensors, model, args))
     _require_masters_fit(tensors)
-    step, optimizer = _step(groups, tensors), _optimizer(groups, model)
+    step, optimizer = _step(groups, tensors), optimizer_of(dict(enumerate(groups)), model)[0]
     names = {
-        name: _group_of(name, len(info.layout.shape), model, optimizer.groups)
+        name: group_of(name, len(info.layout.shape), model, optimizer.groups)
         for name, info in tensors.manifest.parameters.items()
     }
     source = RenamedSource.of(tensors.with_optimizer(optimizer, names, step), CORE, model, described.settings)
@@ -124,47 +123,6 @@ def _step(groups: list[Mapping[str, Any]], tensors: CoreTensors) -> float | None
             where=tensors.folder,
         )
     return told.pop() if told else None
-
-
-_KEPT = {"lr": number(0), "eps": number(0), "weight_decay": number()}
-
-
-def _optimizer(groups: list[Mapping[str, Any]], model: GptModel) -> OptimizerInfo:
-    """Its groups by our names. None where several of theirs would have one name: then a run takes its flags'."""
-    found: dict[str, dict[str, Any]] = {}
-    for group in groups:
-        is_decayed = bool(group.get("wd_mult", 1.0))
-        name = _name(is_decayed, bool(group.get("is_decoupled_lr")), bool(group.get("is_expert_parallel")))
-        values = {key: group[key] for key, check in _KEPT.items() if passes(check, group.get(key))}
-        betas = group.get("betas")
-        if isinstance(betas, (tuple, list)) and len(betas) == 2 and all(passes(number(0, 1), b) for b in betas):
-            values["betas"] = list(betas)
-        values["weight_decay"] = values.get("weight_decay", 0.0) if is_decayed else 0.0
-        if found.setdefault(name, values) != values:
-            return OptimizerInfo(kind="AdamW")
-    if model.has_experts:  # without expert parallelism theirs are among the others, ours are not
-        for name in ("decay", "no_decay"):
-            if name in found:
-                found.setdefault("experts" + name.removeprefix("decay").replace("no_decay", "_no_decay"), found[name])
-    return OptimizerInfo(kind="AdamW", groups=found)
-
-
-def _name(is_decayed: bool, is_decoupled: bool, is_expert: bool) -> str:
-    """As model/build.py names this program's groups."""
-    if is_expert:
-        return "experts" if is_decayed else "experts_no_decay"
-    if is_decoupled:
-        return "decoupled" if is_decayed else "decoupled_no_decay"
-    return "decay" if is_decayed else "no_decay"
-
-
-def _group_of(name: str, num_dims: int, model: GptModel, groups: Mapping[str, Any]) -> str:
-    """Megatron decays matrices, and neither biases nor norms."""
-    is_decoupled = "decoupled" in groups and name.startswith(("embedding.word_embeddings.", "output_layer."))
-    is_expert = model.has_experts and ".mlp.experts." in name
-    is_decayed = num_dims - is_expert > 1 and not name.endswith(".bias")
-    group = _name(is_decayed, is_decoupled, is_expert)
-    return group if group in groups else ""
 
 
 def _require_masters_fit(tensors: CoreTensors) -> None:
