@@ -9,11 +9,12 @@ Questions about any checkpoint folder, DeepSpeed's or universal, of any topology
     verify DIR               is it whole            exit 0 sound, 1 not; --quick: by sizes, reading no data
     diff A B                 the same state?        exit 0 equal, 1 not
     plan DIR --tp 2 --dp 2   what would each rank of that topology read
-    convert DIR OUT          make a universal folder
+    convert DIR OUT          make a universal folder; of Megatron-Core's folder, too
     convert DIR OUT --share 0/4            one of four processes that make it, anywhere that sees the disk
     convert DIR OUT --to zero2 --dp 3      make DeepSpeed's own files of ZeRO-2 on 3 ranks
     import MODEL OUT         a model folder of Hugging Face's as a universal folder
     export DIR MODEL         any checkpoint's weights as a model folder of Hugging Face's
+    export DIR OUT --format dcp            all of it as a PyTorch DCP folder, for FSDP2 programs
 
 --json prints one JSON object instead of text. Exit code 2: wrong usage, or a folder that is no checkpoint.
 """

@@ -1,4 +1,4 @@
-"""Export: the weights of any checkpoint as a model folder of Hugging Face's.
+"""Export: the weights of any checkpoint as a model folder of Hugging Face's, or all of it as PyTorch's DCP.
 
 On a CPU, without a process group, in one pass over the files. Everything that can be checked is checked
 before anything is written; the folder appears at once, or not at all.
@@ -6,6 +6,7 @@ before anything is written; the folder appears at once, or not at all.
     result = export("runs/a", "hub/my-model", dtype="bfloat16", like="SmolLM2-135M")
     result.output, result.digest
     AutoModelForCausalLM.from_pretrained("hub/my-model")
+    export_dcp("runs/a", "for_fsdp2")                        # dcp.load, moments included
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from megatron.ucp.identity import Identity
 from megatron.ucp.naming.gpt_model import GptModel, layouts, sound_settings
 from megatron.ucp.naming.tensors import pairs
 from megatron.ucp.sources import Source, find_checkpoint, open_source
+from megatron.ucp.sources.dcp.metadata import METADATA
 from megatron.ucp.stored import DTYPES
 from megatron.ucp.targets.huggingface import shards_of, write_weights
 
@@ -48,7 +50,7 @@ class Exported:
     family: str
     dtype: str
     digest: str
-    """Of the weights, in fp32."""
+    """Of what was written, in fp32: the weights, or all states."""
     num_tensors: int
     num_bytes: int
     seconds: float
@@ -110,6 +112,44 @@ def export(
         num_bytes,
         time.perf_counter() - started,
         notes,
+    )
+
+
+def export_dcp(
+    checkpoint: str | Path,
+    output_folder: str | Path,
+    *,
+    dtype: str | None = None,
+    family: str | None = None,
+    num_workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Writes a PyTorch DCP folder of the model and its optimizer by the names of its architecture of Hugging Face's.
+    `dtype`: of the weights, by default fp32, which their masters are; moments are in fp32. Otherwise as `export`."""
+    started = time.perf_counter()
+    output = Path(str(output_folder).rstrip("/") or "/")
+    folder = find_checkpoint(checkpoint)
+    require_apart(folder, output)
+    identity = Identity.of(folder)
+    source = open_source(folder)
+    model = GptModel.of(source.manifest.model, where=folder)
+    _require_parameters(source, model)
+    chosen, _, notes = config_json_of(model, family, _like(None, folder), None)
+    dtype = dtype or "float32"
+    if dtype not in DTYPE_NAMES:
+        raise UnsupportedCheckpointError("no precision of weights", found=dtype, expected=DTYPE_NAMES)
+    from megatron.ucp.targets.dcp import bytes_of, pairs_in_memory, write_dcp  # imports torch
+
+    of_model = pairs_in_memory(chosen, model)
+    num_bytes = bytes_of(source, of_model, DTYPES[dtype])
+    require_space(output, num_bytes + _SPARE_BYTES)
+    staging = stage(output)
+    with whole_or_not_at_all(staging, output, identity, marker=METADATA):
+        count = byte_counter(progress, num_bytes) or (lambda n: None)
+        digests = write_dcp(source, staging, of_model, DTYPES[dtype], num_workers=num_workers, progress=count)
+    seconds = time.perf_counter() - started
+    return Exported(
+        folder, output, chosen.model_type, dtype, total(digests), len(of_model), num_bytes, seconds, tuple(notes)
     )
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.ucp.convert import convert
-from megatron.ucp.errors import NotACheckpointError, UcpError
-from megatron.ucp.export import DTYPE_NAMES, MAX_SHARD_BYTES, export
+from megatron.ucp.errors import NotACheckpointError, UcpError, UnsupportedCheckpointError
+from megatron.ucp.export import DTYPE_NAMES, MAX_SHARD_BYTES, Exported, export, export_dcp
 from megatron.ucp.huggingface.families import FAMILIES
 from megatron.ucp.huggingface.folder import is_model_folder
 from megatron.ucp.huggingface.gguf import SUFFIX, unpacked
@@ -36,6 +36,12 @@ def add_import(parser: argparse.ArgumentParser) -> None:
 def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a checkpoint of any kind and topology, or a run folder")
     parser.add_argument("output", help="the model folder to make")
+    parser.add_argument(
+        "--format",
+        choices=("hf", "dcp"),
+        default="hf",
+        help="hf: a model folder. dcp: PyTorch's distributed checkpoint, with the optimizer, for FSDP2 programs",
+    )
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights; default: as in training")
     parser.add_argument("--family", choices=sorted(FAMILIES), help="where the model can be several: its model_type")
     parser.add_argument(
@@ -85,6 +91,22 @@ def _import(arguments: argparse.Namespace) -> Outcome:
 
 
 def _export(arguments: argparse.Namespace) -> Outcome:
+    progress = None if arguments.json else ProgressLine()
+    if arguments.format == "dcp":
+        of_model = {"--like": arguments.like, "--max-positions": arguments.max_positions}
+        if given := [flag for flag, value in of_model.items() if value]:
+            raise UnsupportedCheckpointError(
+                "flags of a model folder, and a DCP folder is asked for", found=given, do="leave them out"
+            )
+        result = export_dcp(
+            arguments.folder,
+            arguments.output,
+            dtype=arguments.dtype,
+            family=arguments.family,
+            num_workers=arguments.num_workers,
+            progress=progress,
+        )
+        return _told(result)
     result = export(
         arguments.folder,
         arguments.output,
@@ -94,8 +116,12 @@ def _export(arguments: argparse.Namespace) -> Outcome:
         max_positions=arguments.max_positions,
         max_shard_bytes=max(1, int(arguments.max_shard_gb * 2**30)),
         num_workers=arguments.num_workers,
-        progress=None if arguments.json else ProgressLine(),
+        progress=progress,
     )
+    return _told(result)
+
+
+def _told(result: Exported) -> Outcome:
     data = {
         "source": str(result.source),
         "output": str(result.output),
@@ -109,7 +135,7 @@ def _export(arguments: argparse.Namespace) -> Outcome:
     }
     lines = [
         f"{result.source} -> {result.output}; {result.family}, {result.num_tensors} tensors in {result.dtype}, "
-        f"{result.num_bytes / 2**20:.1f} MiB in {result.seconds:.1f} s; digest of the weights {result.digest}",
+        f"{result.num_bytes / 2**20:.1f} MiB in {result.seconds:.1f} s; digest {result.digest}",
         *(f"note: {note}" for note in result.notes),
     ]
     return 0, data, "\n".join(lines)

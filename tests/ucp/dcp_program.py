@@ -47,3 +47,42 @@ def step(model, optimizer, tokens):
 
 def _whole(value):
     return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def fsdp2_goes_on(rank, world_size, folder, name, steps=3):
+    """The same program, which loads a folder first: rank 0 gives what stands in it then, by name, and the losses that
+    follow."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from ucp.huggingface_models import made, tokens
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    model = made(name)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    mesh = init_device_mesh("cpu", (world_size,))
+    for block in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, betas=(0.1, 0.2), weight_decay=0.3)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    weights, states = get_state_dict(model, optimizer, options=options)
+    content = {"model": weights, "optim": states}
+    dcp.load(content, checkpoint_id=folder)
+    set_state_dict(
+        model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optim"], options=options
+    )
+    weights, states = get_state_dict(model, optimizer)
+    truth = {key: _whole(value).clone() for key, value in weights.items()}
+    truth |= {
+        f"{key} {state}": _whole(value).clone()
+        for key, entries in states["state"].items()
+        for state, value in entries.items()
+    }
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in states["param_groups"]]
+    losses = [step(model, optimizer, tokens()) for _ in range(steps)]
+    return (truth, groups, losses) if rank == 0 else None

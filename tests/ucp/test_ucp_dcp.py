@@ -6,20 +6,31 @@ import shutil
 
 import pytest
 import torch
-from ucp.dcp_program import fsdp2
+from torch.distributed.checkpoint import Metadata
+from ucp.dcp_program import fsdp2, fsdp2_goes_on
 from ucp.huggingface_models import made
 
 from harness.ranks import run_ranks
+from megatron.ucp import cli
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
-from megatron.ucp.errors import CorruptFileError, UcpError, UnsafePickleError, UnsupportedCheckpointError
+from megatron.ucp.digest import digest_runs
+from megatron.ucp.errors import (
+    CorruptFileError,
+    DigestMismatchError,
+    UcpError,
+    UnsafePickleError,
+    UnsupportedCheckpointError,
+)
 from megatron.ucp.execute import read_into
+from megatron.ucp.export import export_dcp
 from megatron.ucp.naming.matching import match
 from megatron.ucp.runs import whole_runs
 from megatron.ucp.sources import open_source
 from megatron.ucp.sources.dcp.metadata import read_metadata
 from megatron.ucp.sources.dcp.source import DcpSource
 from megatron.ucp.sources.renamed import with_names_of
+from megatron.ucp.targets import dcp as dcp_target
 from megatron.ucp.verify import verify
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -311,3 +322,84 @@ def test_our_reader_of_metadata_agrees_with_torchs(saved):
         for chunk in tensor.chunks:
             info = places[key, chunk.offsets]
             assert (chunk.place.file, chunk.place.start) == (info.relative_path, info.offset)
+
+
+# -- as a Target -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(saved, tmp_path_factory):
+    """By model: what an FSDP2 program saved, converted under our names, and that exported again."""
+    known = {}
+
+    def get(name):
+        if name not in known:
+            folder = tmp_path_factory.mktemp("exported")
+            made(name).save_pretrained(folder / "like")
+            convert(saved(name)[0], folder / "universal", like=folder / "like")
+            assert cli.main(["export", str(folder / "universal"), str(folder / "dcp"), "--format", "dcp"]) == 0
+            known[name] = folder
+        return known[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_neox"])
+def test_an_fsdp2_program_goes_on_from_what_is_exported(name, saved, exported):
+    """As it goes on from its own checkpoint: weights, moments, steps, groups, and the losses that follow."""
+    folder, truth = saved(name)
+    found, groups, losses = run_ranks(3, fsdp2_goes_on, exported(name) / "dcp", name)[0]
+    assert found.keys() == truth.keys()
+    for key, values_there in truth.items():
+        assert torch.equal(found[key], values_there), key
+    (group,) = groups
+    assert (group["lr"], list(group["betas"]), group["weight_decay"]) == (1e-3, [0.9, 0.95], 0.1)
+    _, of_six = run_ranks(3, fsdp2, folder.parent / "six", name, "nested", "float32", 6)[0]
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(of_six[3:]), rtol=0, atol=2e-5)
+
+
+def test_what_is_exported_is_read_again_bitwise(exported, tmp_path):
+    folder = exported("llama")
+    convert(folder / "dcp", tmp_path / "again", like=folder / "like")
+    assert diff(folder / "universal", tmp_path / "again").is_equal
+
+
+def test_an_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatch):
+    """In a thread of the writer's too, which tells nobody."""
+    folder = exported("llama")
+    monkeypatch.setattr(dcp_target, "digest_runs", _failing_at("layers.1.mlp.dense_4h_to_h.weight"))
+    with pytest.raises(OSError, match="no more room"):
+        export_dcp(folder / "universal", tmp_path / "out", num_workers=2)
+    monkeypatch.undo()
+    monkeypatch.setattr(dcp_target, "save", lambda *args, **kwargs: Metadata({}, storage_data={}))
+    with pytest.raises(UcpError, match="left tensors out"):
+        export_dcp(folder / "universal", tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(dcp_target, "gather", _flipping(dcp_target.gather))
+    with pytest.raises(DigestMismatchError, match=r"layers\.2"):
+        export_dcp(folder / "universal", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
+
+
+def _failing_at(name):
+    def digest(values, runs, **about):
+        if about["name"] == name:
+            raise OSError("no more room")
+        return digest_runs(values, runs, **about)
+
+    return digest
+
+
+def _flipping(gather):
+    def flipped(source, name, state, pieces, runs, out):
+        gather(source, name, state, pieces, runs, out)
+        if (name, state) == ("layers.2.attention.dense.weight", "exp_avg"):
+            out[-1] += 1.0
+
+    return flipped
+
+
+def test_flags_of_a_model_folder_are_refused(exported, tmp_path, capsys):
+    command = ["export", str(exported("llama") / "universal"), str(tmp_path / "out"), "--format", "dcp"]
+    assert cli.main([*command, "--max-positions", "64"]) == 1
+    assert "--max-positions" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from megatron.config.checkpoint_args import model_values
 from megatron.config.model import ModelConfig
 from megatron.config.presets import PRESETS
 from megatron.layers.router_ledger import RouterLedger
-from megatron.model.build import parameter_layouts
+from megatron.model.build import parameter_groups, parameter_layouts
 from megatron.model.flops import num_parameters
 from megatron.model.gpt import GPT
 from megatron.parallel.context import ParallelContext
@@ -23,7 +23,7 @@ from megatron.training.build import _identity
 from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.huggingface.config_json import config_of, describe, family_of, mismatches
 from megatron.ucp.huggingface.families import FAMILIES
-from megatron.ucp.naming.gpt_model import GptModel, layouts, sound_settings
+from megatron.ucp.naming.gpt_model import GptModel, group_of, layouts, sound_settings
 from megatron.ucp.naming.tensors import pairs
 
 MODELS = {
@@ -50,6 +50,18 @@ def test_layouts_are_those_that_the_layers_declare(name):
     ours = layouts(model)
     # Cuts of a padded vocabulary lose their unit with the padding: what is left must be equal in every part.
     assert {key: layout.without_padding() for key, layout in ours.items()} == declared(MODELS[name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_groups_are_those_that_a_run_makes(name):
+    context = ParallelContext.single()
+    with torch.device("meta"):
+        made = GPT(MODELS[name], context, RandomStreams(1, context), ledger=RouterLedger())
+    names = {id(param): key for key, param in made.named_parameters()}
+    groups = parameter_groups(made, weight_decay=0.1)
+    expected = {names[id(param)]: group["name"] for group in groups for param in group["params"]}
+    ours = layouts(GptModel.of(_identity(MODELS[name])))
+    assert {key: group_of(key, layout.shape) for key, layout in ours.items()} == expected
 
 
 @pytest.mark.parametrize("name", MODELS)

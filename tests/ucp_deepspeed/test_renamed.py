@@ -17,7 +17,7 @@ from megatron.ucp.convert import convert
 from megatron.ucp.execute import read_into
 from megatron.ucp.runs import whole_runs
 from megatron.ucp.sources import open_source
-from megatron.ucp.sources.renamed import RenamedSource
+from megatron.ucp.sources.renamed import with_names_of
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
@@ -59,7 +59,7 @@ def test_deepspeeds_files_under_our_names(name, zero_stage, ranks, tmp_path):
     truth = run_ranks(ranks, deepspeed_program, tmp_path / "run", name, zero_stage)[0]
     made(name).save_pretrained(tmp_path / "like")
     converted = convert(tmp_path / "run", tmp_path / "universal", like=tmp_path / "like")
-    live = RenamedSource.of(open_source(tmp_path / "run"), tmp_path / "like")
+    live = with_names_of(open_source(tmp_path / "run"), tmp_path / "like")
     prefix = "transformer.h" if name == "gpt2" else "model.layers"
     for source in (open_source(converted.output), live):
         assert all(info.states == STATES and info.step == 3 for info in source.manifest.parameters.values())
@@ -88,7 +88,6 @@ def test_it_goes_on_in_our_engine(place, data, tmp_path):
         **{
             **dict.fromkeys((*of_model, "hidden_dropout", "attention_dropout")),
             "use_checkpoint_args": True,
-            "override_opt_param_scheduler": True,
             "load": tmp_path / "runs",
             "save": tmp_path / "ours",
             "save_interval": 2,

@@ -178,6 +178,16 @@ def sound_settings(values: Any) -> dict[str, Any]:
     return {key: values[key] for key, check in SETTINGS.items() if key in values and passes(check, values[key])}
 
 
+def group_of(name: str, shape: tuple[int, ...]) -> str:
+    """The optimizer's group that a run puts the parameter in, where no flag asks for others: matrices decay, biases and
+    norms do not, experts are apart. As model/build.py has it."""
+    is_expert = ".mlp.experts." in name
+    is_decayed = len(shape) - is_expert > 1
+    if is_expert:
+        return "experts" if is_decayed else "experts_no_decay"
+    return "decay" if is_decayed else "no_decay"
+
+
 def layouts(model: GptModel) -> dict[str, Layout]:
     """By canonical name, in the model's order. The vocabulary has no padding."""
     return dict(_layouts(model))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,8 +24,8 @@ from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.execute import gather
 from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.folder import CONFIG, companions, file_of, read_json
-from megatron.ucp.manifest import Manifest, ParameterInfo
-from megatron.ucp.naming.gpt_model import GptModel, layouts
+from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
+from megatron.ucp.naming.gpt_model import GptModel, group_of, layouts
 from megatron.ucp.naming.matching import match
 from megatron.ucp.naming.names import Names
 from megatron.ucp.naming.tensors import Pair
@@ -169,15 +170,31 @@ def _manifest(inner: Source, parts: dict[str, Parts], model: GptModel, settings:
             is_trainable=info.is_trainable,
             dtype=info.dtype,
         )
+    parameters, optimizer = _with_our_groups(parameters, there.optimizer)
     return Manifest(
         kind="universal",
         topology=Topology(),
         parameters=parameters,
-        optimizer=there.optimizer,
+        optimizer=optimizer,
         model=model.to_json(),
         common={**there.common, "model_settings": settings},
         unverified="its parameters had other names, of which its digests are" if there.digests else there.doubt,
     )
+
+
+def _with_our_groups(
+    parameters: dict[str, ParameterInfo], optimizer: OptimizerInfo
+) -> tuple[dict[str, ParameterInfo], OptimizerInfo]:
+    """Groups by the names that this program gives its own, where all parameters of each have the same values there;
+    otherwise as they are."""
+    ours = {name: group_of(name, info.layout.shape) for name, info in parameters.items() if info.is_trainable}
+    values: dict[str, dict[str, Any]] = {}
+    for name, group in ours.items():
+        told = optimizer.groups.get(parameters[name].group)
+        if told is None or values.setdefault(group, told) != told:
+            return parameters, optimizer
+    named = {name: replace(info, group=ours.get(name, "")) for name, info in parameters.items()}
+    return named, replace(optimizer, groups={name: dict(held) for name, held in values.items()})
 
 
 def _refused(inner: Source, faults: list[str]) -> UnsupportedCheckpointError:

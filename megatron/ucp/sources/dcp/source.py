@@ -65,11 +65,13 @@ class DcpSource:
     def _manifest(self, names: Mapping[str, str], states: Mapping[tuple[str, str], str]) -> Manifest:
         tensors = self._metadata.tensors
         parameters = {}
+        groups, members = self._groups(names)
         for name, key in names.items():
             own = [state for (other, state) in states if other == name and state != "step"]
             shapes = {state: tensors[states[name, state]].shape for state in own}
             parameters[name] = ParameterInfo(
                 layout=Layout.unique(tensors[key].shape),
+                group=members.get(name, ""),
                 states=(MASTER, *sorted(state for state in own if len(shapes[state]))),
                 step=self._steps[name],
                 scalars={s: self._number(states[name, s]) or 0.0 for s in own if not len(shapes[s])},
@@ -80,23 +82,34 @@ class DcpSource:
             kind="universal",
             topology=Topology(),
             parameters=parameters,
-            optimizer=OptimizerInfo(kind="", groups=self._groups()),
+            optimizer=OptimizerInfo(kind="", groups=groups),
             saved_by={"format": "PyTorch DCP"},
             unverified="PyTorch's distributed checkpoints have no checksums",
         )
 
-    def _groups(self) -> dict[str, dict[str, Any]]:
-        """Numbers, texts and lists of the optimizer's groups; by parameter's name where they are kept so."""
-        groups: dict[str, dict[str, Any]] = {}
+    def _groups(self, names: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """(numbers, texts and lists of the optimizer's groups, the group of each parameter). Groups are kept by number
+        with the names of their parameters, or for each parameter; those that say the same are one here."""
+        told: dict[str, dict[str, Any]] = {}
+        owner = {name: name for name in names}
         for key, place in self._metadata.values.items():
-            if (match := _GROUP.fullmatch(key)) and match[2] != "params":
-                value = self._files.value(place)
-                if value is None or isinstance(value, (bool, int, float, str)):
-                    groups.setdefault(match[1], {})[match[2]] = value
-                elif isinstance(value, (tuple, list)) and all(isinstance(v, (int, float)) for v in value):
-                    groups.setdefault(match[1], {})[match[2]] = list(value)
-        alike = list(groups.values())
-        return {"0": alike[0]} if alike and all(group == alike[0] for group in alike) else groups
+            if not (match := _GROUP.fullmatch(key)):
+                continue
+            value = self._files.value(place)
+            if match[2] == "params":
+                owner |= {name: match[1] for name in value if name in names} if isinstance(value, list) else {}
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                told.setdefault(match[1], {})[match[2]] = value
+            elif isinstance(value, (tuple, list)) and all(isinstance(v, (int, float)) for v in value):
+                told.setdefault(match[1], {})[match[2]] = list(value)
+        kinds: list[dict[str, Any]] = []
+        for values in told.values():
+            if values not in kinds:
+                kinds.append(values)
+        found = {str(number): values for number, values in enumerate(kinds)}
+        if len(kinds) == 1:
+            return found, dict.fromkeys(names, "0")
+        return found, {name: str(kinds.index(told[key])) for name, key in owner.items() if key in told}
 
     def pieces(self, name: str, state: str) -> list[Piece]:
         tensor = self._tensor_of(name, state)

@@ -54,7 +54,7 @@ def open_core(folder: str | Path, vocab_size: int | None = None) -> RenamedSourc
     if _sharding(common, folder) == "dp_reshardable":
         tensors = tensors.with_states(find_in_buckets(tensors, model, args))
     _require_masters_fit(tensors)
-    step, optimizer = _step(groups, tensors), optimizer_of(dict(enumerate(groups)), model)[0]
+    step, optimizer = _step(groups, tensors), optimizer_of(groups, model)
     names = {
         name: group_of(name, len(info.layout.shape), model, optimizer.groups)
         for name, info in tensors.manifest.parameters.items()

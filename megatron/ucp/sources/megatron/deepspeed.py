@@ -19,10 +19,11 @@ from typing import Any
 from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.file_names import MODEL_FILE, STAGE3_MODEL_FILE
 from megatron.ucp.json_checks import passes, shown, whole
+from megatron.ucp.manifest import Manifest, OptimizerInfo
 from megatron.ucp.ordinary_file import read_content
 from megatron.ucp.sources.foreign import open_foreign
 from megatron.ucp.sources.megatron.arguments import describe, schedule_of
-from megatron.ucp.sources.megatron.groups import optimizer_of
+from megatron.ucp.sources.megatron.groups import kept_values, kind_of
 from megatron.ucp.sources.megatron.names import DEEPSPEED_COLUMN_PARALLEL, deepspeed_names, deepspeed_table
 from megatron.ucp.sources.renamed import RenamedSource
 
@@ -54,6 +55,7 @@ def open_megatron_deepspeed(folder: str | Path, column_parallel: tuple[str, ...]
             f"a model that is not known here: {len(faults)} reason(s)", found=faults, where=folder
         )
     inner = open_foreign(folder, (*column_parallel, *DEEPSPEED_COLUMN_PARALLEL))
+    inner.manifest = _with_groups(inner.manifest)
     called = deepspeed_names(inner.manifest.parameters)
     table = deepspeed_table(tp_size, is_by_rank)
     vocabulary = [inner.manifest.parameters[name].layout.shape for name in called if called[name] == _VOCABULARY]
@@ -62,12 +64,10 @@ def open_megatron_deepspeed(folder: str | Path, column_parallel: tuple[str, ...]
     # The last stage of a pipeline has the whole embedding module for its tied matrix. What else is in it is not used
     # there, and stays as it was initialised.
     source.without_copies = frozenset(name for name in called if name.startswith(_TIED) and called[name] != _VOCABULARY)
-    optimizer, names = optimizer_of(inner.manifest.optimizer.groups, model)
     trained_in = next((dtype for flag, dtype in _PRECISIONS.items() if args.get(flag) is True), "float32")
-    parameters = {
-        name: replace(info, group=names.get(info.group, ""), dtype=trained_in)
-        for name, info in source.manifest.parameters.items()
-    }
+    parameters = {name: replace(info, dtype=trained_in) for name, info in source.manifest.parameters.items()}
+    told = source.manifest.optimizer.groups
+    optimizer = OptimizerInfo(kind_of(told.values()), groups={name: kept_values(group) for name, group in told.items()})
     source.manifest = replace(source.manifest, parameters=parameters, optimizer=optimizer)
     source.manifest.common.update(described.progress)
     schedules = (schedule_of(content.get(key), args) for key in _SCHEDULES)
@@ -75,6 +75,18 @@ def open_megatron_deepspeed(folder: str | Path, column_parallel: tuple[str, ...]
         source.manifest.common["schedule"] = schedule
     source.manifest.require_sound(folder)
     return source
+
+
+def _with_groups(manifest: Manifest) -> Manifest:
+    """What DeepSpeed's converter writes has groups, and not whose: Megatron-DeepSpeed decays matrices alone."""
+    groups = {bool(group.get("wd_mult", 1.0)): name for name, group in manifest.optimizer.groups.items()}
+    if any(info.group for info in manifest.parameters.values()) or len(groups) != len(manifest.optimizer.groups):
+        return manifest
+    parameters = {
+        name: replace(info, group=groups.get(len(info.layout.shape) > 1, ""))
+        for name, info in manifest.parameters.items()
+    }
+    return replace(manifest, parameters=parameters)
 
 
 def _model_states(folder: Path) -> Mapping[str, Any]:
