@@ -5,11 +5,16 @@ tensors as torch's own reader of the format gives them; and the same training st
 """
 
 import dataclasses
+import enum
 import json
 import math
+import sys
 import tarfile
+import types
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 import torch
 from ucp.plain_training import go_on
@@ -23,7 +28,12 @@ from megatron.ucp.export import export
 from megatron.ucp.naming.names import ROWS
 from megatron.ucp.runs import whole_runs
 from megatron.ucp.sources import find_checkpoint, open_source
+from megatron.ucp.sources.dcp.metadata import SavedTensor
 from megatron.ucp.sources.megatron import buckets, core
+from megatron.ucp.sources.megatron.arguments import describe
+from megatron.ucp.sources.megatron.common_file import read_common
+from megatron.ucp.sources.megatron.tensors import _slices
+from megatron.ucp.stored import FLOAT32
 
 SAMPLES = Path(__file__).parent / "megatron_core"
 FP32 = (
@@ -294,6 +304,7 @@ REFUSED = {
     ),
     "numbers that are none": (of_args(norm_epsilon=float("nan")), "layernorm_epsilon"),
     "huge": (of_args(num_layers=10**12), "num_layers"),
+    "tensors": (of_args(num_layers=torch.ones(3), swiglu=torch.ones(2), vocab_size=torch.ones(2)), "num_layers"),
 }  # fmt: skip
 
 
@@ -361,3 +372,66 @@ def test_a_pointer_that_leads_nowhere_is_not_followed(samples, tmp_path):
         with pytest.raises(UcpError, match="not a checkpoint folder"):
             find_checkpoint(run)
     assert find_checkpoint(samples["gpt"]).name == "iter_0000003"
+
+
+class PositionEmbeddingType(enum.Enum):
+    """As BLOOM's fork has it; the file names it, and nothing imports it."""
+
+    rotary = 1
+    absolute = 2
+    alibi = 3
+
+
+@pytest.mark.parametrize(
+    ("member", "positions"),
+    [(PositionEmbeddingType.rotary, "rope"), (PositionEmbeddingType.absolute, "learned_absolute"),
+     (PositionEmbeddingType.alibi, "alibi")],
+)  # fmt: skip
+def test_args_may_hold_what_only_their_program_knows(copied, member, positions):
+    folder = copied("gpt")
+    program = types.ModuleType("megatron_program")
+    program.PositionEmbeddingType = PositionEmbeddingType
+    PositionEmbeddingType.__module__ = "megatron_program"
+    sys.modules["megatron_program"] = program
+    try:
+        edited(folder, of_args(position_embedding_type=member, seed=np.int64(3), data=np.zeros(3), path=Path("here")))
+    finally:
+        del sys.modules["megatron_program"]
+    described = describe(vars(read_common(folder)["args"]))
+    assert described.model.positions == positions
+
+
+def test_a_name_that_no_position_has_is_refused():
+    described = describe({"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9,
+                          "position_embedding_type": "relative"})  # fmt: skip
+    assert described.model is None and any("'relative'" in fault for fault in described.faults)
+
+
+@pytest.mark.parametrize("name", ["common.pt", ".metadata", "metadata.json"])
+def test_changed_bytes_are_named_or_change_nothing(copied, name):
+    folder = copied("llama_pp2_buckets")
+    good, random = (folder / name).read_bytes(), Random(name)
+    refused = 0
+    for _ in range(100):
+        bad = bytearray(good)
+        for _ in range(random.choice((1, 1, 4))):
+            bad[random.randrange(len(bad))] ^= 1 << random.randrange(8)
+        (folder / name).write_bytes(bytes(bad[: random.randrange(len(bad))] if random.random() < 0.2 else bad))
+        try:
+            open_source(folder)
+        except UcpError:
+            refused += 1
+    assert refused > 10
+
+
+def test_names_of_modules_that_stand_apart_are_known():
+    """Transformer Engine's block of experts, and what the local modules are called before they are saved."""
+    saved = SavedTensor(FLOAT32, (2, 16), ())
+    for there, name in {
+        "decoder.layers.input_layernorm.weight": "input_layernorm.weight",
+        "decoder.layers.pre_mlp_layernorm.bias": "pre_mlp_layernorm.bias",
+        "module.decoder.layers.self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
+    }.items():
+        assert [found for found, _ in _slices(there, there, saved, 9, 2)] == [
+            f"decoder.layers.{layer}.{name}" for layer in range(2)
+        ]

@@ -18,6 +18,8 @@ from typing import Any
 from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.json_checks import number, passes, shown, whole
 from megatron.ucp.naming.gpt_model import GptModel, sound_settings
+from megatron.ucp.stand_ins import global_of
+from megatron.ucp.stored import is_tensor
 
 _AS_OURS: Mapping[str, tuple[Any, ...]] = {
     "multi_latent_attention": (False,),
@@ -42,10 +44,12 @@ _AS_OURS: Mapping[str, tuple[Any, ...]] = {
     "moe_router_topk_scaling_factor": (None, 1.0),
     "moe_shared_expert_gate": (False,),
     "mlp_type": ("standard",),
-    "glu_activation": (None, "swiglu"),
+    "glu_activation": (None,),
 }
 """Arguments, and the values with which the model computes what ours computes."""
 _POSITIONS = ("learned_absolute", "rope", "alibi", "none")
+_POSITIONS_BY_NUMBER = {1: "rope", 2: "learned_absolute", 3: "alibi"}
+"""Of an enum's members in BLOOM's fork (bigscience-workshop/Megatron-DeepSpeed, megatron/enums.py)."""
 _COUNTERS = ("iteration", "consumed_train_samples", "consumed_valid_samples", "consumed_train_tokens")
 
 
@@ -61,7 +65,7 @@ class Described:
 
 def describe(args: Mapping[str, Any], vocab_size: int | None = None) -> Described:
     """`vocab_size`: true size of the vocabulary, before what `args` say of it."""
-    reading = _Reading(args, vocab_size)
+    reading = _Reading({key: value for key, value in args.items() if not is_tensor(value)}, vocab_size)
     values, faults, model = reading.values(), reading.faults, None
     if not faults:
         try:
@@ -151,8 +155,8 @@ class _Reading:
         elif self.args.get("add_position_embedding") is False:
             default = "none"
         kind = self.get("position_embedding_type", default=default)
-        # An enum's member is a stand-in, whose value names it.
-        kind = str(getattr(kind, "values", [kind])[0] if hasattr(kind, "values") else kind).rpartition(".")[2]
+        if (global_of(type(kind)) or "").endswith(".PositionEmbeddingType"):
+            kind = _POSITIONS_BY_NUMBER.get(next(iter(kind.values), None), kind)
         kind = default if default == "rope" and kind == "learned_absolute" else kind
         if kind not in _POSITIONS:
             self.faults.append(f"--position-embedding-type {shown(kind)}: known are {', '.join(_POSITIONS)}")
