@@ -78,12 +78,8 @@ def export(
     failure later leaves no output. `progress(done, total)` in bytes, from several threads."""
     started = time.perf_counter()
     output = Path(str(output_folder).rstrip("/") or "/")
-    folder = find_checkpoint(checkpoint)
-    require_apart(folder, output)
-    identity = Identity.of(folder)
-    source = open_source(folder)
-    model = GptModel.of(source.manifest.model, where=folder)
-    _require_parameters(source, model)
+    source, model, identity = _opened(checkpoint, output)
+    folder = source.folder
     like_folder = _like(like, folder)
     settings = sound_settings(source.manifest.common.get("model_settings"))
     max_positions = max_positions or settings.get("max_position_embeddings")
@@ -128,12 +124,8 @@ def export_dcp(
     `dtype`: of the weights, by default fp32, which their masters are; moments are in fp32. Otherwise as `export`."""
     started = time.perf_counter()
     output = Path(str(output_folder).rstrip("/") or "/")
-    folder = find_checkpoint(checkpoint)
-    require_apart(folder, output)
-    identity = Identity.of(folder)
-    source = open_source(folder)
-    model = GptModel.of(source.manifest.model, where=folder)
-    _require_parameters(source, model)
+    source, model, identity = _opened(checkpoint, output)
+    folder = source.folder
     chosen, _, notes = config_json_of(model, family, _like(None, folder), None)
     dtype = dtype or "float32"
     if dtype not in DTYPE_NAMES:
@@ -151,6 +143,16 @@ def export_dcp(
     return Exported(
         folder, output, chosen.model_type, dtype, total(digests), len(of_model), num_bytes, seconds, tuple(notes)
     )
+
+
+def _opened(checkpoint: str | Path, output: Path) -> tuple[Source, GptModel, Identity]:
+    folder = find_checkpoint(checkpoint)
+    require_apart(folder, output)
+    identity = Identity.of(folder)
+    source = open_source(folder)
+    model = GptModel.of(source.manifest.model, where=folder)
+    _require_parameters(source, model)
+    return source, model, identity
 
 
 def _require_parameters(source: Source, model: GptModel) -> None:

@@ -23,8 +23,9 @@ CALLED_FROM_OUTSIDE = {
     *("seekable", "tell"),  # zipfile, of a file
     "filter",  # logging
     "on_step_begin",  # transformers' Trainer
-    # torch's planner of a DCP save.
+    # torch, of the planner and the writer of a DCP save
     *("set_up_planner", "create_local_plan", "create_global_plan", "finish_plan", "resolve_data"),
+    "write_data",
     # The library's, for programs that are not ours.
     *("read_into", "digest_tensor", "of_preset", "merge", "detokenize"),
 }

@@ -5,13 +5,13 @@ state of every parameter, and the steps. A cell that says less than what arrives
 """
 
 import re
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from ucp.dcp_program import fsdp2
 from ucp.huggingface_models import made
+from ucp.samples import unpacked
 
 from harness.ranks import run_ranks
 from matrix.formats import (
@@ -71,10 +71,7 @@ def sources(small_data, tmp_path_factory):
     made("llama").save_pretrained(folder / "like")
     samples = {"core": "megatron_core/llama_tp2_dp2", "mds": "megatron_deepspeed/llama_tp2_pp2_z1"}
     samples["mds of one tp and pp rank"] = "megatron_deepspeed/gpt_z1"
-    found = {name: folder / Path(sample).name for name, sample in samples.items()}
-    for sample in samples.values():
-        with tarfile.open(ROOT / f"tests/ucp/{sample}.tar.xz") as archive:
-            archive.extractall(folder, filter="data")
+    found = {name: unpacked(sample, folder) for name, sample in samples.items()}
     convert(folder / "run", folder / "universal")
     export(folder / "run", folder / "hf")
     own = {name: folder / name for name in ("universal", "stock", "hf", "dcp")}

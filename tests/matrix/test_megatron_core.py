@@ -4,19 +4,16 @@ What plain torch does with the Source's weights, moments, steps and schedule on 
 is what megatron-core itself does is tests/ucp/test_ucp_megatron_core.py's affair.
 """
 
-import tarfile
-from pathlib import Path
-
 import pytest
 import torch
 from ucp.plain_training import go_on
+from ucp.samples import unpacked
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import cell
 from matrix.recording import build, command_line, train, write_dataset
 from megatron.ucp.sources import open_source
 
-SAMPLES = Path(__file__).parent.parent / "ucp/megatron_core"
 INTO = {
     "gpt_tp2": "tp1pp1dp1-plain-z0 tp4pp1dp1-z1 tp1pp2dp1-z0 tp1pp1dp2-z3",
     "llama_tp2_dp2_buckets": "tp1pp1dp1-plain-z0 tp2pp2dp1-z1 tp1pp1dp4-z2",
@@ -28,16 +25,6 @@ VOCABULARY, SEQ, BATCH = 29, 8, 4
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "small_text_document", vocab_size=VOCABULARY)
-
-
-@pytest.fixture
-def extracted(tmp_path):
-    def extract(name):
-        with tarfile.open(SAMPLES / f"{name}.tar.xz") as archive:
-            archive.extractall(tmp_path, filter="data")
-        return tmp_path / name
-
-    return extract
 
 
 def argv(data, folder, place, **flags):
@@ -60,8 +47,8 @@ def _batches(rank, world_size, arguments):
 
 
 @pytest.mark.parametrize("name", INTO)
-def test_it_goes_on_under_any_topology(name, small_data, extracted, tmp_path):
-    folder = extracted(name)
+def test_it_goes_on_under_any_topology(name, small_data, tmp_path):
+    folder = unpacked(f"megatron_core/{name}", tmp_path)
     places = [cell(place) for place in INTO[name].split()]
     batches = run_ranks(1, _batches, argv(small_data, folder, places[0]))[0]
     expected = go_on(open_source(folder), batches)
@@ -79,8 +66,8 @@ def test_it_goes_on_under_any_topology(name, small_data, extracted, tmp_path):
     assert sorted(run_ranks(1, train, again)[0].losses) == [7]
 
 
-def test_another_model_is_refused_before_training(small_data, extracted):
-    folder = extracted("gpt_tp2")
+def test_another_model_is_refused_before_training(small_data, tmp_path):
+    folder = unpacked("megatron_core/gpt_tp2", tmp_path)
     flags = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": SEQ}
     arguments = argv(small_data, folder, cell("tp1pp1dp1-z1"), use_checkpoint_args=None, **flags)
     with pytest.raises(RankFailure, match="model.hidden_size: 16 in the Source, 32 here"):

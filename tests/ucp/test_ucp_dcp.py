@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from torch.distributed.checkpoint import Metadata
 from ucp.dcp_program import fsdp2, fsdp2_goes_on
 from ucp.huggingface_models import made
 
@@ -365,15 +364,10 @@ def test_what_is_exported_is_read_again_bitwise(exported, tmp_path):
 
 
 def test_an_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatch):
-    """In a thread of the writer's too, which tells nobody."""
     folder = exported("llama")
     monkeypatch.setattr(dcp_target, "digest_runs", _failing_at("layers.1.mlp.dense_4h_to_h.weight"))
     with pytest.raises(OSError, match="no more room"):
         export_dcp(folder / "universal", tmp_path / "out", num_workers=2)
-    monkeypatch.undo()
-    monkeypatch.setattr(dcp_target, "save", lambda *args, **kwargs: Metadata({}, storage_data={}))
-    with pytest.raises(UcpError, match="left tensors out"):
-        export_dcp(folder / "universal", tmp_path / "out")
     monkeypatch.undo()
     monkeypatch.setattr(dcp_target, "gather", _flipping(dcp_target.gather))
     with pytest.raises(DigestMismatchError, match=r"layers\.2"):

@@ -9,7 +9,6 @@ import enum
 import json
 import math
 import sys
-import tarfile
 import types
 from pathlib import Path
 from random import Random
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from ucp.plain_training import go_on
+from ucp.samples import all_of, unpacked
 
 from megatron.ucp import cli
 from megatron.ucp.convert import convert
@@ -35,7 +35,6 @@ from megatron.ucp.sources.megatron.common_file import read_common
 from megatron.ucp.sources.megatron.tensors import _slices
 from megatron.ucp.stored import FLOAT32
 
-SAMPLES = Path(__file__).parent / "megatron_core"
 FP32 = (
     "gpt", "gpt_tp2", "gpt_dp2_buckets", "llama_tp2_dp2", "llama_tp2_dp2_buckets", "llama_pp2", "llama_pp2_buckets",
     "llama_by_layer", "llama_plain", "llama_qkv_bias", "moe_ep2",
@@ -48,11 +47,7 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     """name -> its run folder."""
-    folder = tmp_path_factory.mktemp("megatron_core")
-    for path in SAMPLES.glob("*.tar.xz"):
-        with tarfile.open(path) as archive:
-            archive.extractall(folder, filter="data")
-    return {path.name: path for path in folder.iterdir()}
+    return all_of("megatron_core", tmp_path_factory.mktemp("megatron_core"))
 
 
 def opened(samples, name):
@@ -65,9 +60,7 @@ def copied(samples, tmp_path):
     """A sample's iteration folder that may be damaged."""
 
     def copy(name):
-        with tarfile.open(SAMPLES / f"{name}.tar.xz") as archive:
-            archive.extractall(tmp_path, filter="data")
-        return tmp_path / name / "iter_0000003"
+        return unpacked(f"megatron_core/{name}", tmp_path) / "iter_0000003"
 
     return copy
 

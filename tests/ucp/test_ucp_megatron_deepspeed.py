@@ -10,13 +10,12 @@ import math
 import os
 import subprocess
 import sys
-import tarfile
 import types
-from pathlib import Path
 
 import pytest
 import torch
 from ucp.plain_training import go_on
+from ucp.samples import all_of, unpacked
 
 from megatron.ucp import cli
 from megatron.ucp.convert import convert
@@ -26,7 +25,6 @@ from megatron.ucp.sources import find_checkpoint, open_source
 from megatron.ucp.sources.megatron import deepspeed
 from megatron.ucp.sources.megatron.names import deepspeed_names
 
-SAMPLES = Path(__file__).parent / "megatron_deepspeed"
 FP32 = (
     "gpt_z0", "gpt_z1", "gpt_tp2_z2", "gpt_z3", "llama_z2", "llama_tp2_pp2_z1", "gpt_pp2_since_2024",
     "gpt_tp2_since_2024",
@@ -40,11 +38,7 @@ PROGRAM = "megatron-deepspeed"
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     """name -> its run folder."""
-    folder = tmp_path_factory.mktemp("megatron_deepspeed")
-    for path in SAMPLES.glob("*.tar.xz"):
-        with tarfile.open(path) as archive:
-            archive.extractall(folder, filter="data")
-    return {path.name: path for path in folder.iterdir()}
+    return all_of("megatron_deepspeed", tmp_path_factory.mktemp("megatron_deepspeed"))
 
 
 @pytest.fixture
@@ -52,9 +46,7 @@ def copied(tmp_path):
     """A sample's folder that may be damaged."""
 
     def copy(name):
-        with tarfile.open(SAMPLES / f"{name}.tar.xz") as archive:
-            archive.extractall(tmp_path, filter="data")
-        return tmp_path / name / "global_step3"
+        return unpacked(f"megatron_deepspeed/{name}", tmp_path) / "global_step3"
 
     return copy
 

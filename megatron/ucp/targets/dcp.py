@@ -4,8 +4,8 @@ digests = write_dcp(source, staging, pairs_in_memory(family, model), FLOAT32, nu
 
 Under "model.NAME" the weights, under "optim.state.NAME.STATE" all states and the step, under
 "optim.param_groups.NAME.KEY" the hyper-parameters of each parameter's group: what get_state_dict gives with
-StateDictOptions(flatten_optimizer_state_dict=True), so that dcp.load fills an FSDP2 program's. Written by torch's own
-FileSystemWriter; each tensor is made when it is written, so that no more than one a worker is ever whole in memory.
+StateDictOptions(flatten_optimizer_state_dict=True), so that dcp.load fills an FSDP2 program's. Planned and committed by
+torch's own `save`; each tensor is made when it is written, so that no more than one a worker is ever whole in memory.
 Source: torch/distributed/checkpoint/planner.py, filesystem.py, metadata.py (2.13).
 """
 
@@ -15,13 +15,15 @@ import io
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner, save
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -31,9 +33,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron.ucp.digest import Digest, digest_runs
-from megatron.ucp.errors import UcpError, UnsupportedCheckpointError
+from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.execute import gather
 from megatron.ucp.huggingface.families import Family
 from megatron.ucp.naming.gpt_model import GptModel
@@ -120,16 +124,12 @@ def write_dcp(
     raises."""
     weights: torch.dtype = getattr(torch, dtype.name)
     planner = _Planner(source, list(_entries(source, of_model, weights)), progress)
-    writer = FileSystemWriter(folder, thread_count=max(1, num_workers))
     try:
-        written = save({}, storage_writer=writer, planner=planner, no_dist=True)
-    except BaseException:  # torch's CheckpointException is no Exception
-        planner.raise_first()
+        save({}, storage_writer=_Writer(folder, max(1, num_workers)), planner=planner, no_dist=True)
+    except BaseException:  # torch's CheckpointException, which hides what was wrong, is no Exception
+        if planner.errors:
+            raise planner.errors[0] from None
         raise
-    planner.raise_first()
-    # A thread of the writer's that failed has told nobody.
-    if len(written.storage_data or ()) != len(planner.entries):
-        raise UcpError("torch's writer has left tensors out", where=folder, do="look for room on the disk, and again")
     for (name, state), digest in planner.digests.items():
         require_saved(source, name, state, digest)
     digests: dict[str, dict[str, str]] = {}
@@ -169,7 +169,8 @@ class _Planner(SavePlanner):
         self.source, self.progress = source, progress
         self.entries = {entry.key: entry for entry in entries}
         self.digests: dict[tuple[str, str], Digest] = {}
-        self._errors: list[BaseException] = []
+        self.errors: list[BaseException] = []
+        """The first says why."""
         self._lock = threading.Lock()
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
@@ -202,12 +203,8 @@ class _Planner(SavePlanner):
             return content
         except BaseException as error:
             with self._lock:
-                self._errors.append(error)
+                self.errors.append(error)
             raise
-
-    def raise_first(self) -> None:
-        if self._errors:
-            raise self._errors[0]
 
     def _made(self, entry: _Entry, pair: Pair) -> torch.Tensor:
         ours = self.source.manifest.parameters[pair.ours].layout
@@ -224,6 +221,57 @@ class _Planner(SavePlanner):
         made = torch.from_numpy(values)
         made = made.view(pair.shape[::-1]).T if pair.is_transposed else made.view(pair.shape)
         return made.to(entry.dtype).contiguous()
+
+
+class _Writer(FileSystemWriter):
+    """Torch's keeps all tensors of a file until it closes it (2.13); this one lets each go when it is written."""
+
+    def __init__(self, folder: Path, num_workers: int):
+        super().__init__(folder)
+        self._folder, self._num_workers = folder, num_workers
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        stop = threading.Event()
+
+        def work(number: int, items: list[WriteItem]) -> list[WriteResult]:
+            try:
+                with open(self._folder / f"__0_{number}.distcp", "wb") as file:
+                    return [_written(item, planner, file) for item in items if not stop.is_set()]
+            except BaseException:
+                stop.set()
+                raise
+
+        with ThreadPoolExecutor(self._num_workers) as pool:
+            futures = [pool.submit(work, number, items) for number, items in enumerate(self._shares(plan.items))]
+            try:
+                results = [result for future in futures for result in future.result()]
+            except BaseException:
+                stop.set()
+                raise
+        written: Future[list[WriteResult]] = Future()
+        written.set_result(results)
+        return written
+
+    def _shares(self, items: Sequence[WriteItem]) -> list[list[WriteItem]]:
+        """One file for each worker, about as large as the others."""
+        shares: list[list[WriteItem]] = [[] for _ in range(self._num_workers)]
+        sizes = [0] * self._num_workers
+        for item in sorted(items, key=lambda item: -(item.tensor_storage_size() or 0)):
+            least = sizes.index(min(sizes))
+            shares[least].append(item)
+            sizes[least] += item.tensor_storage_size() or 0
+        return [share for share in shares if share]
+
+
+def _written(item: WriteItem, planner: SavePlanner, file: BinaryIO) -> WriteResult:
+    start = file.tell()
+    value = planner.resolve_data(item)
+    if isinstance(value, io.BytesIO):
+        file.write(value.getbuffer())
+    else:
+        torch.save(value, file)
+    length = file.tell() - start
+    return WriteResult(item.index, length, _StorageInfo(Path(file.name).name, start, length))
 
 
 def _item(entry: _Entry) -> WriteItem:
