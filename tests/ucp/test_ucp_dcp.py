@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from ucp.dcp_program import fsdp2, fsdp2_goes_on
 from ucp.huggingface_models import made
 
@@ -321,6 +322,34 @@ def test_our_reader_of_metadata_agrees_with_torchs(saved):
         for chunk in tensor.chunks:
             info = places[key, chunk.offsets]
             assert (chunk.place.file, chunk.place.start) == (info.relative_path, info.offset)
+
+
+def _chunk_on_chunk(tensor):
+    tensor.chunks[1].offsets = tensor.chunks[0].offsets
+
+
+def _half_on_chunk(tensor):
+    """Not of one grid: a chunk reaches into the one before it, and leaves as much out."""
+    first, second = tensor.chunks
+    rows = first.sizes[0] // 2
+    second.offsets = torch.Size([second.offsets[0] - rows, *second.offsets[1:]])
+
+
+@pytest.mark.parametrize("change", [_chunk_on_chunk, _half_on_chunk])
+def test_chunks_that_lie_on_each_other_are_refused(change, saved, tmp_path):
+    """As many elements as the tensor has, some of them twice and others not at all."""
+    shutil.copytree(saved("llama")[0], tmp_path / "bad")
+    metadata = pickle.loads((tmp_path / "bad/.metadata").read_bytes())
+    tensor = metadata.state_dict_metadata["model.model.layers.1.mlp.down_proj.weight"]
+    places = dict(metadata.storage_data)
+    change(tensor)
+    for index, info in places.items():
+        if index.fqn.endswith("layers.1.mlp.down_proj.weight") and index.fqn.startswith("model."):
+            metadata.storage_data[MetadataIndex(index.fqn, tensor.chunks[1].offsets, 1)] = info
+    (tmp_path / "bad/.metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CorruptFileError, match="not whole") as error:
+        open_source(tmp_path / "bad")
+    assert error.value.found == ["model.layers.1.mlp.down_proj.weight (fp32): chunks that lie on each other"]
 
 
 # -- as a Target -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import json
 import math
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -30,7 +31,7 @@ from megatron.ucp.runs import whole_runs
 from megatron.ucp.sources import find_checkpoint, open_source
 from megatron.ucp.sources.dcp.metadata import SavedTensor
 from megatron.ucp.sources.megatron import buckets, core
-from megatron.ucp.sources.megatron.arguments import describe
+from megatron.ucp.sources.megatron.arguments import describe, schedule_of
 from megatron.ucp.sources.megatron.common_file import read_common
 from megatron.ucp.sources.megatron.tensors import _slices
 from megatron.ucp.stored import FLOAT32
@@ -296,6 +297,7 @@ REFUSED = {
         lambda c: c["content_metadata"].update(distrib_optim_sharding_type="fsdp_dtensor"), "a form that is not read",
     ),
     "numbers that are none": (of_args(norm_epsilon=float("nan")), "layernorm_epsilon"),
+    "experts that are no number": (of_args(num_experts=[[4], [4]]), "experts in every"),
     "huge": (of_args(num_layers=10**12), "num_layers"),
     "tensors": (of_args(num_layers=torch.ones(3), swiglu=torch.ones(2), vocab_size=torch.ones(2)), "num_layers"),
 }  # fmt: skip
@@ -392,6 +394,31 @@ def test_args_may_hold_what_only_their_program_knows(copied, member, positions):
         del sys.modules["megatron_program"]
     described = describe(vars(read_common(folder)["args"]))
     assert described.model.positions == positions
+
+
+def test_without_an_optimizer_it_holds_weights(copied):
+    folder = copied("llama_pp2_buckets")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for table in (metadata.state_dict_metadata, metadata.storage_data):
+        for key in [key for key in table if getattr(key, "fqn", key).startswith("optimizer.")]:
+            del table[key]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UnsupportedCheckpointError, match="not understood"):
+        open_source(folder)  # which says that it has one
+    edited(folder, lambda content: content.pop("optimizer"))
+    source = open_source(folder)
+    assert {info.states for info in source.manifest.parameters.values()} == {("fp32",)}
+    assert source.manifest.saved_by == {"format": "Megatron-Core torch_dist"}
+
+
+def test_a_schedule_over_tokens_is_not_taken_for_one_over_samples():
+    state = {"max_lr": 1.0, "min_lr": 0.0, "lr_warmup_steps": 0, "num_steps": 4, "lr_decay_style": "cosine",
+             "lr_decay_steps": 8, "start_wd": 0.1, "end_wd": 0.1, "wd_incr_style": "constant",
+             "wd_incr_steps": 8}  # fmt: skip
+    assert schedule_of(state, {})["decay"] == 8
+    assert schedule_of({**state, "lr_decay_tokens": 10**9}, {}) is None
+    assert schedule_of({**state, "lr_decay_style": "WSD"}, {}) is None
+    assert schedule_of({**state, "max_lr": "1"}, {}) is None
 
 
 def test_a_name_that_no_position_has_is_refused():

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import types
@@ -179,6 +180,19 @@ def test_names_with_and_without_a_pipeline():
     assert deepspeed_names(list(PIPELINED)) == PIPELINED
     assert deepspeed_names(list(OTHERS)) == OTHERS
     assert deepspeed_names(["model.embed_tokens.weight"]) == {}
+
+
+def test_two_parameters_of_one_name_are_refused(samples, monkeypatch):
+    names = deepspeed.deepspeed_names
+    monkeypatch.setattr(deepspeed, "deepspeed_names", lambda there: {**names(there), **_first_only(names(there))})
+    with pytest.raises(UnsupportedCheckpointError, match="not those of the model") as error:
+        open_source(samples["gpt_z1"], program=PROGRAM)
+    assert any("have a name that another one has" in line for line in error.value.found)
+
+
+def _first_only(names):
+    """Every block's names are the first one's."""
+    return {there: re.sub(r"^layers\.\d+", "layers.0", name) for there, name in names.items()}
 
 
 def edited(folder, change, monkeypatch):

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.ucp.errors import UnsupportedCheckpointError
+from megatron.ucp.errors import UnsupportedCheckpointError, listed
 from megatron.ucp.execute import gather
 from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.folder import CONFIG, companions, file_of, read_json
@@ -68,6 +68,9 @@ class RenamedSource:
         known = {called.get(name, name): name for name in parameters}
         matched = match(names, model, {name: parameters[there].layout.shape for name, there in known.items()})
         faults = list(matched.faults)
+        if len(known) != len(parameters):
+            twice = sorted(name for name in called if known[called[name]] != name)
+            faults.append(f"{len(twice)} parameter(s) have a name that another one has, too: {listed(twice)}")
         found = {ours: [(pair, known[name]) for pair, name in parts] for ours, parts in matched.by_parameter.items()}
         for ours, parts in found.items():
             infos = [parameters[name] for _, name in parts]
@@ -178,6 +181,7 @@ def _manifest(inner: Source, parts: dict[str, Parts], model: GptModel, settings:
         optimizer=optimizer,
         model=model.to_json(),
         common={**there.common, "model_settings": settings},
+        saved_by=there.saved_by,
         unverified="its parameters had other names, of which its digests are" if there.digests else there.doubt,
     )
 

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron.ucp.box import Box
 from megatron.ucp.errors import CorruptFileError, UcpError
 from megatron.ucp.ordinary_file import NotOrdinary, read_ordinary_part
@@ -71,6 +73,8 @@ class DcpFiles:
             held = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
             if held != math.prod(tensor.shape):
                 faults.append(f"{what}: chunks of {held} elements, of {math.prod(tensor.shape)}")
+            elif not _are_apart(tensor):
+                faults.append(f"{what}: chunks that lie on each other")
             if tensor.dtype.name in _NOT_READ:
                 faults.append(f"{what}: elements of {tensor.dtype}")
             files |= {chunk.place.file for chunk in tensor.chunks}
@@ -81,6 +85,25 @@ class DcpFiles:
                 faults.append(f"{file}: {error.what}")
         if faults:
             raise CorruptFileError("the checkpoint is not whole", found=faults, where=self.folder)
+
+
+def _are_apart(tensor: SavedTensor) -> bool:
+    """Whether no element is in two of its chunks."""
+    if len(tensor.chunks) < 2:
+        return True
+    starts = np.array([chunk.offsets for chunk in tensor.chunks], dtype=np.int64)
+    stops = starts + np.array([chunk.sizes for chunk in tensor.chunks], dtype=np.int64)
+    cells, are_cells = [], True
+    for dim, extent in enumerate(tensor.shape):
+        cuts, cell = np.unique(starts[:, dim], return_inverse=True)
+        are_cells = are_cells and bool(np.array_equal(stops[:, dim], np.append(cuts[1:], extent)[cell]))
+        cells.append(cell)
+    if are_cells:  # of one grid, as parallel programs cut
+        return len(np.unique(np.stack(cells), axis=1).T) == len(starts)
+    return all(
+        not np.logical_and(starts[i + 1 :] < stops[i], starts[i] < stops[i + 1 :]).all(axis=1).any()
+        for i in range(len(starts) - 1)
+    )
 
 
 def runs_of(chunk: Chunk, shape: tuple[int, ...]) -> Runs:

@@ -156,7 +156,8 @@ class _Reading:
             default = "none"
         kind = self.get("position_embedding_type", default=default)
         if (global_of(type(kind)) or "").endswith(".PositionEmbeddingType"):
-            kind = _POSITIONS_BY_NUMBER.get(next(iter(kind.values), None), kind)
+            member = next(iter(kind.values), None)
+            kind = _POSITIONS_BY_NUMBER.get(member, kind) if passes(whole(), member) else kind
         kind = default if default == "rope" and kind == "learned_absolute" else kind
         if kind not in _POSITIONS:
             self.faults.append(f"--position-embedding-type {shown(kind)}: known are {', '.join(_POSITIONS)}")
@@ -182,7 +183,8 @@ class _Reading:
 
     def _experts(self, layers: int) -> dict[str, Any]:
         count = self.get("num_experts", default=1)
-        count = count[0] if isinstance(count, (list, tuple)) and len(set(count)) == 1 else count
+        if isinstance(count, (list, tuple)) and count and all(other == count[0] for other in count):
+            count = count[0]
         if count in (None, 0, 1):
             return {}
         step = self.get("moe_layer_freq", default=1)
@@ -208,8 +210,8 @@ class _Reading:
 
 def schedule_of(state: Any, args: Mapping[str, Any]) -> dict[str, Any] | None:
     """None where there is none, or what it says cannot be."""
-    if not isinstance(state, Mapping):
-        return None
+    if not isinstance(state, Mapping) or state.get("lr_decay_tokens") or state.get("lr_warmup_tokens"):
+        return None  # a schedule over tokens
     found = {
         "num_samples": state.get("num_steps"),
         "max_lr": state.get("max_lr"),

@@ -11,6 +11,7 @@ The optimizer's states may be the parameters' (`fully_reshardable`, a plain opti
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from megatron.ucp.sources.megatron.tensors import MASTER, CoreTensors
 from megatron.ucp.sources.renamed import RenamedSource
 from megatron.ucp.stored import DTYPES, is_tensor
 
+log = logging.getLogger(__name__)
 _SHARDING = ("fully_reshardable", "fully_sharded_model_space", "dp_reshardable")
+_SHARDING_KEY = "param_state_sharding_type"
 _STRETCH = 256
 """Elements at a parameter's beginning, middle and end at which masters and weights are compared when it is opened."""
 
@@ -48,10 +51,12 @@ def open_core(folder: str | Path, vocab_size: int | None = None) -> RenamedSourc
             found=list(described.faults),
             where=folder,
         )
+    for note in described.notes:
+        log.warning("warning: %s: %s", folder, note)
     metadata, model = read_metadata(folder), described.model
     tensors = CoreTensors.of(folder, metadata, vocab_size=model.vocab_size, num_layers=model.num_layers)
     groups = _groups(common, tensors, metadata)
-    if _sharding(common, folder) == "dp_reshardable":
+    if _sharding(common, folder) == "dp_reshardable" and common.get("optimizer") is not None:
         tensors = tensors.with_states(find_in_buckets(tensors, model, args))
     _require_masters_fit(tensors)
     step, optimizer = _step(groups, tensors), optimizer_of(groups, model)
@@ -83,9 +88,6 @@ def _sharding(common: Mapping[str, Any], folder: Path) -> str | None:
             do="save once with --dist-ckpt-optim-fully-reshardable",
         )
     return told
-
-
-_SHARDING_KEY = "param_state_sharding_type"
 
 
 def _walk(value: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
