@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -71,7 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     except (UcpError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT
-    print(json.dumps(data, indent=1) if arguments.json else text)
+    try:
+        print(json.dumps(data, indent=1) if arguments.json else text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough; the interpreter must not flush what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 

@@ -50,6 +50,14 @@ def test_inspect(native, capsys):
     assert json.loads(shown.out)["topology"]["tp_size"] == 2
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(native):
+    """As `ucp inspect ... | head -1`, and of more than a pipe holds."""
+    command = [sys.executable, "-m", "megatron.ucp", "inspect", str(native), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+
+
 def test_convert_verify_diff_plan(native, capsys):
     output = native.parent / "u"
     assert ucp(capsys, "convert", native, output, "--json")[0] == 0
