@@ -428,7 +428,7 @@ def test_a_name_that_no_position_has_is_refused():
 
 
 @pytest.mark.parametrize("name", ["common.pt", ".metadata", "metadata.json"])
-def test_changed_bytes_are_named_or_change_nothing(copied, name):
+def test_changed_bytes_are_named_or_read(copied, name):
     folder = copied("llama_pp2_buckets")
     good, random = (folder / name).read_bytes(), Random(name)
     refused = 0

@@ -63,6 +63,8 @@ def test_deepspeeds_files_under_our_names(name, zero_stage, ranks, tmp_path):
     prefix = "transformer.h" if name == "gpt2" else "model.layers"
     for source in (open_source(converted.output), live):
         assert all(info.states == STATES and info.step == 3 for info in source.manifest.parameters.values())
+        groups = source.manifest.optimizer.groups  # theirs is one, whose values both of ours take
+        assert {key: group["lr"] for key, group in groups.items()} == {"decay": 1e-3, "no_decay": 1e-3}
         for state in STATES:
             for layer in range(3):
                 found = values(source, f"layers.{layer}.attention.query_key_value.weight", state)
