@@ -91,7 +91,7 @@ def find_checkpoints(
             )
         return _sorted_by_kind(load, [_describe(load / tag)])
     theirs = read_megatron_pointer(load)  # a run of Megatron-Core's, in which this program has saved nothing yet
-    if theirs is not None and is_core(theirs) and not _has_pointers(load):
+    if theirs is not None and is_core(theirs) and not _has_pointers(load) and not _committed(load):
         return _sorted_by_kind(load, [_describe(theirs)])
     kinds = {LATEST_UNIVERSAL: "universal"} if only_universal else {LATEST: "native", LATEST_UNIVERSAL: "universal"}
     named: list[Found] = []

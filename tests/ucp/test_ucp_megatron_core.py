@@ -19,14 +19,22 @@ import pytest
 import torch
 from ucp.plain_training import go_on
 from ucp.samples import all_of, unpacked
+from ucp.synthetic import make_state, model, write_native
 
 from megatron.ucp import cli
 from megatron.ucp.convert import convert
 from megatron.ucp.diff import diff
-from megatron.ucp.errors import CorruptFileError, UcpError, UnsafePickleError, UnsupportedCheckpointError
+from megatron.ucp.errors import (
+    CorruptFileError,
+    NotACheckpointError,
+    UcpError,
+    UnsafePickleError,
+    UnsupportedCheckpointError,
+)
 from megatron.ucp.execute import read_into
 from megatron.ucp.export import export
 from megatron.ucp.naming.names import ROWS
+from megatron.ucp.run_folder import find_checkpoints
 from megatron.ucp.runs import whole_runs
 from megatron.ucp.sources import find_checkpoint, open_source
 from megatron.ucp.sources.dcp.metadata import SavedTensor
@@ -35,6 +43,7 @@ from megatron.ucp.sources.megatron.arguments import describe, schedule_of
 from megatron.ucp.sources.megatron.common_file import read_common
 from megatron.ucp.sources.megatron.tensors import _slices
 from megatron.ucp.stored import FLOAT32
+from megatron.ucp.topology import Topology
 
 FP32 = (
     "gpt", "gpt_tp2", "gpt_dp2_buckets", "llama_tp2_dp2", "llama_tp2_dp2_buckets", "llama_pp2", "llama_pp2_buckets",
@@ -357,6 +366,18 @@ def test_hostile_files_are_refused_and_run_nothing(copied, tmp_path):
     with pytest.raises(CorruptFileError, match="not whole"):
         open_source(folder)
     assert not (tmp_path / "universal").exists()
+
+
+def test_what_was_saved_here_comes_first_though_its_pointer_is_lost(copied):
+    """A run of theirs goes on in its own folder: without `latest` it must not begin at theirs again."""
+    run = copied("gpt").parent
+    assert find_checkpoints(run).universal.folder.name == "iter_0000003"
+    write_native(run / "global_step5", make_state(model(), seed=5), Topology(tp_size=2), 1)
+    found = find_checkpoints(run)
+    assert found.native.folder.name == "global_step5" and found.universal is None
+    with pytest.raises(NotACheckpointError, match="not a checkpoint folder") as error:
+        find_checkpoint(run)
+    assert "global_step5" in error.value.do
 
 
 def test_a_pointer_that_leads_nowhere_is_not_followed(samples, tmp_path):

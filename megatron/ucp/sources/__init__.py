@@ -64,7 +64,8 @@ def find_checkpoint(folder: str | Path, tag: str | None = None) -> Path:
                 do=f"give one of the checkpoints inside: {listed(inside)}" if inside else None,
             )
     megatrons = read_megatron_pointer(folder)
-    if megatrons is not None and is_checkpoint(megatrons):
+    is_ours = any((folder / name / MANIFEST_NAME).is_file() for name in inside)  # and its pointer is lost
+    if megatrons is not None and is_checkpoint(megatrons) and not is_ours:
         return megatrons
     runs = _runs_inside(folder)
     if newest := _newest(runs):
