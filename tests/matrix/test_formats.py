@@ -134,7 +134,8 @@ def live_digests(folder, small_data, is_finetune):
 
 
 def as_live(states, digests, carried):
-    """Whether the ranks hold those states; those that no file had begin at zero."""
+    """Whether the ranks hold what is carried of those states; of weights alone, what the optimizer begins with is not
+    looked at."""
     wanted = states if carried == ALL else weights_of(states)
     found = {(name, state): held for name, of in digests.items() for state, held in of.items()}
     tensors = {key: value for key, value in wanted.items() if isinstance(value, torch.Tensor)}
@@ -192,7 +193,28 @@ def test_a_cell_that_says_otherwise_is_seen(sources):
     assert not same({**states, ("final_norm.weight", "step"): 4.0}, states)
 
 
+def test_ranks_that_hold_something_else_are_seen(sources):
+    states = states_of(opened("core", sources))
+    tensors = {key: value for key, value in states.items() if isinstance(value, torch.Tensor)}
+    digests = {}
+    for (name, state), value in tensors.items():
+        digests.setdefault(name, {})[state] = digest_tensor(value, name=name, state=state).hex()
+    assert as_live(states, digests, ALL) and as_live(states, digests, WEIGHTS_IN)
+    moments = {name: {**of, "exp_avg": of["exp_avg_sq"]} for name, of in digests.items()}
+    assert not as_live(states, moments, ALL) and as_live(states, moments, WEIGHTS_IN)
+    assert not as_live(states, {name: {"fp32": of["fp32"]} for name, of in digests.items()}, ALL)
+    weights = {name: {**of, "fp32": of["exp_avg"]} for name, of in digests.items()}
+    assert not as_live(states, weights, WEIGHTS_IN)
+    assert not as_live(states, {}, WEIGHTS_IN)
+
+
+def in_readme(text):
+    found = re.search(r"<!-- tests/matrix/formats.py -->\n(.*?)\n<!-- -->", text, re.S)
+    return found and found[1] == table()
+
+
 def test_the_table_in_readme_is_this_one():
     text = (ROOT / "README.md").read_text()
-    found = re.search(r"<!-- tests/matrix/formats.py -->\n(.*?)\n<!-- -->", text, re.S)
-    assert found and found[1] == table()
+    assert in_readme(text)
+    assert not in_readme(text.replace("| no: its weights lie in dicts of dicts |", "| yes |"))
+    assert not in_readme(text.replace("<!-- tests/matrix/formats.py -->", ""))

@@ -98,7 +98,9 @@ def theirs(samples, name):
 
 
 def is_as_theirs(found, expected, tolerance=TOLERANCE):
-    return all(math.isclose(a, b, abs_tol=tolerance) for pair in zip(found, expected) for a, b in zip(*pair))
+    pairs = [(a, b) for pair in zip(found, expected, strict=True) for a, b in zip(*pair, strict=True)]
+    assert len(pairs) == 6  # loss and norm of three steps
+    return all(math.isclose(a, b, abs_tol=tolerance) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", FP32)
@@ -124,7 +126,7 @@ def test_two_of_its_formats_say_the_same_bitwise(samples, name):
     assert diff(samples[name], samples[f"{name}_buckets"]).is_equal
 
 
-def by_hand(name, state):
+def by_hand(state):
     """The tensors that torch's reader gives, cut in plain torch: our name -> values."""
 
     def qkv(rows, groups=2, shared=2, head=4):
@@ -165,7 +167,7 @@ def test_every_state_is_what_torchs_own_reader_gives_bitwise(samples, name):
     source = open_source(folder)
     for state, prefix in (("fp32", "param."), ("exp_avg", "exp_avg."), ("exp_avg_sq", "exp_avg_sq.")):
         prefix = f"optimizer.state.{prefix}"
-        there = by_hand(name, {k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)})
+        there = by_hand({k.removeprefix(prefix): v for k, v in content.items() if k.startswith(prefix)})
         assert there.keys() == source.manifest.parameters.keys()
         for parameter, values in there.items():
             assert torch.equal(state_of(source, parameter, state), values), (parameter, state)
@@ -235,6 +237,17 @@ def test_buckets_of_another_order_are_refused(samples, monkeypatch):
     monkeypatch.setattr(buckets, "_NORM_FIRST", tuple(order))
     with pytest.raises(CorruptFileError, match="masters of 4 parameter"):
         open_source(samples["llama_pp2_buckets"])
+
+
+def test_an_order_that_does_not_fit_gives_way_to_the_next(samples, monkeypatch):
+    """The two that are known change places."""
+    first, inside = buckets._NORM_FIRST, buckets._NORM_INSIDE
+    monkeypatch.setattr(buckets, "_NORM_FIRST", inside)
+    with pytest.raises(UnsupportedCheckpointError, match="not understood"):
+        monkeypatch.setattr(buckets, "_NORM_INSIDE", inside)
+        open_source(samples["llama_pp2_buckets"])
+    monkeypatch.setattr(buckets, "_NORM_INSIDE", first)
+    assert diff(samples["llama_pp2"], samples["llama_pp2_buckets"]).is_equal
 
 
 def test_shifted_states_are_refused_by_name(samples):

@@ -42,16 +42,7 @@ _NORM_FIRST = (
     "mlp.linear_fc2",
 )
 """Of a block of megatron-core's own modules (the local spec)."""
-_NORM_INSIDE = (
-    "self_attention.linear_proj",
-    "input_layernorm",
-    "self_attention.linear_qkv",
-    "self_attention.q_layernorm",
-    "self_attention.k_layernorm",
-    "pre_mlp_layernorm",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+_NORM_INSIDE = (_NORM_FIRST[1], _NORM_FIRST[0], *_NORM_FIRST[2:])
 """Of Transformer Engine's, where a norm is a part of the linear layer after it."""
 
 
