@@ -16,6 +16,7 @@ from megatron.engine.schedule import ScheduleError
 from megatron.ucp.errors import listed
 from megatron.ucp.json_checks import shown
 from megatron.ucp.layout import Layout
+from megatron.ucp.naming.gpt_model import AS_EVER
 from megatron.ucp.sources import Source
 
 
@@ -55,7 +56,10 @@ def parameter_problems(wanted: Mapping[str, Layout], source: Source) -> list[str
 
 
 def compare_models(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """One line for every value of the model that differs; values only one side knows are not compared."""
+    """One line for every value of the model that differs; values only one side knows are not compared, but for those
+    that are written only where they are not as ever."""
+    if saved and wanted:
+        saved, wanted = {**AS_EVER, **saved}, {**AS_EVER, **wanted}
     return [
         f"model.{key}: {shown(saved[key])} in the Source, {wanted[key]!r} here"
         for key in sorted(set(saved) & set(wanted))

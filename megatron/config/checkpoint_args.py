@@ -21,7 +21,7 @@ from megatron.ucp.run_folder import find_checkpoints
 _FLAG = "--use-checkpoint-args"
 _SAME = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "kv_channels",
-    "vocab_size", "normalization", "layernorm_epsilon", "swiglu", "untie_embeddings_and_output_weights",
+    "vocab_size", "normalization", "layernorm_epsilon", "swiglu", "exact_gelu", "untie_embeddings_and_output_weights",
     "add_bias_linear", "qk_layernorm", "embed_layernorm", "use_parallel_residual", "add_output_layer_bias",
 )  # fmt: skip
 _OF_ROPE = (

@@ -69,6 +69,7 @@ class ModelConfig:
         False, help="attention and MLP side by side, both on the block's input (as GPT-NeoX)"
     )
     swiglu: bool = flag(False, help="gated SiLU in the MLP")
+    exact_gelu: bool = flag(False, help="the MLP's GELU by the error function (as Pythia's), not by tanh (as GPT-2's)")
     use_rotary_position_embeddings: bool = flag(False, help="rotary positions instead of a table")
     add_position_embedding: bool = flag(True, "--no-position-embedding", help="no learned position table", stores=False)
     position_embedding_type: str = flag(

@@ -69,6 +69,13 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
             flags=("--num-key-value-heads", "--num-attention-heads"),
             fix="key/value heads of " + nearest(divisors(model.num_attention_heads), model.num_key_value_heads),
         )
+    if model.swiglu and model.exact_gelu:
+        yield Problem(
+            "an exact GELU in an MLP that has none",
+            found="--exact-gelu with --swiglu, whose activation is SiLU",
+            flags=("--exact-gelu", "--swiglu"),
+            fix="drop one of the two",
+        )
     if model.seq_length > model.max_position_embeddings and model.positions == "learned_absolute":
         yield Problem(
             "the sequence is longer than the position table",

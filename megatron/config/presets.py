@@ -175,10 +175,18 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         num_key_value_heads=3, ffn_hidden_size=1536, max_position_embeddings=8192, vocab_size=49152,
         layernorm_epsilon=1e-5, rope_theta=100000.0, init_method_std=0.041666666666666664, **_LLAMA,
     ),
+    "pythia-160m": _preset(
+        "gpt_neox", "HF EleutherAI/pythia-160m", 162_322_944, (12, 768, 12), 2048,
+        max_position_embeddings=2048, vocab_size=50304, exact_gelu=True, **_NEOX,
+    ),
+    "pythia-1b": _preset(
+        "gpt_neox", "HF EleutherAI/pythia-1b", 1_011_781_632, (16, 2048, 8), 2048,
+        max_position_embeddings=2048, vocab_size=50304, exact_gelu=True, **_NEOX,
+    ),
     "tiny-gpt": _tiny("gpt2", **_NO_DROPOUT),
     "tiny-llama": _tiny("llama", num_key_value_heads=2, ffn_hidden_size=192, **_LLAMA_3_1),
     "tiny-bloom": _tiny("bloom", **_BLOOM),
-    "tiny-neox": _tiny("gpt_neox", differs="GELU by its tanh approximation (published GPT-NeoX: exact)", **_NEOX),
+    "tiny-neox": _tiny("gpt_neox", differs="GELU by tanh, as GPT-NeoX-20B (Pythia: exact)", **_NEOX),
     "tiny-qwen3": _tiny("qwen3", num_key_value_heads=2, kv_channels=32, ffn_hidden_size=192, **_QWEN3),
     "tiny-moe": _tiny(
         "mixtral", differs=_BALANCE, num_key_value_heads=2, ffn_hidden_size=96, num_experts=(4,), **_MIXTRAL

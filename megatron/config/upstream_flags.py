@@ -32,6 +32,7 @@ def _table(*rows: tuple[str, str] | tuple[str, str, int | str] | tuple[str, str,
 
 _SDPA = "attention goes through torch's scaled_dot_product_attention, which picks the fastest kernel there is"
 _FUSION = "steps are fused where the machine has kernels for it; --fused-kernels torch turns all of them off"
+_GELU = f"{_FUSION}. Where Megatron does not fuse it, its GELU is exact: for that one give --exact-gelu"
 _NOT_FUSED = "this step is not fused here, so there is nothing to turn off"
 _COMMUNICATION = "DeepSpeed's engine does this communication in its own way"
 _RECOMPUTE = "recomputed blocks keep only their input; set activation_checkpointing in --deepspeed_config"
@@ -42,12 +43,13 @@ _STATE = "Megatron's own DDP and optimizer are not used: DeepSpeed's engine redu
 _ALWAYS = "this is how it is always done here"
 
 ACCEPTED = _table(
-    ("--openai-gelu", "the GELU is the tanh approximation, with or without this flag"),
+    ("--openai-gelu", "the GELU is the tanh approximation, as long as --exact-gelu is not given"),
     ("--no-query-key-layer-scaling", "queries are never scaled by the layer number, so there is nothing to turn off"),
     ("--attention-softmax-in-fp32", "the softmax of attention is computed in fp32 in every kernel"),
     ("--use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-v3 --use-flash-attn-triton", _SDPA),
     ("--use-flash-attn-builder", _SDPA),
-    ("--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-rope-fusion", _FUSION),
+    ("--no-bias-gelu-fusion", _GELU),
+    ("--no-masked-softmax-fusion --no-bias-swiglu-fusion --no-rope-fusion", _FUSION),
     ("--no-persist-layer-norm --disable-mem-efficient-ln", _FUSION),
     ("--no-bias-dropout-fusion --no-gradient-accumulation-fusion", _NOT_FUSED),
     ("--no-async-tensor-model-parallel-allreduce --no-scatter-gather-tensors-in-pipeline", _COMMUNICATION),

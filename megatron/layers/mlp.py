@@ -1,12 +1,14 @@
 """The block's feed-forward part: up, GELU, down; or gate and up, SiLU(gate) * up, down (SwiGLU).
 
-GELU is the tanh approximation, as GPT-2's and Megatron's fused bias-gelu. Gate and up are one matrix, gate first.
+GELU is the tanh approximation, as GPT-2's and Megatron's fused bias-gelu, or with --exact-gelu the error function's, as
+Pythia's. Gate and up are one matrix, gate first.
 
     y_bsh = Mlp(model, context, kernels)(x_bsh)
 """
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
@@ -43,6 +45,8 @@ class Mlp(nn.Module):
 
 def activation(model: ModelConfig, kernels: Kernels) -> Epilogue:
     """From the first matrix's product and its bias to what the second one takes."""
+    if model.exact_gelu:
+        return lambda product, bias: F.gelu(product if bias is None else product + bias)
     if not model.swiglu:
         return kernels.bias_gelu
     return lambda product, bias: kernels.swiglu(product if bias is None else product + bias)

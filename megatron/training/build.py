@@ -271,6 +271,7 @@ def _identity(model: ModelConfig) -> dict[str, Any]:
         names += ["rope_scaling_factor"] if model.rope_scaling_type else []
         if model.rope_scaling_type == "llama3":
             names += ["rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_position_embeddings"]
+    names += ["exact_gelu"] if model.exact_gelu else []
     identity = {name: getattr(model, name) for name in names}
     if model.has_experts:
         identity["num_experts"] = [model.num_experts_of(layer) for layer in range(model.num_layers)]

@@ -26,6 +26,8 @@ NAMED = (
     "mixtral-8x7b",
     "qwen3-0.6b",
     "smollm2-135m",
+    "pythia-160m",
+    "pythia-1b",
 )
 
 

@@ -87,6 +87,7 @@ def test_what_is_built_passes(config: Config, values: dict[str, Any]) -> None:
 
 CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("heads", {"num_attention_heads": 10}, ["heads do not divide the hidden size", "heads of", "12"]),
+    ("gelu-and-swiglu", {"swiglu": True, "exact_gelu": True}, ["an exact GELU in an MLP that has none"]),
     ("kv-heads", {"num_key_value_heads": 5}, ["key/value heads do not divide the query heads", "4 or 6"]),
     ("kv-channels", {"kv_channels": 0}, ["a head has no features", "--kv-channels 0"]),
     ("positions", {"max_position_embeddings": 16}, ["--max-position-embeddings 32"]),

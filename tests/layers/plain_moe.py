@@ -63,7 +63,9 @@ def _kept(model, experts: list, num_experts: int, is_training: bool) -> list:
     return experts
 
 
-def _gelu(y: Tensor) -> Tensor:
+def _gelu(y: Tensor, is_exact: bool) -> Tensor:
+    if is_exact:
+        return 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
     return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
 
 
@@ -73,7 +75,7 @@ def _mlp(model, x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, dow
         gate, value = y.tensor_split(2, -1)
         y = gate / (1 + (-gate).exp()) * value
     else:
-        y = _gelu(y)
+        y = _gelu(y, model.exact_gelu)
     return y @ down.T + (0 if down_bias is None else down_bias)
 
 

@@ -72,6 +72,8 @@ BLOCKS = {
 MLPS = {
     "SwiGLU": _model(swiglu=True, ffn_hidden_size=13, **BARE),
     "SwiGLU with biases": _model(swiglu=True, ffn_hidden_size=13),
+    "exact GELU": _model(ffn_hidden_size=13, exact_gelu=True),
+    "exact GELU without biases": _model(ffn_hidden_size=13, exact_gelu=True, **BARE),
     "GELU without biases": _model(ffn_hidden_size=13, **BARE),
 }
 EMBEDDINGS = {
@@ -144,6 +146,8 @@ def _mlp(model, a, x):
     if model.swiglu:
         gate, up = y[..., : model.ffn_hidden_size], y[..., model.ffn_hidden_size :]
         return _linear(a, gate * torch.sigmoid(gate) * up, "dense_4h_to_h")
+    if model.exact_gelu:
+        return _linear(a, 0.5 * y * (1 + torch.erf(y / math.sqrt(2))), "dense_4h_to_h")
     return _linear(a, 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))), "dense_4h_to_h")
 
 

@@ -37,6 +37,7 @@ def _model(num_experts=8, topk=2, **changes):
 
 MODELS = {
     "GELU with biases": _model(),
+    "exact GELU": _model(exact_gelu=True),
     "SwiGLU (Mixtral)": _model(**GATED),
     "SwiGLU with biases": _model(swiglu=True, moe_shared_expert_intermediate_size=9),
     "sigmoid, shared expert (DeepSeek)": _model(

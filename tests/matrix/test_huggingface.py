@@ -40,7 +40,7 @@ RUNS = {
     "bloom": {"hidden_size": 24, "num_attention_heads": 12, "position_embedding_type": "alibi",
               "embed_layernorm": True},
     "neox": {"hidden_size": 24, "num_attention_heads": 6, "position_embedding_type": "rope", "rotary_percent": 0.5,
-             "use_parallel_residual": True},
+             "use_parallel_residual": True, "exact_gelu": True},
     "mixtral": {**LLAMA, **EXPERTS, "untie_embeddings_and_output_weights": True},
     "qwen3moe": {**LLAMA, **EXPERTS, "expert_interval": 2, "qk_layernorm": True, "no_moe_normalize_topk": True},
 }  # fmt: skip

@@ -23,6 +23,15 @@ def _gpt2(layers, hidden, heads, positions, **more):
     return shape | {"vocab_size": 50257, "layer_norm_epsilon": 1e-5} | more
 
 
+def _pythia(layers, hidden, heads):
+    return _of(
+        "gpt_neox", hidden_act="gelu", hidden_size=hidden, initializer_range=0.02, intermediate_size=4 * hidden,
+        layer_norm_eps=1e-5, max_position_embeddings=2048, num_attention_heads=heads, num_hidden_layers=layers,
+        rotary_emb_base=10000, rotary_pct=0.25, tie_word_embeddings=False, use_parallel_residual=True,
+        vocab_size=50304,
+    )  # fmt: skip
+
+
 CONFIGS = {
     # Not published: GPT-2's architecture (openai-community/gpt2) in the sizes of the UCP paper and artifact.
     "gpt-125m": _gpt2(12, 768, 12, 1024),
@@ -69,6 +78,8 @@ CONFIGS = {
         num_attention_heads=9, num_hidden_layers=30, num_key_value_heads=3, rms_norm_eps=1e-5, rope_scaling=None,
         rope_theta=100000, tie_word_embeddings=True, vocab_size=49152,
     ),
+    "pythia-160m": _pythia(12, 768, 12),
+    "pythia-1b": _pythia(16, 2048, 8),
     # The tiny ones, each as its family's large one, with a vocabulary of 101.
     "tiny-gpt": _gpt2(4, 64, 4, 128, vocab_size=101, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
     "tiny-llama": _of(
@@ -125,6 +136,7 @@ def fields_of(config):
             getattr(config, key) for key in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
             if hasattr(config, key)
         ),
+        "exact_gelu": family == "gpt_neox" and config.hidden_act == "gelu",
         "embed_layernorm": family == "bloom", "qk_layernorm": family == "qwen3",
         "use_parallel_residual": getattr(config, "use_parallel_residual", False),
         "swiglu": getattr(config, "hidden_act", "") == "silu",

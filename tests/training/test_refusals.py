@@ -74,6 +74,7 @@ OTHER_MODELS = {
         "model.vocab_size: 101 in the Source, 121 here",
         "word_embeddings.weight: shape",
     ),
+    "GELU": ({"exact_gelu": True}, "model.exact_gelu: False in the Source, True here"),
     "untied": ({"untie_embeddings_and_output_weights": True}, "parameters the Source lacks: lm_head.weight"),
 }
 
@@ -83,6 +84,15 @@ def test_checkpoint_of_another_model(case: str, data, saved):
     flags, *told = OTHER_MODELS[case]
     argv = command_line(data, zero=1, iters=4, load=saved, **flags)
     _refused(argv, "SourceMismatchError", "nothing was loaded", *told, world_size=2)
+
+
+def test_checkpoint_of_an_exact_gelu(data, tmp_path):
+    """Its ucp.json says so; that of a GELU by tanh says nothing, as before there was another."""
+    flags = {"exact_gelu": True, "iters": 1, "save": tmp_path / "run", "save_interval": 1}
+    run_ranks(1, train, command_line(data, **flags))
+    argv = command_line(data, iters=2, load=tmp_path / "run")
+    _refused(argv, "SourceMismatchError", "model.exact_gelu: True in the Source, False here")
+    assert run_ranks(1, _outcome, [*argv, "--exact-gelu"]) == ["built"]
 
 
 def test_another_optimizer(data, saved):

@@ -19,9 +19,9 @@ _GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64, "vocab_size
 MODELS = {
     "gpt2": ("gpt2", _GPT2),
     "gpt2 untied": ("gpt2", {**_GPT2, "tie_word_embeddings": False, "n_inner": 48}),
+    "gpt2 by the error function": ("gpt2", {**_GPT2, "activation_function": "gelu"}),
     "bloom": ("bloom", {"hidden_size": 48, "n_head": 6, "n_layer": 3, "vocab_size": VOCABULARY}),
-    "gpt_neox": ("gpt_neox", {**_SHAPE, "intermediate_size": 80, "hidden_act": "gelu_new",
-                              "max_position_embeddings": 64}),
+    "gpt_neox": ("gpt_neox", {**_SHAPE, "intermediate_size": 80, "max_position_embeddings": 64}),
     "gpt_neox in a row": ("gpt_neox", {**_SHAPE, "intermediate_size": 80, "hidden_act": "gelu_new",
                                        "use_parallel_residual": False, "tie_word_embeddings": True,
                                        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0,

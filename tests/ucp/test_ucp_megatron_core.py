@@ -46,8 +46,8 @@ from megatron.ucp.stored import FLOAT32
 from megatron.ucp.topology import Topology
 
 FP32 = (
-    "gpt", "gpt_tp2", "gpt_dp2_buckets", "llama_tp2_dp2", "llama_tp2_dp2_buckets", "llama_pp2", "llama_pp2_buckets",
-    "llama_by_layer", "llama_plain", "llama_qkv_bias", "moe_ep2",
+    "gpt", "gpt_tp2", "gpt_exact_gelu", "gpt_dp2_buckets", "llama_tp2_dp2", "llama_tp2_dp2_buckets", "llama_pp2",
+    "llama_pp2_buckets", "llama_by_layer", "llama_plain", "llama_qkv_bias", "moe_ep2",
 )  # fmt: skip
 BF16 = ("llama_pp2_dp2_bf16", "llama_bf16_many_buckets")
 VOCABULARY, PADDED, SEQ, BATCH, STEPS = 29, 32, 8, 4, 3  # megatron_core/make.py
@@ -207,6 +207,25 @@ def test_a_mistake_in_the_table_shows_in_the_losses(samples, monkeypatch, mistak
     assert not is_as_theirs(gone_on(opened(samples, name)), theirs(samples, name))
 
 
+def test_another_gelu_shows_in_the_losses(copied, samples):
+    folder = copied("gpt_exact_gelu")
+    assert open_source(folder).manifest.model["exact_gelu"]
+    edited(folder, of_args(bias_gelu_fusion=True))
+    source = open_source(folder, vocab_size=PADDED)
+    assert "exact_gelu" not in source.manifest.model
+    assert not is_as_theirs(gone_on(source), theirs(samples, "gpt_exact_gelu"))
+
+
+def test_only_the_fused_gelu_is_by_tanh():
+    def is_exact(**values):
+        args = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "vocab_size": 29, "seq_length": 8}
+        return describe({**args, **values}).model.exact_gelu
+
+    assert not is_exact() and not is_exact(swiglu=True, bias_gelu_fusion=False)
+    assert is_exact(bias_gelu_fusion=False) and is_exact(add_bias_linear=False)
+    assert not is_exact(bias_gelu_fusion=False, openai_gelu=True)  # of Megatron-DeepSpeed's models
+
+
 def test_a_mistake_in_moments_step_group_or_schedule_shows_in_the_losses(samples, monkeypatch):
     def changed(**of_all):
         source = opened(samples, "gpt")
@@ -304,7 +323,6 @@ def test_without_its_size_the_vocabulary_keeps_its_padding_or_gets_the_size_that
 
 REFUSED = {
     "another model": (of_args(multi_latent_attention=True, squared_relu=True), "2 reason"),
-    "exact GELU": (of_args(bias_gelu_fusion=False), "error function"),
     "no sizes": (of_args(num_layers=None, hidden_size="16"), "args without num_layers, hidden_size"),
     "more blocks than there are": (of_args(num_layers=3), "its blocks first"),
     "another width": (of_args(ffn_hidden_size=65), "(64, 16), (65, 16) is expected"),

@@ -27,7 +27,7 @@ from megatron.ucp.sources.megatron import deepspeed
 from megatron.ucp.sources.megatron.names import deepspeed_names
 
 FP32 = (
-    "gpt_z0", "gpt_z1", "gpt_tp2_z2", "gpt_z3", "llama_z2", "llama_tp2_pp2_z1", "gpt_pp2_since_2024",
+    "gpt_z0", "gpt_exact_gelu", "gpt_z1", "gpt_tp2_z2", "gpt_z3", "llama_z2", "llama_tp2_pp2_z1", "gpt_pp2_since_2024",
     "gpt_tp2_since_2024",
 )  # fmt: skip
 VOCABULARY, SEQ, BATCH, STEPS = 29, 8, 4, 3  # megatron_deepspeed/make.py
@@ -205,6 +205,13 @@ def edited(folder, change, monkeypatch):
         content = torch.load(path, weights_only=False)
         change(content)
         torch.save(content, path)
+
+
+def test_another_gelu_shows_in_the_losses(copied, samples, monkeypatch):
+    folder = copied("gpt_exact_gelu")
+    assert open_source(folder, program=PROGRAM).manifest.model["exact_gelu"]
+    edited(folder, lambda content: vars(content["args"]).update(bias_gelu_fusion=True), monkeypatch)
+    assert not is_as_theirs(gone_on(open_source(folder, program=PROGRAM)), theirs(samples, "gpt_exact_gelu"))
 
 
 REFUSED = {

@@ -27,6 +27,10 @@ _LLAMA3_KEYS = {
     "rope_high_freq_factor": "high_freq_factor",
     "rope_original_max_position_embeddings": "original_max_position_embeddings",
 }
+_GELUS = {
+    "gelu_new": False, "gelu_pytorch_tanh": False, "gelu_fast": False, "gelu": True, "gelu_python": True
+}  # fmt: skip
+"""transformers' names (activations.py), and whether each is by the error function. The first of a kind is written."""
 _OF_SCALING = {"linear": {"factor"}, "llama3": {"factor", *_LLAMA3_KEYS.values()}}
 
 
@@ -83,6 +87,8 @@ class _Reading:
         self._check_expected()
         self._derive(values)
         values |= self._biases()
+        if family.gelu:
+            values["exact_gelu"] = self._is_exact_gelu()
         if values["positions"] == "rope":
             values |= self._rope()
         if family.has_experts:
@@ -138,6 +144,13 @@ class _Reading:
                 self.faults.append("mlp_bias without attention_bias: biases in the MLP alone are not computed here")
             return _bias_fields(is_everywhere, attention, attention)
         return _bias_fields(kind == "all", kind in ("all", "qkv"), kind == "all")
+
+    def _is_exact_gelu(self) -> bool:
+        name = self.get(self.family.gelu)
+        if not isinstance(name, str) or name not in _GELUS:
+            self.faults.append(f"{self.family.gelu} {shown(name)}: known are {', '.join(_GELUS)}")
+            return False
+        return _GELUS[name]
 
     def _rope(self) -> dict[str, Any]:
         rope = self.config.get("rope_parameters")
@@ -216,6 +229,8 @@ def mismatches(family: Family, model: GptModel) -> list[str]:
         found.append(f"a head is {model.kv_channels} wide, not hidden size / heads")
     if "ffn_hidden_size" not in family.keys and model.ffn_hidden_size != 4 * model.hidden_size:
         found.append(f"its MLP is {model.ffn_hidden_size} wide, not 4 x hidden size")
+    if model.exact_gelu and not family.gelu:
+        found.append("its GELU is exact")
     found += _bias_mismatches(family, model)
     if model.positions == "rope":
         if model.rotary_percent != 1.0 and "partial_rotary_factor" not in family.defaults:
@@ -283,6 +298,8 @@ def config_of(family: Family, model: GptModel, dtype: str, max_positions: int) -
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "torch_dtype": dtype,
     }
+    if family.gelu:
+        config[family.gelu] = next(name for name, is_exact in _GELUS.items() if is_exact == model.exact_gelu)
     if family.biases == "flags":
         config |= dict(zip(family.bias_flags, (model.has_qkv_bias, model.add_bias_linear)))
     if model.positions == "rope":

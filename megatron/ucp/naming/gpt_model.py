@@ -20,6 +20,8 @@ from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.json_checks import flag, list_of, number, one_of, passes, record, whole
 from megatron.ucp.layout import Cut, Layout, Part
 
+AS_EVER: Mapping[str, Any] = {"exact_gelu": False}
+"""Fields that a ucp.json says only where they are otherwise: they came after the first checkpoints."""
 MAX_LAYERS, MAX_EXPERTS, MAX_HEADS = 1 << 12, 1 << 16, 1 << 16
 """Of a model; more is no model but a file that wants memory."""
 _ROPE = ("rope_theta", "rotary_percent", "rope_scaling_type")
@@ -73,6 +75,7 @@ class GptModel:
     moe_shared_expert_intermediate_size: int = 0
     moe_router_score_function: str = "softmax"
     moe_normalize_topk: bool = True
+    exact_gelu: bool = False
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: object = None) -> GptModel:
@@ -105,6 +108,8 @@ class GptModel:
             found.append("experts, and not how wide they are")
         if self.positions == "learned_absolute" and self.max_position_embeddings is None:
             found.append("a position table, and not how long it is")
+        if self.swiglu and self.exact_gelu:
+            found.append("SwiGLU and an exact GELU")
         if self.has_experts and self.topk > min(count for count in self.num_experts if count > 1):
             found.append(f"{self.topk} experts a token, of {sorted(set(self.num_experts))}")
         return found
@@ -123,6 +128,7 @@ class GptModel:
         left_out |= set() if self.rope_scaling_type else {"rope_scaling_factor"}
         left_out |= set() if self.rope_scaling_type == "llama3" else set(_LLAMA3)
         left_out |= set() if self.has_experts else set(_OF_EXPERTS)
+        left_out |= {name for name, value in AS_EVER.items() if getattr(self, name) == value}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         if self.has_experts:
             values["num_experts"] = list(self.num_experts)
@@ -153,6 +159,7 @@ _CHECK = record(
         "moe_shared_expert_intermediate_size": whole(0, 1 << 32),
         "moe_router_score_function": one_of("softmax", "sigmoid"),
         "moe_normalize_topk": flag,
+        "exact_gelu": flag,
     },
     required=tuple(field.name for field in fields(GptModel))[:19],
     is_open=True,

@@ -105,7 +105,10 @@ def build(asked, values):
         add_bias_linear=values["add_bias_linear"],
         add_qkv_bias=values["add_qkv_bias"],
         gated_linear_unit=values["swiglu"],
-        activation_func=F.silu if values["swiglu"] else partial(F.gelu, approximate="tanh"),
+        activation_func=F.silu
+        if values["swiglu"]
+        else partial(F.gelu, approximate="none" if asked.exact_gelu else "tanh"),
+        init_method_std=0.5 if asked.exact_gelu else 0.02,  # by small weights it would not show which GELU it is
         qk_layernorm=values["qk_layernorm"],
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -235,7 +238,7 @@ def save(folder, asked, values, model, optimizer, schedule):
         pipeline_model_parallel_size=asked.pp,
         iteration=STEPS,
         consumed_train_samples=STEPS * BATCH,
-        bias_gelu_fusion=True,
+        bias_gelu_fusion=not asked.exact_gelu,
         params_dtype=torch.bfloat16 if asked.bf16 else torch.float32,
         seq_length=SEQ,
         hidden_dropout=0.0,
@@ -265,7 +268,7 @@ def main():
     parser.add_argument("--optimizer", default="fully_reshardable", help="or dp_reshardable, or plain")
     for name, default in (("layers", 2), ("tp", 1), ("pp", 1), ("ep", 1), ("experts", 0), ("bucket", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name in ("bf16", "untie", "qk-layernorm", "qkv-bias", "by-layer"):
+    for name in ("bf16", "untie", "qk-layernorm", "qkv-bias", "by-layer", "exact-gelu"):
         parser.add_argument(f"--{name}", action="store_true")
     asked = parser.parse_args()
     dist.init_process_group("gloo")

@@ -15,6 +15,7 @@ sample() { # name, ranks, make.py's flags
 
 sample gpt 1
 sample gpt_tp2 2 --tp 2
+sample gpt_exact_gelu 1 --exact-gelu
 sample gpt_dp2_buckets 2 --optimizer dp_reshardable
 sample llama_tp2_dp2 4 --model llama --tp 2
 sample llama_tp2_dp2_buckets 4 --model llama --tp 2 --optimizer dp_reshardable

@@ -25,6 +25,7 @@ llama=(--swiglu --normalization rmsnorm --use-rotary-position-embeddings --untie
 pp2=(--pipeline-model-parallel-size 2) tp2=(--tensor-model-parallel-size 2) plain=(--no-pipeline-parallel)
 
 sample "$before" gpt_z0 1 0 4 "${plain[@]}"
+sample "$before" gpt_exact_gelu 1 0 4 "${plain[@]}" --no-bias-gelu-fusion --init-method-std 0.5
 sample "$before" gpt_z1 2 1 2 "${plain[@]}"
 sample "$before" gpt_tp2_z2 2 2 4 "${plain[@]}" "${tp2[@]}"
 sample "$before" gpt_z3 2 3 2 "${plain[@]}"

@@ -121,9 +121,9 @@ class _Reading:
             "embed_layernorm": bool(self.get("embed_layernorm", default=False)),
             "use_parallel_residual": False,
             "add_output_layer_bias": False,
+            "exact_gelu": not swiglu and not self._is_tanh_gelu(biases),
             **self._positions(),
         }
-        self._check_activation(swiglu, biases)
         return {**values, **self._experts(layers)}
 
     def settings(self) -> dict[str, Any]:
@@ -176,10 +176,9 @@ class _Reading:
         factor = self.get("rotary_seq_len_interpolation_factor")
         return {} if factor in (None, 1, 1.0) else {"rope_scaling_type": "linear", "rope_scaling_factor": factor}
 
-    def _check_activation(self, swiglu: bool, biases: bool) -> None:
-        is_tanh = self.get("openai_gelu", default=False) or (biases and self.get("bias_gelu_fusion", default=True))
-        if not swiglu and not is_tanh:
-            self.faults.append("GELU by the error function (no --bias-gelu-fusion): by tanh is computed here")
+    def _is_tanh_gelu(self, biases: bool) -> bool:
+        """Both programs' GELU is the error function's, but for their fused bias and GELU (fused_bias_gelu.py)."""
+        return bool(self.get("openai_gelu", default=False) or (biases and self.get("bias_gelu_fusion", default=True)))
 
     def _experts(self, layers: int) -> dict[str, Any]:
         count = self.get("num_experts", default=1)

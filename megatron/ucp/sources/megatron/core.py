@@ -44,7 +44,8 @@ def open_core(folder: str | Path, vocab_size: int | None = None) -> RenamedSourc
     folder = Path(folder)
     common = read_common(folder)
     args = vars(common["args"])
-    described = describe(args, vocab_size)
+    # Megatron-Core's models do not look at --openai-gelu, which those before it did (its mlp.py).
+    described = describe({**args, "openai_gelu": None}, vocab_size)
     if described.model is None:
         raise UnsupportedCheckpointError(
             f"a model that is not known here: {len(described.faults)} reason(s)",
