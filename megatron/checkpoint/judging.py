@@ -5,7 +5,7 @@ problems = misfits(live, source, options)      # one line each; empty where it f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron.checkpoint.live_run import LiveRun
@@ -16,13 +16,17 @@ from megatron.engine.schedule import ScheduleError
 from megatron.ucp.errors import listed
 from megatron.ucp.json_checks import shown
 from megatron.ucp.layout import Layout
-from megatron.ucp.naming.gpt_model import AS_EVER
+from megatron.ucp.naming.adapters import is_adapter
+from megatron.ucp.naming.gpt_model import AS_EVER, OF_ADAPTERS
 from megatron.ucp.sources import Source
 
 
 def misfits(live: LiveRun, source: Source, options: LoadOptions) -> list[str]:
     """Everything that does not fit, at once. The optimizer's states are there already, where they are loaded."""
-    problems = compare_models(source.manifest.model, live.model) + parameter_problems(live.atlas.layouts, source)
+    begun = adapters_begun(live.atlas.layouts, source) if not options.with_optimizer else frozenset()
+    model = {key: value for key, value in live.model.items() if not (begun and key in OF_ADAPTERS)}
+    wanted = {name: layout for name, layout in live.atlas.layouts.items() if name not in begun}
+    problems = compare_models(source.manifest.model, model) + parameter_problems(wanted, source)
     if options.with_optimizer:
         problems += state_problems(live.state, source)
         problems += live.state.hyper_parameter_faults(saved_groups(live, source.manifest.optimizer.groups))
@@ -40,6 +44,13 @@ def misfits(live: LiveRun, source: Source, options: LoadOptions) -> list[str]:
         except ScheduleError as error:
             problems.append(str(error))
     return problems
+
+
+def adapters_begun(wanted: Iterable[str], source: Source) -> frozenset[str]:
+    """The adapters of a run that begins from a model without any: they keep their first values."""
+    if any(map(is_adapter, source.manifest.parameters)):
+        return frozenset()
+    return frozenset(filter(is_adapter, wanted))
 
 
 def parameter_problems(wanted: Mapping[str, Layout], source: Source) -> list[str]:

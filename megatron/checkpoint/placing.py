@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.judging import is_trained_in, saved_groups
+from megatron.checkpoint.judging import adapters_begun, is_trained_in, saved_groups
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.resume import LoadOptions
 from megatron.engine.engine_state import MASTER, EngineState
@@ -36,8 +36,10 @@ def place(live: LiveRun, source: Source, options: LoadOptions) -> int:
 def place_states(state: EngineState, source: Source, with_optimizer: bool) -> int:
     """Masters and, `with_optimizer`, whatever the optimizer keeps of each parameter; returns the number of elements.
     Local. Raises CheckpointError where parameters that are stepped together are at different steps in the Source."""
-    num_elements = 0
+    num_elements, begun = 0, adapters_begun(state.layouts, source)
     for interval in state.intervals:
+        if interval.name in begun:
+            continue
         has_states = with_optimizer and is_trained_in(source, interval.name)
         for held in state.states_of(interval):
             if held.state == MASTER or has_states:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint.errors import DamagedCheckpointError, all_ranks_or_none, on_rank_0
 from megatron.checkpoint.frozen_weights import FrozenParts, frozen_faults
-from megatron.checkpoint.judging import is_trained_in
+from megatron.checkpoint.judging import adapters_begun, is_trained_in
 from megatron.checkpoint.state_digest import state_digests
 from megatron.engine.engine_state import MASTER, EngineState
 from megatron.parallel.agreement import gathered
@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 def prove(state: EngineState, source: Source, *, with_optimizer: bool, kind: str, frozen: FrozenParts) -> None:
     """`kind` of resume, for the log; `frozen`: of the weights that are not trained, what was read. Raises
     DamagedCheckpointError, on every rank, naming what differs and the files that changed."""
-    placed = state_digests(state)
+    placed, begun = state_digests(state), adapters_begun(state.layouts, source)
     saved = source.manifest.digests or read_digests(source, with_optimizer)
     wrong = frozen_faults(state, frozen, saved, placed)
     wrong += [
         f"{name} ({key})"
         for name, digests in placed.items()
-        if name not in state.frozen
+        if name not in state.frozen and name not in begun
         for key in (digests if with_optimizer and is_trained_in(source, name) else (MASTER,))
         if saved.get(name, {}).get(key) != digests.get(key)
     ]
@@ -67,6 +67,8 @@ def prove(state: EngineState, source: Source, *, with_optimizer: bool, kind: str
             source.folder,
             source.manifest.doubt,
         )
+    if begun:
+        log.info("%d adapter parameters begin here: the checkpoint has none", len(begun))
     _tell_what_changed(state, source, with_optimizer)
 
 

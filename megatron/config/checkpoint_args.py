@@ -98,6 +98,9 @@ def model_values(model: GptModel, where: object) -> dict[str, Any]:
         values["add_attention_bias"] = True
     elif not model.add_bias_linear and model.has_qkv_bias:
         values["add_qkv_bias"] = True
+    if model.lora_rank:
+        values |= {"lora_rank": model.lora_rank, "lora_alpha": model.lora_alpha, "lora_fused": model.lora_fused}
+        values["lora_target_modules"] = model.lora_projections
     if model.has_experts:
         interval, counts = _interval(model.num_experts, where)
         values |= {"num_experts": counts, "expert_interval": interval}

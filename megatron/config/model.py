@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron.config.flag import REQUIRED, flag
 from megatron.config.presets import PRESETS, apply_preset
+from megatron.ucp.naming.adapters import PROJECTIONS, default_projections
 
 ROPE_SCALINGS = ("linear", "ntk", "llama3")
 
@@ -105,6 +106,14 @@ class ModelConfig:
         False, help="with --disable-bias-linear: biases of all of attention's matrices all the same"
     )
     add_output_layer_bias: bool = flag(False, help="a bias of the (untied) output layer")
+    lora_rank: int = flag(0, help="train low-rank adapters (LoRA) of this rank beside the matrices, and nothing else")
+    lora_alpha: float | None = flag(None, help="what an adapter adds is times this / rank; default: the rank")
+    lora_target_modules: tuple[str, ...] = flag(
+        (), help="matrices that have adapters; default: all, of a mixture of experts attention's", choices=PROJECTIONS
+    )
+    lora_fused: bool = flag(
+        False, help="one adapter for q, k, v together, and one for gate and up (as PEFT's of GPT-2, BLOOM, GPT-NeoX)"
+    )
     hidden_dropout: float = flag(0.1, help="dropout on the residual stream", unit="probability")
     attention_dropout: float = flag(0.1, help="dropout on attention weights", unit="probability")
     init_method_std: float = flag(0.02, help="standard deviation of initial weights")
@@ -183,6 +192,8 @@ class ModelConfig:
             object.__setattr__(self, "max_position_embeddings", self.seq_length)
         if self.moe_ffn_hidden_size is None:
             object.__setattr__(self, "moe_ffn_hidden_size", self.ffn_hidden_size)
+        if self.lora_alpha is None and self.lora_rank:
+            object.__setattr__(self, "lora_alpha", float(self.lora_rank))
 
     @classmethod
     def of_preset(cls, name: str, **values: Any) -> ModelConfig:
@@ -209,6 +220,14 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Features of a head that are rotated, an even number."""
         return int(self.head_dim * self.rotary_percent) // 2 * 2
+
+    @property
+    def lora_projections(self) -> tuple[str, ...]:
+        """Matrices that have adapters."""
+        if not self.lora_rank:
+            return ()
+        chosen = self.lora_target_modules or default_projections(self.swiglu, self.has_experts)
+        return tuple(name for name in PROJECTIONS if name in chosen)
 
     @property
     def has_qkv_bias(self) -> bool:

@@ -14,6 +14,7 @@ from megatron.config.checking import at_least, divisors, flag_of, nearest, withi
 from megatron.config.errors import Problem
 from megatron.config.model import ModelConfig
 from megatron.config.parallel import ParallelConfig
+from megatron.ucp.naming.adapters import default_projections, projection_faults
 
 
 def legal_tensor_sizes(model: ModelConfig) -> list[int]:
@@ -37,6 +38,28 @@ def legal_sequence_sizes(model: ModelConfig, tp_size: int) -> list[int]:
     """Ulysses degrees: a tp rank's heads, as many on each, and the sequence are cut."""
     heads = math.gcd(model.num_attention_heads, model.num_key_value_heads)
     return divisors(math.gcd(heads // tp_size, model.seq_length)) if heads % tp_size == 0 else [1]
+
+
+def _adapter_problems(model: ModelConfig) -> Iterator[Problem]:
+    flags = ("--lora-rank", "--lora-alpha", "--lora-target-modules", "--lora-fused")
+    yield from at_least(0, model, "lora_rank")
+    if not model.lora_rank:
+        if model.lora_alpha is not None or model.lora_target_modules or model.lora_fused:
+            yield Problem("adapters without a rank", flags=flags, fix="give --lora-rank too, or none of these flags")
+        return
+    if model.lora_alpha <= 0:
+        yield Problem("adapters that add nothing", found=f"--lora-alpha {model.lora_alpha:g}", flags=flags)
+    faults = projection_faults(
+        model.lora_target_modules or model.lora_projections,
+        is_gated=model.swiglu,
+        has_experts=model.has_experts,
+        is_fused=model.lora_fused,
+    )
+    if faults:
+        possible = " ".join(default_projections(model.swiglu, model.has_experts))
+        yield Problem(
+            "adapters of matrices that cannot have them", "; ".join(faults), f"some of {possible}", flags=flags
+        )
 
 
 def model_problems(model: ModelConfig) -> Iterator[Problem]:
@@ -69,6 +92,7 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
             flags=("--num-key-value-heads", "--num-attention-heads"),
             fix="key/value heads of " + nearest(divisors(model.num_attention_heads), model.num_key_value_heads),
         )
+    yield from _adapter_problems(model)
     if model.swiglu and model.exact_gelu:
         yield Problem(
             "an exact GELU in an MLP that has none",

@@ -25,6 +25,7 @@ from megatron.kernels.kernels import TORCH, Kernels
 from megatron.layers.alibi import alibi_slopes
 from megatron.layers.heads import Heads, QueryKeyValueLinear
 from megatron.layers.linear import RowLinear
+from megatron.layers.lora import Lora
 from megatron.layers.norm import HeadNorm
 from megatron.layers.parameter import normal
 from megatron.layers.rotary import Rotary, rotary_table
@@ -54,6 +55,7 @@ class Attention(nn.Module):
             normal(output_std(model)),
             has_bias=model.has_attention_output_bias,
             unit=self.heads.query_unit,
+            lora=Lora.of(model, "attention.dense"),
         )
         self.query_norm = self.key_norm = None
         if model.qk_layernorm:

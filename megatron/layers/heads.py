@@ -25,8 +25,9 @@ from torch import Tensor
 
 from megatron.config.model import ModelConfig
 from megatron.layers.linear import ColumnLinear
+from megatron.layers.lora import Lora
 from megatron.layers.parameter import normal
-from megatron.parallel.collectives import enter_tp, even_sizes, gathered_rows
+from megatron.parallel.collectives import enter_tp, even_sizes, gather_rows, gathered_rows
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.layout import Part
 
@@ -93,13 +94,27 @@ class QueryKeyValueLinear(ColumnLinear):
             normal(model.init_method_std),
             has_bias=model.has_qkv_bias,
             parts=(Part(q_size, unit=heads.query_unit), kv, kv),
+            lora=Lora.of(model, "attention.query_key_value"),
         )
 
     def forward(self, x_bsh: Tensor) -> Tensor:
         """Collective over tp."""
         if not self.heads.has_shared_keys:
             return super().forward(x_bsh)
-        return _SharedKeysLinear.apply(enter_tp(x_bsh, self.context), self.weight, self.bias, self)
+        x_bsh = enter_tp(x_bsh, self.context)
+        y_bsp = _SharedKeysLinear.apply(x_bsh, self.weight, self.bias, self)
+        return y_bsp if self.lora is None else y_bsp + self.adapted(x_bsh)
+
+    def adapted(self, x_bsh: Tensor) -> Tensor:
+        """What the adapter adds; of shared keys B's rows are put together as the matrix's are."""
+        if not self.heads.has_shared_keys:
+            return super().adapted(x_bsh)
+        is_key = [part > 0 for part, is_chosen in enumerate(self.lora.chosen) if is_chosen]
+        rows = [
+            gather_rows(b, self.context, self.sizes_kept)[self.rows_needed] if shared else b
+            for b, shared in zip(self.rows_of_b(), is_key, strict=True)
+        ]
+        return self.lora.column(x_bsh, self.lora_a, rows, self.heads.sizes_here, self.context)
 
     def put_together(self, rows: Tensor) -> Tensor:
         """From what is kept here, this rank's q and all of the key/value heads it needs. Collective over tp."""

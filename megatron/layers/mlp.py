@@ -15,6 +15,7 @@ from megatron.config.model import ModelConfig
 from megatron.kernels.kernels import TORCH, Kernels
 from megatron.layers.attention import output_std
 from megatron.layers.linear import ColumnLinear, Epilogue, RowLinear
+from megatron.layers.lora import Lora
 from megatron.layers.parameter import normal
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.layout import Part
@@ -35,8 +36,10 @@ class Mlp(nn.Module):
             has_bias,
             parts=(Part(ffn), Part(ffn)) if model.swiglu else None,
             epilogue=activation(model, kernels),
+            lora=Lora.of(model, "mlp.dense_h_to_4h"),
         )
-        self.dense_4h_to_h = RowLinear(ffn, hidden, context, normal(output_std(model)), has_bias)
+        of_output = Lora.of(model, "mlp.dense_4h_to_h")
+        self.dense_4h_to_h = RowLinear(ffn, hidden, context, normal(output_std(model)), has_bias, lora=of_output)
 
     def forward(self, x_bsh: Tensor) -> Tensor:
         """Collective over tp."""

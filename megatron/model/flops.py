@@ -21,6 +21,7 @@ def num_parameters(model: ModelConfig) -> int:
     total += model.vocab_size if model.add_output_layer_bias else 0
     total += model.max_position_embeddings * h if model.positions == "learned_absolute" else 0
     total += norm if model.embed_layernorm else 0
+    total += model.num_layers * _adapters(model)
     total += sum(2 * norm + attention + _mlp(model, layer) for layer in range(model.num_layers))
     return total + norm
 
@@ -39,6 +40,19 @@ def flops_per_token(model: ModelConfig) -> float:
             matrices += _mlp_matrices(model, model.moe_shared_expert_intermediate_size)
     products = 2 * model.num_layers * model.seq_length * model.num_attention_heads * model.head_dim
     return 3 * 2.0 * (matrices + products)
+
+
+def _adapters(model: ModelConfig) -> int:
+    """Of a block."""
+    kv, ffn, h = model.num_key_value_heads * model.head_dim, model.ffn_hidden_size, model.hidden_size
+    q = model.num_attention_heads * model.head_dim
+    sizes = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h), "down_proj": (ffn, h)}
+    sizes |= {"gate_proj": (h, ffn), "up_proj": (h, ffn)}
+    chosen = model.lora_projections
+    total = sum(sum(sizes[name]) for name in chosen)
+    if model.lora_fused:  # one A of parts that read the same
+        total -= 2 * h * ("q_proj" in chosen) + h * ("gate_proj" in chosen)
+    return model.lora_rank * total
 
 
 def _qkv_width(model: ModelConfig) -> int:

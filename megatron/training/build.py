@@ -113,7 +113,7 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
         refuse_buffers(model)
     if config.run.torch_compile:
         log.info("torch.compile: %d blocks on this rank, at their first use", compile_blocks(model))
-    freeze(model, config.optimizer.freeze_parameters, context)
+    freeze(model, config.optimizer.freeze_parameters, context, but_adapters=config.model.lora_rank > 0)
     with stops_all_ranks("reading the checkpoint's parameter groups"):
         trained_later = _trained_later(config, plan)
     engine = build_engine(
@@ -272,7 +272,10 @@ def _identity(model: ModelConfig) -> dict[str, Any]:
         if model.rope_scaling_type == "llama3":
             names += ["rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_position_embeddings"]
     names += ["exact_gelu"] if model.exact_gelu else []
+    names += ["lora_rank", "lora_alpha", "lora_fused"] if model.lora_rank else []
     identity = {name: getattr(model, name) for name in names}
+    if model.lora_rank:
+        identity["lora_projections"] = list(model.lora_projections)
     if model.has_experts:
         identity["num_experts"] = [model.num_experts_of(layer) for layer in range(model.num_layers)]
         of_experts = (

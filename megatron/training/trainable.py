@@ -24,6 +24,7 @@ from megatron.parallel.agreement import gathered
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.manifest import Manifest
+from megatron.ucp.naming.adapters import is_adapter
 
 _FLAG = "--freeze-parameters"
 _MOST_NAMES = 40
@@ -33,12 +34,12 @@ class UnsavedBufferError(TypeError):
     """A model has state that no checkpoint would carry."""
 
 
-def freeze(model: nn.Module, patterns: Sequence[str], context: ParallelContext) -> None:
-    """Stop training the parameters whose canonical names match one of the shell-like patterns. Collective over the
-    world. Raises ConfigError, on every rank, for a pattern that matches nothing anywhere and for a stage without
-    anything to train."""
+def freeze(model: nn.Module, patterns: Sequence[str], context: ParallelContext, *, but_adapters: bool = False) -> None:
+    """Stop training the parameters whose canonical names match one of the shell-like patterns; `but_adapters`: and all
+    that are no adapter's. Collective over the world. Raises ConfigError, on every rank, for a pattern that matches
+    nothing anywhere and for a stage without anything to train."""
     for name, param in model.named_parameters():
-        if _is_matched(name, patterns):
+        if _is_matched(name, patterns) or (but_adapters and not is_adapter(name)):
             param.requires_grad_(False)
     trained = {name: param.requires_grad for name, param in model.named_parameters()}
     everywhere = gathered((context.pp_rank, trained))

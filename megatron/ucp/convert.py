@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import shutil
 import threading
 import time
@@ -26,15 +27,18 @@ from megatron.ucp.disk import disk_errors, require_space
 from megatron.ucp.errors import CorruptFileError, DigestMismatchError, OutputExistsError, SourceError, UcpError, listed
 from megatron.ucp.expert_labels import experts_clause
 from megatron.ucp.file_table import changed_files, require_unchanged
+from megatron.ucp.huggingface.adapter import AdapterFolder
 from megatron.ucp.identity import Identity
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, write_manifest
 from megatron.ucp.partial_sums import PartialSums
 from megatron.ucp.pointers import LATEST_UNIVERSAL
 from megatron.ucp.sources import Source, find_checkpoint, open_source
+from megatron.ucp.sources.huggingface import HuggingFaceSource
 from megatron.ucp.sources.renamed import with_names_of
 from megatron.ucp.targets.universal import tensor_bytes, tensor_jobs, write_universal
 from megatron.ucp.unfinished import Journal, bytes_there, end_work, plan_of, staged_again
 
+log = logging.getLogger(__name__)
 _SPARE_BYTES = 4 << 20
 """For ucp.json, steps and model states."""
 
@@ -67,6 +71,7 @@ def convert(
     like: str | Path | None = None,
     vocab_size: int | None = None,
     program: str | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Writes `output_folder` and points `latest_universal` beside it to it. Raises before anything is written where
@@ -74,17 +79,21 @@ def convert(
     killed (or its machine) is gone on with: see unfinished.py.
 
     `like`: a folder with a config.json of Hugging Face's; parameters that have its names get ours. `vocab_size`,
-    `program`: see open_source.
+    `program`: see open_source. `adapter`: a folder of PEFT's adapters; the input is then their base, a model folder.
     `progress(done, total)` in bytes, from several threads."""
     started = time.perf_counter()
     source, output, identity = opened(input_folder, output_folder, column_parallel, vocab_size, program)
     if like is not None:
         source = with_names_of(source, like)
+    if adapter is not None:
+        of_adapter = Identity.of(adapter)
+        source = HuggingFaceSource.open(source.folder, adapter)
     num_bytes = tensor_bytes(source.manifest)
     asked = list(column_parallel)
     asked += [f"like {source.manifest.model}"] if like else []
     asked += [f"vocabulary {vocab_size}"] if vocab_size else []
     asked += [f"of {program}"] if program else []
+    asked += [f"with {of_adapter}"] if adapter else []
     plan = plan_of(identity, asked, 0)
     require_space(output, num_bytes + _SPARE_BYTES - bytes_there(output, plan))
     with staged_again(output, plan) as staging, whole_or_not_at_all(staging, output, identity):
@@ -92,6 +101,10 @@ def convert(
         kept = journal.kept(source, tensor_jobs(source.manifest), num_workers)
         write = functools.partial(write_universal, journal=journal, kept=kept)
         manifest = write_proven(write, source, staging, num_workers, byte_counter(progress, num_bytes))
+        if adapter is not None:
+            of_adapter.require_unchanged()
+            if warning := AdapterFolder.open(Path(adapter)).require_base(manifest):
+                log.warning("warning: %s", warning)
         end_work(staging)
     point_to(output.parent, LATEST_UNIVERSAL, output.name)
     seconds = time.perf_counter() - started

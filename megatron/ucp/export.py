@@ -7,12 +7,15 @@ before anything is written; the folder appears at once, or not at all.
     result.output, result.digest
     AutoModelForCausalLM.from_pretrained("hub/my-model")
     export_dcp("runs/a", "for_fsdp2")                        # dcp.load, moments included
+    export_adapter("runs/a", "adapter", base="SmolLM2-135M") # PeftModel.from_pretrained(model, "adapter")
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,10 +27,13 @@ from megatron.ucp.convert import byte_counter, require_apart, whole_or_not_at_al
 from megatron.ucp.digest import total
 from megatron.ucp.disk import require_space
 from megatron.ucp.errors import UnsupportedCheckpointError
+from megatron.ucp.huggingface.adapter import BASE, WEIGHTS, adapter_config, base_told
+from megatron.ucp.huggingface.adapter import CONFIG as ADAPTER_CONFIG
 from megatron.ucp.huggingface.config_json import config_of, describe, family_of
 from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import CONFIG, companions, file_of, read_json
 from megatron.ucp.identity import Identity
+from megatron.ucp.naming.adapters import is_adapter
 from megatron.ucp.naming.gpt_model import GptModel, layouts, sound_settings
 from megatron.ucp.naming.tensors import pairs
 from megatron.ucp.sources import Source, find_checkpoint, open_source
@@ -79,6 +85,7 @@ def export(
     started = time.perf_counter()
     output = Path(str(output_folder).rstrip("/") or "/")
     source, model, identity = _opened(checkpoint, output)
+    _require_no_adapters(source, model)
     folder = source.folder
     like_folder = _like(like, folder)
     settings = sound_settings(source.manifest.common.get("model_settings"))
@@ -125,6 +132,7 @@ def export_dcp(
     started = time.perf_counter()
     output = Path(str(output_folder).rstrip("/") or "/")
     source, model, identity = _opened(checkpoint, output)
+    _require_no_adapters(source, model)
     folder = source.folder
     chosen, _, notes = config_json_of(model, family, _like(None, folder), None)
     dtype = dtype or "float32"
@@ -143,6 +151,56 @@ def export_dcp(
     return Exported(
         folder, output, chosen.model_type, dtype, total(digests), len(of_model), num_bytes, seconds, tuple(notes)
     )
+
+
+def export_adapter(
+    checkpoint: str | Path,
+    output_folder: str | Path,
+    *,
+    dtype: str | None = None,
+    family: str | None = None,
+    base: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Writes a folder of PEFT's with the adapters of a run that trained some. `dtype`: by default fp32, which their
+    masters are. `base`: the name or folder of the model they are of, for PEFT; in ucp_base.json its weights' digest is
+    told. Otherwise as `export`."""
+    started = time.perf_counter()
+    output = Path(str(output_folder).rstrip("/") or "/")
+    source, model, identity = _opened(checkpoint, output)
+    folder = source.folder
+    if not model.lora_rank:
+        raise UnsupportedCheckpointError(
+            "the checkpoint has no adapters", where=folder, do="train some with --lora-rank, or export --format hf"
+        )
+    dtype = dtype or "float32"
+    if dtype not in DTYPE_NAMES:
+        raise UnsupportedCheckpointError("no precision of weights", found=dtype, expected=DTYPE_NAMES)
+    chosen = family_of(model, family)
+    of_adapters = [pair for pair in pairs(chosen, model) if is_adapter(pair.ours)]
+    (shard,) = shards_of(of_adapters, DTYPES[dtype], sys.maxsize)
+    shard = dataclasses.replace(shard, file=WEIGHTS[0])
+    told = base_told(source.manifest)
+    require_space(output, shard.num_bytes + _SPARE_BYTES)
+    staging = stage(output)
+    with whole_or_not_at_all(staging, output, identity, marker=ADAPTER_CONFIG):
+        count = byte_counter(progress, shard.num_bytes) or (lambda n: None)
+        digests = write_weights(source, staging, [shard], DTYPES[dtype], num_workers=1, progress=count)
+        (staging / BASE).write_text(json.dumps(told, indent=2) + "\n")
+        (staging / ADAPTER_CONFIG).write_text(json.dumps(adapter_config(chosen, model, base), indent=2) + "\n")
+    seconds = time.perf_counter() - started
+    return Exported(
+        folder, output, chosen.model_type, dtype, total(digests), len(of_adapters), shard.num_bytes, seconds, ()
+    )
+
+
+def _require_no_adapters(source: Source, model: GptModel) -> None:
+    if model.lora_rank:
+        raise UnsupportedCheckpointError(
+            "the model has adapters beside its weights, which this format has no place for",
+            where=source.folder,
+            do="export --format peft; PEFT's merge_and_unload makes one model of them and their base",
+        )
 
 
 def _opened(checkpoint: str | Path, output: Path) -> tuple[Source, GptModel, Identity]:

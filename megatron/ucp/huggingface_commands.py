@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron.ucp.convert import convert
 from megatron.ucp.errors import NotACheckpointError, UcpError, UnsupportedCheckpointError
-from megatron.ucp.export import DTYPE_NAMES, MAX_SHARD_BYTES, Exported, export, export_dcp
+from megatron.ucp.export import DTYPE_NAMES, MAX_SHARD_BYTES, Exported, export, export_adapter, export_dcp
 from megatron.ucp.huggingface.families import FAMILIES
 from megatron.ucp.huggingface.folder import is_model_folder
 from megatron.ucp.huggingface.gguf import SUFFIX, unpacked
@@ -29,6 +29,9 @@ def add_import(parser: argparse.ArgumentParser) -> None:
         "folder", help="a folder with config.json and model.safetensors or pytorch_model.bin; or a .gguf"
     )
     parser.add_argument("output", help="the universal folder to make")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="PEFT's LoRA adapters of that model: adapter_config.json, adapter_model.*"
+    )
     parser.add_argument("--num_workers", type=int, default=2)
     parser.set_defaults(run=_import)
 
@@ -38,10 +41,12 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="the model folder to make")
     parser.add_argument(
         "--format",
-        choices=("hf", "dcp"),
+        choices=("hf", "dcp", "peft"),
         default="hf",
-        help="hf: a model folder. dcp: PyTorch's distributed checkpoint, with the optimizer, for FSDP2 programs",
+        help="hf: a model folder. dcp: PyTorch's distributed checkpoint, with the optimizer, for FSDP2 programs. peft: "
+        "the LoRA adapters alone",
     )
+    parser.add_argument("--base", help="with --format peft: name or folder of the model that the adapters are of")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights; default: as in training")
     parser.add_argument("--family", choices=sorted(FAMILIES), help="where the model can be several: its model_type")
     parser.add_argument(
@@ -74,7 +79,8 @@ def _import(arguments: argparse.Namespace) -> Outcome:
             do="give the folder that save_pretrained wrote, or of a checkpoint use convert",
         )
     progress = None if arguments.json else ProgressLine()
-    result = convert(folder, arguments.output, num_workers=arguments.num_workers, progress=progress)
+    adapter, workers = arguments.adapter, arguments.num_workers
+    result = convert(folder, arguments.output, adapter=adapter, num_workers=workers, progress=progress)
     data = {
         "source": str(result.source),
         "output": str(result.output),
@@ -92,12 +98,23 @@ def _import(arguments: argparse.Namespace) -> Outcome:
 
 def _export(arguments: argparse.Namespace) -> Outcome:
     progress = None if arguments.json else ProgressLine()
+    only_of = {"--like": "hf", "--max-positions": "hf", "--base": "peft"}
+    given = {"--like": arguments.like, "--max-positions": arguments.max_positions, "--base": arguments.base}
+    if unused := [flag for flag, value in given.items() if value and only_of[flag] != arguments.format]:
+        raise UnsupportedCheckpointError(
+            f"flags that --format {arguments.format} does not look at", found=unused, do="leave them out"
+        )
+    if arguments.format == "peft":
+        result = export_adapter(
+            arguments.folder,
+            arguments.output,
+            dtype=arguments.dtype,
+            family=arguments.family,
+            base=arguments.base,
+            progress=progress,
+        )
+        return _told(result)
     if arguments.format == "dcp":
-        of_model = {"--like": arguments.like, "--max-positions": arguments.max_positions}
-        if given := [flag for flag, value in of_model.items() if value]:
-            raise UnsupportedCheckpointError(
-                "flags of a model folder, and a DCP folder is asked for", found=given, do="leave them out"
-            )
         result = export_dcp(
             arguments.folder,
             arguments.output,

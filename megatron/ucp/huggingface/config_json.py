@@ -231,6 +231,8 @@ def mismatches(family: Family, model: GptModel) -> list[str]:
         found.append(f"its MLP is {model.ffn_hidden_size} wide, not 4 x hidden size")
     if model.exact_gelu and not family.gelu:
         found.append("its GELU is exact")
+    if model.lora_rank and (fault := _adapter_mismatch(family, model)):
+        found.append(fault)
     found += _bias_mismatches(family, model)
     if model.positions == "rope":
         if model.rotary_percent != 1.0 and "partial_rotary_factor" not in family.defaults:
@@ -240,6 +242,15 @@ def mismatches(family: Family, model: GptModel) -> list[str]:
     if family.has_experts and model.has_experts:
         found += _expert_mismatches(family, model)
     return found
+
+
+def _adapter_mismatch(family: Family, model: GptModel) -> str:
+    """Several matrices of ours in one of theirs have one adapter there."""
+    is_fused = len(family.block["attention.query_key_value"].modules) == 1
+    several = {"q_proj", "k_proj", "v_proj"} | ({"gate_proj", "up_proj"} if model.swiglu else set())
+    if is_fused == model.lora_fused or not several & set(model.lora_projections):
+        return ""
+    return f"q, k and v have {'one adapter' if model.lora_fused else 'an adapter each'}"
 
 
 def _bias_mismatches(family: Family, model: GptModel) -> list[str]:

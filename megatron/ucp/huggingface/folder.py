@@ -70,7 +70,7 @@ class ModelFolder:
         for name in files:
             try:
                 file = file_of(path, name)
-                content = read_safetensors(file) if name.endswith(".safetensors") else _tensors_of_bin(file)
+                content = tensors_of(file)
             except UcpError as error:
                 faults.append(f"{name}: {error.what}" + (f" ({error.found})" if error.found else ""))
                 continue
@@ -159,6 +159,11 @@ def file_of(path: Path, name: str) -> Path:
         blobs = path.resolve().parent.parent / "blobs"
         return existing_file(blobs, os.readlink(link).rpartition("/")[2])
     return existing_file(path, name)
+
+
+def tensors_of(file: Path) -> dict[str, StoredTensor]:
+    """Of a .safetensors, or of what torch saved. Raises CorruptFileError or UnsupportedCheckpointError."""
+    return read_safetensors(file) if file.name.endswith(".safetensors") else _tensors_of_bin(file)
 
 
 def _tensors_of_bin(file: Path) -> dict[str, StoredTensor]:

@@ -12,6 +12,7 @@ Names and layouts are those that megatron/layers declares; a test builds a model
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,13 +20,22 @@ from typing import Any
 from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.json_checks import flag, list_of, number, one_of, passes, record, whole
 from megatron.ucp.layout import Cut, Layout, Part
+from megatron.ucp.naming.adapters import (
+    KINDS,
+    PROJECTIONS,
+    chosen_parts,
+    column_layouts,
+    projection_faults,
+    row_layouts,
+)
 
-AS_EVER: Mapping[str, Any] = {"exact_gelu": False}
+AS_EVER: Mapping[str, Any] = {"exact_gelu": False, "lora_rank": 0}
 """Fields that a ucp.json says only where they are otherwise: they came after the first checkpoints."""
 MAX_LAYERS, MAX_EXPERTS, MAX_HEADS = 1 << 12, 1 << 16, 1 << 16
 """Of a model; more is no model but a file that wants memory."""
 _ROPE = ("rope_theta", "rotary_percent", "rope_scaling_type")
 _LLAMA3 = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_position_embeddings")
+OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_projections", "lora_fused")
 _OF_EXPERTS = (
     "num_experts",
     "topk",
@@ -76,6 +86,11 @@ class GptModel:
     moe_router_score_function: str = "softmax"
     moe_normalize_topk: bool = True
     exact_gelu: bool = False
+    lora_rank: int = 0
+    """Of adapters (naming/adapters.py); 0: the model has none."""
+    lora_alpha: float = 1.0
+    lora_projections: tuple[str, ...] = ()
+    lora_fused: bool = False
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: object = None) -> GptModel:
@@ -93,6 +108,8 @@ class GptModel:
         given = {key: value for key, value in values.items() if key in known}
         if "num_experts" in given:
             given["num_experts"] = tuple(given["num_experts"])
+        if "lora_projections" in given:
+            given["lora_projections"] = tuple(given["lora_projections"])
         return cls(**given)
 
     def faults(self) -> list[str]:
@@ -108,6 +125,10 @@ class GptModel:
             found.append("experts, and not how wide they are")
         if self.positions == "learned_absolute" and self.max_position_embeddings is None:
             found.append("a position table, and not how long it is")
+        if self.lora_rank:
+            found += projection_faults(
+                self.lora_projections, is_gated=self.swiglu, has_experts=self.has_experts, is_fused=self.lora_fused
+            )
         if self.swiglu and self.exact_gelu:
             found.append("SwiGLU and an exact GELU")
         if self.has_experts and self.topk > min(count for count in self.num_experts if count > 1):
@@ -128,10 +149,13 @@ class GptModel:
         left_out |= set() if self.rope_scaling_type else {"rope_scaling_factor"}
         left_out |= set() if self.rope_scaling_type == "llama3" else set(_LLAMA3)
         left_out |= set() if self.has_experts else set(_OF_EXPERTS)
+        left_out |= set() if self.lora_rank else set(OF_ADAPTERS)
         left_out |= {name for name, value in AS_EVER.items() if getattr(self, name) == value}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         if self.has_experts:
             values["num_experts"] = list(self.num_experts)
+        if self.lora_rank:
+            values["lora_projections"] = list(self.lora_projections)
         return values
 
 
@@ -160,6 +184,10 @@ _CHECK = record(
         "moe_router_score_function": one_of("softmax", "sigmoid"),
         "moe_normalize_topk": flag,
         "exact_gelu": flag,
+        "lora_rank": whole(0, 1 << 16),
+        "lora_alpha": number(0, 1e6),
+        "lora_projections": list_of(one_of(*PROJECTIONS), 0, len(PROJECTIONS)),
+        "lora_fused": flag,
     },
     required=tuple(field.name for field in fields(GptModel))[:19],
     is_open=True,
@@ -208,7 +236,7 @@ def _layouts(model: GptModel) -> Iterator[tuple[str, Layout]]:
     if model.embed_layernorm:
         yield from _norm(model, "embedding.norm", hidden)
     for layer in range(model.num_layers):
-        for name, layout in _block(model, model.num_experts_of(layer)):
+        for name, layout in _with_adapters(model, _block(model, model.num_experts_of(layer))):
             yield f"layers.{layer}.{name}", layout
     yield from _norm(model, "final_norm", hidden)
     if model.untie_embeddings_and_output_weights:
@@ -229,6 +257,23 @@ def _block(model: GptModel, num_experts: int) -> Iterator[tuple[str, Layout]]:
     yield from _experts(model, num_experts, model.moe_ffn_hidden_size or 0)
     if model.moe_shared_expert_intermediate_size:
         yield from _mlp(model, "mlp.shared_expert", model.moe_shared_expert_intermediate_size)
+
+
+def _with_adapters(model: GptModel, block: Iterator[tuple[str, Layout]]) -> Iterator[tuple[str, Layout]]:
+    """Each matrix's two after its weight and bias."""
+    for module, group in itertools.groupby(block, key=lambda item: item[0].rpartition(".")[0]):
+        members = list(group)
+        yield from members
+        chosen = chosen_parts(module, model.lora_projections, model.swiglu)
+        if not any(chosen):
+            continue
+        out_size, in_size = members[0][1].shape
+        (cut,) = members[0][1].cuts
+        if cut.dim == 0:
+            made = column_layouts(model.lora_rank, in_size, cut.parts, chosen, model.lora_fused)
+        else:
+            made = row_layouts(model.lora_rank, in_size, out_size, cut.parts[0].unit)
+        yield from zip((f"{module}.{kind}" for kind in KINDS), made, strict=True)
 
 
 def _norm(model: GptModel, name: str, size: int) -> Iterator[tuple[str, Layout]]:

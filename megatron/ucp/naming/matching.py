@@ -8,6 +8,7 @@ matched.tied                                    # the name of an output layer th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from megatron.ucp.naming.gpt_model import GptModel
 from megatron.ucp.naming.names import Names
 from megatron.ucp.naming.tensors import Pair, pairs
 
+_OF_ADAPTER = re.compile(r"base_model\.model\..*\.lora_[AB]\.weight")
+"""PEFT's name of a tensor."""
 _UP = "mlp.experts.dense_h_to_4h"
 
 
@@ -53,9 +56,11 @@ def match(names: Names, model: GptModel, shapes: Mapping[str, tuple[int, ...]]) 
 
 def _canonical(names: Names, there: Mapping[str, object]) -> dict[str, str]:
     """Names as transformers writes them -> as they are there, without what is no parameter."""
-    kept = [name for name in there if not names.ignored.fullmatch(name)]
+    kept = [name for name in there if not names.ignored.fullmatch(name) and not _OF_ADAPTER.fullmatch(name)]
+    adapters = {name: name for name in there if _OF_ADAPTER.fullmatch(name)}
     in_memory = {"lm_head.weight": f"{names.lm_head}.weight"}
     if any(name.startswith(names.prefix) for name in kept):
-        return {in_memory.get(name, name): name for name in kept}
+        return adapters | {in_memory.get(name, name): name for name in kept}
     is_head = f"{names.lm_head}.", "lm_head."
-    return {in_memory.get(name, name) if name.startswith(is_head) else names.prefix + name: name for name in kept}
+    named = {in_memory.get(name, name) if name.startswith(is_head) else names.prefix + name: name for name in kept}
+    return adapters | named

@@ -17,10 +17,13 @@ from functools import lru_cache
 
 import numpy as np
 
+from megatron.ucp.naming.adapters import KINDS, chosen_parts
 from megatron.ucp.naming.gpt_model import GptModel, layouts
 from megatron.ucp.naming.names import BY_GROUP, BY_RANK, TRANSPOSED, Names, Theirs
 from megatron.ucp.runs import Runs, whole_runs
 
+_PEFT = "base_model.model."
+"""Before the names of a model that PEFT has put adapters into."""
 _BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
 
 
@@ -48,6 +51,10 @@ def _pairs_of(names: Names, model: GptModel, name: str, shape: tuple[int, ...], 
     match = _BLOCK.fullmatch(name)
     path = match[2] if match else name
     module, dot, kind = path.rpartition(".")
+    if match and kind in KINDS:
+        prefix = f"{_PEFT}{names.prefix}{names.layers.format(match[1])}"
+        yield from _of_adapter(names.block[module], model, prefix, module, kind, name, shape)
+        return
     if kind not in ("weight", "bias"):
         module, dot, kind = path, ".", "weight"
     if not match:
@@ -69,6 +76,27 @@ def _pairs_of(names: Names, model: GptModel, name: str, shape: tuple[int, ...], 
         yield Pair(
             f"{prefix}{part}.{kind}", theirs_shape[::-1] if is_transposed else theirs_shape, name, runs, is_transposed
         )
+
+
+def _of_adapter(
+    entry: Theirs, model: GptModel, prefix: str, module: str, kind: str, name: str, shape: tuple[int, ...]
+) -> Iterator[Pair]:
+    """As PEFT saves them: of each of their matrices [rank, in] and [rows, rank], of a transposed one too."""
+    suffix = "lora_A.weight" if kind == "lora_a" else "lora_B.weight"
+    if len(entry.modules) == 1:
+        runs = next(_rows(entry, model, shape))[1] if kind == "lora_b" else whole_runs(math.prod(shape))
+        yield Pair(f"{prefix}{entry.modules[0]}.{suffix}", shape, name, runs)
+        return
+    chosen = chosen_parts(module, model.lora_projections, model.swiglu)
+    q, kv = (count * model.kv_channels for count in (model.num_attention_heads, model.num_key_value_heads))
+    sizes = (q, kv, kv) if len(entry.modules) == 3 else (model.ffn_hidden_size,) * 2
+    start, columns = 0, shape[1]
+    for part, size, is_chosen in zip(entry.modules, sizes, chosen, strict=True):
+        if is_chosen:
+            rows = model.lora_rank if kind == "lora_a" else size
+            runs = np.array([[start * columns, 0, rows * columns]], dtype=np.int64)
+            yield Pair(f"{prefix}{part}.{suffix}", (rows, columns), name, runs)
+            start += rows
 
 
 def _rows(entry: Theirs, model: GptModel, shape: tuple[int, ...]) -> Iterator[tuple[str, Runs, int]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.ucp.errors import SourceError, UnsupportedCheckpointError
+from megatron.ucp.huggingface.adapter import AdapterFolder
 from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.folder import CONFIG, HeldTensor, ModelFolder, companions, file_of
 from megatron.ucp.manifest import Manifest, OptimizerInfo, ParameterInfo
@@ -61,14 +62,19 @@ class HuggingFaceSource:
         )
 
     @classmethod
-    def open(cls, folder: str | Path) -> HuggingFaceSource:
-        """Raises UnsupportedCheckpointError with all at once that is not as a known architecture has it, and what
-        reading the files raises."""
+    def open(cls, folder: str | Path, adapter: str | Path | None = None) -> HuggingFaceSource:
+        """`adapter`: a folder of PEFT's adapters of this model, which it then has. Raises UnsupportedCheckpointError
+        with all at once that is not as a known architecture has it, and what reading the files raises."""
         opened = ModelFolder.open(Path(folder))
         described = describe(opened.config)
         if described.family is None or described.model is None:
             raise _refused(opened.path, list(described.faults))
-        model, tensors = described.model, opened.tensors
+        model, tensors, notes = described.model, dict(opened.tensors), list(described.notes)
+        if adapter is not None:
+            adapters = AdapterFolder.open(Path(adapter))
+            model = adapters.adapted(model, described.family)
+            tensors |= adapters.tensors
+            notes += adapters.notes
         matched = match(described.family, model, {name: held.tensor.shape for name, held in tensors.items()})
         held = {ours: [(pair, tensors[name]) for pair, name in p] for ours, p in matched.by_parameter.items()}
         faults = matched.faults + [
@@ -85,7 +91,7 @@ class HuggingFaceSource:
             )
         if faults:
             raise _refused(opened.path, sorted(faults))
-        for note in described.notes:
+        for note in notes:
             log.warning("warning: %s: %s", opened.path.name, note)
         return cls(opened, model, held, described.settings)
 
