@@ -27,7 +27,8 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def flops_per_token(model: ModelConfig) -> float:
-    """Multiply-adds count as two; backward costs twice forward. Attention counts all seq_length x seq_length
+    """Multiply-adds count as two; backward costs twice forward, of matrices that are not trained (--lora-rank) as much.
+    Adapters' own are left out. Attention counts all seq_length x seq_length
     products, masked ones too, as Megatron does (Narayanan et al. 2021, appendix)."""
     matrices = model.num_layers * _attention_matrices(model) + model.vocab_size * model.hidden_size
     for layer in range(model.num_layers):
@@ -39,7 +40,7 @@ def flops_per_token(model: ModelConfig) -> float:
             matrices += model.topk * _mlp_matrices(model, model.moe_ffn_hidden_size)
             matrices += _mlp_matrices(model, model.moe_shared_expert_intermediate_size)
     products = 2 * model.num_layers * model.seq_length * model.num_attention_heads * model.head_dim
-    return 3 * 2.0 * (matrices + products)
+    return 2.0 * ((2 if model.lora_rank else 3) * matrices + 3 * products)
 
 
 def _adapters(model: ModelConfig) -> int:

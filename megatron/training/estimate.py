@@ -71,6 +71,12 @@ def estimate(config: Config, launched_ranks: int) -> str:
 
 def _problems_of_the_question(config: Config) -> Iterator[Problem]:
     asked = config.estimate
+    if config.model.lora_rank:
+        yield Problem(
+            "--estimate does not know how little adapters need",
+            flags=("--estimate", "--lora-rank"),
+            fix="leave --lora-rank out: that is a bound from above",
+        )
     if asked.gpu_memory is not None and asked.gpus is None:
         yield Problem("--gpu-memory is of how many GPUs?", flags=("--gpus",), fix="give --gpus")
     for name in ("gpus", "gpu_memory", "gpus_per_node", "node_bandwidth", "network_bandwidth", "peak_tflops"):

@@ -1,4 +1,4 @@
-"""Model folders of Hugging Face's out of a run's own checkpoints, made while it trains.
+"""Model folders of Hugging Face's (of a run with adapters PEFT's) out of its own checkpoints, made while it trains.
 
     exports = HubExports.of(config.checkpoint, model)         # None without --export-hf-interval; on rank 0
     exports.after_save(folder, iteration)                     # of a durable one; starts nothing that waits
@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.ucp.export import config_json_of
+from megatron.ucp.huggingface.config_json import family_of
 from megatron.ucp.huggingface.folder import is_model_folder
 from megatron.ucp.naming.gpt_model import GptModel
 
@@ -32,8 +33,8 @@ _START = (
 
 
 class HubExports:
-    def __init__(self, interval: int, folder: Path, like: Path | None):
-        self._interval, self._folder, self._like = interval, folder, like
+    def __init__(self, interval: int, folder: Path, flags: list[str]):
+        self._interval, self._folder, self._flags = interval, folder, flags
         self._waiting: list[Path] = []
         self._running: tuple[Path, subprocess.Popen[str]] | None = None
 
@@ -47,9 +48,15 @@ class HubExports:
         like = next((Path(given) for given in candidates if given and is_model_folder(Path(given))), None)
         if config.export_hf_like is not None:
             like = Path(config.export_hf_like)
-        config_json_of(GptModel.of(model), None, like, None)
+        found = GptModel.of(model)
+        if found.lora_rank:
+            family_of(found)
+            flags = ["--format", "peft"] + (["--base", str(like)] if like is not None else [])
+        else:
+            config_json_of(found, None, like, None)
+            flags = ["--like", str(like)] if like is not None else []
         save = Path(config.save)
-        return cls(config.export_hf_interval, save.with_name(f"{save.name}_hf"), like)
+        return cls(config.export_hf_interval, save.with_name(f"{save.name}_hf"), flags)
 
     def after_save(self, checkpoint: Path, iteration: int) -> None:
         if iteration % self._interval == 0:
@@ -89,8 +96,7 @@ class HubExports:
             log.warning("warning: %s is there already: not exported again", output)
             return
         # As JSON: without lines of progress, which nobody reads until the end.
-        arguments = ["export", str(checkpoint), str(output), "--num_workers", "1", "--json"]
-        arguments += ["--like", str(self._like)] if self._like is not None else []
+        arguments = ["export", str(checkpoint), str(output), "--num_workers", "1", "--json", *self._flags]
         root = str(Path(__file__).resolve().parents[2])
         try:
             process = subprocess.Popen(
@@ -109,6 +115,6 @@ class HubExports:
     def _tell(self, checkpoint: Path, process: subprocess.Popen[str]) -> None:
         told = (process.communicate()[0] or "").strip()
         if process.returncode == 0:
-            log.info("exported %s as a model folder of Hugging Face's, %s", checkpoint, self._folder / checkpoint.name)
+            log.info("exported %s for Hugging Face's libraries, %s", checkpoint, self._folder / checkpoint.name)
         else:
             log.error("error: %s was not exported (exit code %d): %s", checkpoint, process.returncode, told[-1000:])

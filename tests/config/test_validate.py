@@ -87,6 +87,12 @@ def test_what_is_built_passes(config: Config, values: dict[str, Any]) -> None:
 
 CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("heads", {"num_attention_heads": 10}, ["heads do not divide the hidden size", "heads of", "12"]),
+    ("adapters-without-a-rank", {"lora_target_modules": ("q_proj",)}, ["adapters without a rank"]),
+    ("adapters",
+     {"lora_rank": 2, "lora_alpha": -1.0, "lora_target_modules": ("gate_proj", "q_proj"), "lora_fused": True},
+     ["adapters that add nothing", "gate_proj is no matrix", "q_proj and k_proj and v_proj have one"]),
+    ("adapters-of-experts", {"lora_rank": 2, "num_experts": (4,), "lora_target_modules": ("up_proj",)},
+     ["up_proj is no matrix of this model"]),
     ("gelu-and-swiglu", {"swiglu": True, "exact_gelu": True}, ["an exact GELU in an MLP that has none"]),
     ("kv-heads", {"num_key_value_heads": 5}, ["key/value heads do not divide the query heads", "4 or 6"]),
     ("kv-channels", {"kv_channels": 0}, ["a head has no features", "--kv-channels 0"]),

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from ucp.huggingface_models import saved, tokens
+from ucp.huggingface_models import ours, saved, tokens
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import cell
@@ -135,9 +135,9 @@ def test_training_is_as_pefts_under_every_topology(name, data, tmp_path):
     assert [written[key] for key in same] == [given[key] for key in same]
     assert sorted(written["target_modules"]) == sorted(given["target_modules"])
     with torch.no_grad():
-        theirs, ours = (model.eval()(tokens()).logits for model in (reference, peft_model(folder, tmp_path / "out")))
+        theirs, found = (model.eval()(tokens()).logits for model in (reference, peft_model(folder, tmp_path / "out")))
         base = reference.get_base_model()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-4)
     with reference.disable_adapter(), torch.no_grad():
         assert (base(tokens()).logits - theirs).abs().max() > 0.05  # the adapters matter
     # And in: the same bytes.
@@ -180,9 +180,11 @@ def begun(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("begun")
     folder = saved(path, "llama 3")
     flags = {"lora_rank": 4, "lora_alpha": 16, "save_interval": 2}
-    whole = run_ranks(2, train, argv_of(data, folder, "tp2pp1dp1-z1", **flags, save=path / "whole", iters=4))[0]
-    run_ranks(2, train, argv_of(data, folder, "tp2pp1dp1-z1", **flags, save=path / "run", iters=4, exit_interval=2))
-    return folder, path / "run", whole
+    flags |= {"finetune": None, "pretrained_checkpoint": folder, "iters": 4}
+    whole = run_ranks(2, train, argv_of(data, path / "whole", "tp2pp1dp1-z1", **flags, save=path / "whole"))[0]
+    run = path / "run"
+    run_ranks(2, train, argv_of(data, run, "tp2pp1dp1-z1", **flags, save=run, exit_interval=2))
+    return folder, run, whole
 
 
 @pytest.mark.parametrize("name", BEGINS)
@@ -205,6 +207,13 @@ def test_adapters_begin_with_nothing_under_any_topology(name, data, tmp_path):
     assert curves[0].losses[3] != pytest.approx(plain.losses[3], abs=1e-4)
 
 
+def test_the_command_line_that_began_goes_on(begun, data):
+    folder, run, whole = begun
+    flags = {"lora_rank": 4, "lora_alpha": 16, "finetune": None, "pretrained_checkpoint": folder, "iters": 4}
+    found = run_ranks(1, train, argv_of(data, run, "tp1pp1dp1-z0", **flags))[0]
+    assert sorted(found.losses) == [3, 4] and found.losses[4] == pytest.approx(whole.losses[4], abs=TOLERANCE)
+
+
 @pytest.mark.parametrize("place", ["tp1pp1dp1-z0", "tp1pp1dp2-z3", "tp4pp1dp1-cut-z2", "tp1pp3dp1-z1"])
 def test_a_run_with_adapters_goes_on_under_another_topology(begun, data, tmp_path, place):
     _, run, whole = begun
@@ -218,6 +227,22 @@ def test_a_run_with_adapters_goes_on_under_another_topology(begun, data, tmp_pat
     universal = convert(run, tmp_path / "universal").output
     argv = argv_of(data, universal, place, finetune=None, iters=4, lora_rank=4, lora_alpha=16)
     assert run_ranks(cell(place).world_size, train, argv)[0].losses == found.losses
+
+
+def test_adapters_of_some_matrices_are_named_by_flags_and_exported_while_training(data, tmp_path):
+    folder = saved(tmp_path, "llama 3")
+    flags = {"save": tmp_path / "run", "save_interval": 2, "iters": 2, "export_hf_interval": 2, "lora_rank": 2}
+    argv = [*argv_of(data, folder, "tp2pp1dp1-z1", **flags), "--lora-target-modules", "v_proj", "q_proj"]
+    found = run_ranks(2, train, argv)[0]
+    adapters = [name for name in found.digests if is_adapter(name)]
+    assert sorted(adapters) == [f"layers.{n}.attention.query_key_value.lora_{k}" for n in range(3) for k in "ab"]
+    out = tmp_path / "run_hf/global_step2"
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"] and config["base_model_name_or_path"] == str(folder)
+    with torch.no_grad():
+        logits = peft_model(folder, out)(tokens()).logits
+    universal = open_source(convert(folder, tmp_path / "universal", adapter=out).output)
+    torch.testing.assert_close(ours(universal, tokens()), logits, rtol=0, atol=TOLERANCE)
 
 
 def test_another_adapter_or_none_is_refused(begun, data):

@@ -137,11 +137,26 @@ def test_flops_are_counted_by_hand():
     # per block: qkv 32x96, dense 32x32, up 32x128, down 128x32; 2 x 12 x 32 for scores and values; output 32 x 101
     forward = 2 * (3 * (32 * 96 + 32 * 32 + 2 * 32 * 128 + 2 * 12 * 32) + 32 * 101)
     assert flops_per_token(model) == 3 * forward
+    # Of weights that are not trained no gradient is computed; attention's products are no weights.
+    products = 2 * 3 * 2 * 12 * 32
+    assert flops_per_token(config(lora_rank=2)) == 2 * forward + products
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"add_bias_linear": False}, {"num_key_value_heads": 2}, {"ffn_hidden_size": 48, "max_position_embeddings": 99}],
+    [
+        {"add_bias_linear": False},
+        {"num_key_value_heads": 2},
+        {"ffn_hidden_size": 48, "max_position_embeddings": 99},
+        {"lora_rank": 3, "num_key_value_heads": 2, "ffn_hidden_size": 48},
+        {
+            "lora_rank": 3,
+            "swiglu": True,
+            "ffn_hidden_size": 48,
+            "lora_target_modules": ("v_proj", "gate_proj", "o_proj"),
+        },
+        {"lora_rank": 3, "swiglu": True, "num_key_value_heads": 2, "lora_fused": True},
+    ],
     ids=str,
 )
 def test_num_parameters_is_what_a_model_has(changes):

@@ -32,6 +32,14 @@ MODELS = {
     **{f"tiny {name}": tiny_config(**values) for name, values in TINY.items()},
     "tiny GPT": tiny_config(),
     "tiny GPT, experts with biases": tiny_config(num_experts=(4,), expert_interval=2, moe_ffn_hidden_size=24),
+    "tiny LLaMA with adapters": tiny_config(
+        **TINY["LLaMA"], lora_rank=3, lora_target_modules=("q_proj", "v_proj", "down_proj")
+    ),
+    "tiny GPT with adapters": tiny_config(lora_rank=3, lora_fused=True),
+    "tiny GPT with experts and adapters": tiny_config(
+        num_experts=(4,), expert_interval=2, moe_ffn_hidden_size=24, lora_rank=2
+    ),
+    "tiny LLaMA, fused adapters": tiny_config(**TINY["LLaMA"], lora_rank=2, lora_fused=True),
     "tiny LLaMA with biases of q, k, v": tiny_config(**TINY["LLaMA"], add_qkv_bias=True),
 }  # fmt: skip
 

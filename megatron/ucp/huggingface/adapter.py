@@ -2,7 +2,7 @@
 
 adapter = AdapterFolder.open("adapter")             # raises UnsupportedCheckpointError with all that is not known here
 model = adapter.adapted(base, family)               # the base's GptModel with adapters
-adapter_config(family, model)                       # what PEFT reads
+adapter_config(family, model, base="SmolLM2-135M")  # what PEFT reads
 
 What is in it decides: every matrix that has an adapter has one in every block. ucp_base.json, which PEFT does not look
 at, has the digest of the weights that the adapters were trained beside. Source: PEFT 0.21.2, tuners/lora/config.py and
