@@ -104,38 +104,23 @@ def _export(arguments: argparse.Namespace) -> Outcome:
         raise UnsupportedCheckpointError(
             f"flags that --format {arguments.format} does not look at", found=unused, do="leave them out"
         )
+    places = arguments.folder, arguments.output
+    shared = {"dtype": arguments.dtype, "family": arguments.family, "progress": progress}
     if arguments.format == "peft":
-        result = export_adapter(
-            arguments.folder,
-            arguments.output,
-            dtype=arguments.dtype,
-            family=arguments.family,
-            base=arguments.base,
-            progress=progress,
-        )
-        return _told(result)
+        return _told(export_adapter(*places, base=arguments.base, **shared))
     if arguments.format == "dcp":
-        result = export_dcp(
-            arguments.folder,
-            arguments.output,
-            dtype=arguments.dtype,
-            family=arguments.family,
+        return _told(export_dcp(*places, num_workers=arguments.num_workers, **shared))
+    max_shard_bytes = max(1, int(arguments.max_shard_gb * 2**30))
+    return _told(
+        export(
+            *places,
+            like=arguments.like,
+            max_positions=arguments.max_positions,
+            max_shard_bytes=max_shard_bytes,
             num_workers=arguments.num_workers,
-            progress=progress,
+            **shared,
         )
-        return _told(result)
-    result = export(
-        arguments.folder,
-        arguments.output,
-        dtype=arguments.dtype,
-        family=arguments.family,
-        like=arguments.like,
-        max_positions=arguments.max_positions,
-        max_shard_bytes=max(1, int(arguments.max_shard_gb * 2**30)),
-        num_workers=arguments.num_workers,
-        progress=progress,
     )
-    return _told(result)
 
 
 def _told(result: Exported) -> Outcome:
