@@ -22,7 +22,7 @@ from typing import Any
 from megatron.ucp.digest import total
 from megatron.ucp.errors import DigestMismatchError, NotACheckpointError, UnsupportedCheckpointError
 from megatron.ucp.huggingface.families import Family
-from megatron.ucp.huggingface.folder import HeldTensor, file_of, read_json, tensors_of
+from megatron.ucp.huggingface.folder import HeldTensor, read_json, tensors_of
 from megatron.ucp.json_checks import number, passes, record, shown, text, whole
 from megatron.ucp.manifest import Manifest
 from megatron.ucp.naming.adapters import PARTS, PROJECTIONS, is_adapter
@@ -71,8 +71,7 @@ class AdapterFolder:
                 f"these adapters cannot be taken over: {len(faults)} reason(s)", found=sorted(faults), where=path
             )
         name = next((name for name in WEIGHTS if os.path.lexists(path / name)), WEIGHTS[0])
-        file = file_of(path, name)
-        tensors = {key: HeldTensor(file, tensor) for key, tensor in tensors_of(file).items()}
+        tensors = tensors_of(path, name)
         notes = []
         if config.get("lora_dropout"):
             notes.append(f"lora_dropout {shown(config['lora_dropout'])}: adapters are trained without dropout here")

@@ -69,13 +69,12 @@ class ModelFolder:
         faults: list[str] = []
         for name in files:
             try:
-                file = file_of(path, name)
-                content = tensors_of(file)
+                content = tensors_of(path, name)
             except UcpError as error:
                 faults.append(f"{name}: {error.what}" + (f" ({error.found})" if error.found else ""))
                 continue
             faults += [f"{key} is in {name} and in {held[key].file.name}" for key in content if key in held]
-            held |= {key: HeldTensor(file, tensor) for key, tensor in content.items()}
+            held |= content
         if faults:
             raise CorruptFileError(
                 f"the weights cannot be read: {len(faults)} fault(s)",
@@ -161,9 +160,11 @@ def file_of(path: Path, name: str) -> Path:
     return existing_file(path, name)
 
 
-def tensors_of(file: Path) -> dict[str, StoredTensor]:
-    """Of a .safetensors, or of what torch saved. Raises CorruptFileError or UnsupportedCheckpointError."""
-    return read_safetensors(file) if file.name.endswith(".safetensors") else _tensors_of_bin(file)
+def tensors_of(path: Path, name: str) -> dict[str, HeldTensor]:
+    """Of a .safetensors of the folder, or of what torch saved. Raises what is wrong with the file."""
+    file = file_of(path, name)  # in the hub's cache its own name says nothing
+    content = read_safetensors(file) if name.endswith(".safetensors") else _tensors_of_bin(file)
+    return {key: HeldTensor(file, tensor) for key, tensor in content.items()}
 
 
 def _tensors_of_bin(file: Path) -> dict[str, StoredTensor]:
