@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--share divides the conversion to a universal folder, not that to DeepSpeed's own files (--to)")
     if arguments.run is _convert and (renaming := _renaming(arguments)) and (arguments.to or arguments.share):
         parser.error(f"{renaming[0]} is for a conversion to a universal folder, without --to or --share")
+    if arguments.run is _convert and arguments.adapter and not arguments.like:
+        parser.error("--adapter belongs to --like; beside a model folder it is for ucp import")
     if arguments.run is _convert and len(_renaming(arguments)) > 1:
         parser.error(f"{' and '.join(_renaming(arguments))} exclude each other")
     try:
@@ -130,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="a folder with a config.json: parameters that have Hugging Face's names (of Trainer, Accelerate, FSDP2) "
         "get ours, moments included",
+    )
+    p.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="with --like, of a PEFT model's checkpoint: where adapter_config.json is; default: in it, or around it",
     )
     p.add_argument(
         "--from",
@@ -305,6 +312,7 @@ def _convert(arguments: argparse.Namespace) -> tuple[int, Any, str]:
             like=arguments.like,
             vocab_size=arguments.vocab_size,
             program=arguments.program,
+            adapter=arguments.adapter,
             progress=progress,
         )
     else:

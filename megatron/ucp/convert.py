@@ -35,6 +35,7 @@ from megatron.ucp.pointers import LATEST_UNIVERSAL
 from megatron.ucp.sources import Source, find_checkpoint, open_source
 from megatron.ucp.sources.huggingface import HuggingFaceSource
 from megatron.ucp.sources.renamed import with_names_of
+from megatron.ucp.sources.with_base import is_of_peft, with_adapters_of
 from megatron.ucp.targets.universal import tensor_bytes, tensor_jobs, write_universal
 from megatron.ucp.unfinished import Journal, bytes_there, end_work, plan_of, staged_again
 
@@ -79,13 +80,14 @@ def convert(
     killed (or its machine) is gone on with: see unfinished.py.
 
     `like`: a folder with a config.json of Hugging Face's; parameters that have its names get ours. `vocab_size`,
-    `program`: see open_source. `adapter`: a folder of PEFT's adapters; the input is then their base, a model folder.
+    `program`: see open_source. `adapter`: a folder of PEFT's adapters; the input is then their base, a model folder, or
+    with `like` a program's save of a PEFT model, whose base `like` is.
     `progress(done, total)` in bytes, from several threads."""
     started = time.perf_counter()
     source, output, identity = opened(input_folder, output_folder, column_parallel, vocab_size, program)
     if like is not None:
-        source = with_names_of(source, like)
-    if adapter is not None:
+        source = with_adapters_of(source, like, adapter) if is_of_peft(source) else with_names_of(source, like)
+    elif adapter is not None:
         of_adapter = Identity.of(adapter)
         source = HuggingFaceSource.open(source.folder, adapter)
     num_bytes = tensor_bytes(source.manifest)
@@ -93,7 +95,7 @@ def convert(
     asked += [f"like {source.manifest.model}"] if like else []
     asked += [f"vocabulary {vocab_size}"] if vocab_size else []
     asked += [f"of {program}"] if program else []
-    asked += [f"with {of_adapter}"] if adapter else []
+    asked += [f"with {of_adapter}"] if adapter and not like else []
     plan = plan_of(identity, asked, 0)
     require_space(output, num_bytes + _SPARE_BYTES - bytes_there(output, plan))
     with staged_again(output, plan) as staging, whole_or_not_at_all(staging, output, identity):
@@ -101,7 +103,7 @@ def convert(
         kept = journal.kept(source, tensor_jobs(source.manifest), num_workers)
         write = functools.partial(write_universal, journal=journal, kept=kept)
         manifest = write_proven(write, source, staging, num_workers, byte_counter(progress, num_bytes))
-        if adapter is not None:
+        if adapter is not None and like is None:
             of_adapter.require_unchanged()
             if warning := AdapterFolder.open(Path(adapter)).require_base(manifest):
                 log.warning("warning: %s", warning)

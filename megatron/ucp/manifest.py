@@ -28,6 +28,8 @@ from megatron.ucp.manifest_schema import manifest_faults
 from megatron.ucp.safe_paths import open_file
 from megatron.ucp.topology import Topology
 
+LEFT_OUT = "left_out"
+"""In `common`: the digest of frozen weights that are not in the files (DeepSpeed's exclude_frozen_parameters)."""
 MANIFEST_NAME = "ucp.json"
 FORMAT_VERSION = 2
 MAX_BYTES = 512 << 20

@@ -31,6 +31,7 @@ from megatron.engine.protocols import ForeignEngine
 from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.digest import total
 from megatron.ucp.errors import listed
+from megatron.ucp.manifest import LEFT_OUT
 from megatron.ucp.run_folder import OpenCheckpoint
 from megatron.ucp.safe_load import load as load_file
 from megatron.ucp.sources import Source
@@ -40,7 +41,6 @@ from megatron.ucp.sources.source import FileCache
 from megatron.ucp.stand_ins import without_strangers
 from megatron.ucp.targets.native_target import ZeroSettings
 from megatron.ucp_deepspeed.engine_view import engine_state
-from megatron.ucp_deepspeed.saving import LEFT_OUT
 
 log = logging.getLogger(__name__)
 

@@ -27,15 +27,12 @@ from megatron.engine.protocols import ForeignEngine
 from megatron.ucp import commit
 from megatron.ucp.digest import total
 from megatron.ucp.disk import disk_errors
-from megatron.ucp.manifest import FileInfo, Manifest, write_manifest
+from megatron.ucp.manifest import LEFT_OUT, FileInfo, Manifest, write_manifest
 from megatron.ucp.pointers import LATEST
 from megatron.ucp.save_job import digest_row, write_files
 from megatron.ucp_deepspeed.engine_view import engine_state
 
 log = logging.getLogger(__name__)
-
-LEFT_OUT = "left_out"
-"""In `common`: the digest of the frozen weights that are not in the files (exclude_frozen_parameters)."""
 
 
 def save(

@@ -78,13 +78,15 @@ def _micro_batches(rank, world_size, argv):
     return [batch for batch, _ in zip(batches, range(STEPS * MICRO_BATCHES))]
 
 
-def trained_by_peft(model, micro_batches, rates):
-    """(losses, gradient norms): with the flags of `command_line`."""
+def trained_by_peft(model, micro_batches, rates, weight_decay=0.1, states=None):
+    """(losses, gradient norms): with the flags of `command_line`. `states`: of AdamW's, by parameter."""
     params = [param for param in model.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, foreach=False)
+    optimizer = torch.optim.AdamW(params, lr=1.0, weight_decay=weight_decay, foreach=False)
+    for param, state in (states or {}).items():
+        optimizer.state[param] = state
     losses, norms = [], []
     model.train()
-    for step in range(STEPS):
+    for step in range(len(rates)):
         optimizer.zero_grad()
         total = 0.0
         for batch in micro_batches[step * MICRO_BATCHES : (step + 1) * MICRO_BATCHES]:
@@ -96,7 +98,7 @@ def trained_by_peft(model, micro_batches, rates):
         losses.append(total)
         norms.append(torch.nn.utils.clip_grad_norm_(params, 0.5).item())
         for group in optimizer.param_groups:
-            group["lr"] = rates[step + 1]
+            group["lr"] = rates[step]
         optimizer.step()
     return losses, norms
 
@@ -123,7 +125,8 @@ def test_training_is_as_pefts_under_every_topology(name, data, tmp_path):
     first = places.split()[0]
     micro_batches = run_ranks(1, _micro_batches, argv_of(data, start, "tp1pp1dp1-plain-z0"))[0]
     reference = peft_model(folder, adapter, is_trainable=True)
-    truth = trained_by_peft(reference, micro_batches, curves[first].learning_rates)
+    rates = [curves[first].learning_rates[step] for step in (1, 2, 3)]
+    truth = trained_by_peft(reference, micro_batches, rates)
     for place, found in curves.items():
         assert is_as_theirs(found, *truth), (place, found, truth)
     # Out again: what PEFT then computes is what its own adapters compute.

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.ucp.errors import listed
+from megatron.ucp.naming.adapters import is_adapter
 from megatron.ucp.naming.gpt_model import GptModel
 from megatron.ucp.naming.names import Names
 from megatron.ucp.naming.tensors import Pair, pairs
@@ -29,9 +30,11 @@ class Matched:
     faults: list[str]
 
 
-def match(names: Names, model: GptModel, shapes: Mapping[str, tuple[int, ...]]) -> Matched:
+def match(
+    names: Names, model: GptModel, shapes: Mapping[str, tuple[int, ...]], *, only_adapters: bool = False
+) -> Matched:
     """Experts may be one by one or in one tensor; older names without their prefix, and those that transformers has in
-    memory, are known too."""
+    memory, are known too. `only_adapters`: nothing else is to be there."""
     if model.num_layers > len(shapes):
         return Matched({}, None, [f"{model.num_layers} blocks, and {len(shapes)} tensors in all"])
     there = _canonical(names, shapes)
@@ -39,6 +42,8 @@ def match(names: Names, model: GptModel, shapes: Mapping[str, tuple[int, ...]]) 
     found: dict[str, list[tuple[Pair, str]]] = {}
     faults, missing = list[str](), list[str]()
     for pair in pairs(names, model, has_whole_experts=has_whole_experts):
+        if only_adapters and not is_adapter(pair.ours):
+            continue
         name = there.pop(pair.name, None)
         if name is None:
             missing.append(pair.name)

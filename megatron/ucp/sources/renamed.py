@@ -61,12 +61,15 @@ class RenamedSource:
         settings: Mapping[str, Any],
         companions: Mapping[str, Path] = MappingProxyType({}),
         called: Mapping[str, str] = MappingProxyType({}),
+        *,
+        only_adapters: bool = False,
     ) -> RenamedSource:
-        """`called`: of parameters whose names `names` does not know, those that it does. Raises
-        UnsupportedCheckpointError with all that does not fit."""
+        """`called`: of parameters whose names `names` does not know, those that it does; `only_adapters`: nothing else
+        is there. Raises UnsupportedCheckpointError with all that does not fit."""
         parameters = inner.manifest.parameters
         known = {called.get(name, name): name for name in parameters}
-        matched = match(names, model, {name: parameters[there].layout.shape for name, there in known.items()})
+        shapes = {name: parameters[there].layout.shape for name, there in known.items()}
+        matched = match(names, model, shapes, only_adapters=only_adapters)
         faults = list(matched.faults)
         if len(known) != len(parameters):
             twice = sorted(name for name in called if known[called[name]] != name)
@@ -147,8 +150,12 @@ def with_names_of(inner: Source, like: str | Path) -> RenamedSource:
     described = describe(read_json(like, CONFIG))
     if described.family is None or described.model is None:
         raise _refused(inner, list(described.faults))
-    beside = {name: file_of(like, name) for name in [CONFIG, *companions(like)]}
-    return RenamedSource.of(inner, described.family, described.model, described.settings, beside)
+    return RenamedSource.of(inner, described.family, described.model, described.settings, beside(like))
+
+
+def beside(like: Path) -> dict[str, Path]:
+    """What belongs to a model beside its weights."""
+    return {name: file_of(like, name) for name in [CONFIG, *companions(like)]}
 
 
 def _through(ours: Runs, inner: Runs) -> Runs:
@@ -162,6 +169,8 @@ def _manifest(inner: Source, parts: dict[str, Parts], model: GptModel, settings:
     there = inner.manifest
     parameters = {}
     for name, layout in layouts(model).items():
+        if name not in parts:
+            continue  # only adapters are there
         info = there.parameters[parts[name][0][1]]
         groups = {there.parameters[theirs].group for _, theirs in parts[name]}
         parameters[name] = ParameterInfo(
