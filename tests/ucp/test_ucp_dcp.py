@@ -161,8 +161,8 @@ def test_a_mistake_in_the_runs_would_be_seen(saved, tmp_path, monkeypatch):
     made("llama").save_pretrained(tmp_path / "like")
     right = convert(folder, tmp_path / "right", like=tmp_path / "like").digest
 
-    def exchanged(family, model, shapes):
-        found = match(family, model, shapes)
+    def exchanged(family, model, shapes, **options):
+        found = match(family, model, shapes, **options)
         for parts in found.by_parameter.values():
             if len(parts) == 3:  # k and v, of one shape
                 parts[1], parts[2] = (parts[1][0], parts[2][1]), (parts[2][0], parts[1][1])
