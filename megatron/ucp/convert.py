@@ -85,17 +85,18 @@ def convert(
     `progress(done, total)` in bytes, from several threads."""
     started = time.perf_counter()
     source, output, identity = opened(input_folder, output_folder, column_parallel, vocab_size, program)
+    is_peft = like is not None and is_of_peft(source)
+    beside = [Identity.of(folder) for folder in (adapter, like if is_peft else None) if folder is not None]
     if like is not None:
-        source = with_adapters_of(source, like, adapter) if is_of_peft(source) else with_names_of(source, like)
+        source = with_adapters_of(source, like, adapter) if is_peft else with_names_of(source, like)
     elif adapter is not None:
-        of_adapter = Identity.of(adapter)
         source = HuggingFaceSource.open(source.folder, adapter)
     num_bytes = tensor_bytes(source.manifest)
     asked = list(column_parallel)
     asked += [f"like {source.manifest.model}"] if like else []
     asked += [f"vocabulary {vocab_size}"] if vocab_size else []
     asked += [f"of {program}"] if program else []
-    asked += [f"with {of_adapter}"] if adapter and not like else []
+    asked += [f"beside {folder}" for folder in beside]
     plan = plan_of(identity, asked, 0)
     require_space(output, num_bytes + _SPARE_BYTES - bytes_there(output, plan))
     with staged_again(output, plan) as staging, whole_or_not_at_all(staging, output, identity):
@@ -103,10 +104,11 @@ def convert(
         kept = journal.kept(source, tensor_jobs(source.manifest), num_workers)
         write = functools.partial(write_universal, journal=journal, kept=kept)
         manifest = write_proven(write, source, staging, num_workers, byte_counter(progress, num_bytes))
-        if adapter is not None and like is None:
-            of_adapter.require_unchanged()
-            if warning := AdapterFolder.open(Path(adapter)).require_base(manifest):
-                log.warning("warning: %s", warning)
+        for folder in beside:
+            folder.require_unchanged()
+        warning = AdapterFolder.open(Path(adapter)).require_base(manifest) if adapter and like is None else None
+        if warning is not None:
+            log.warning("warning: %s", warning)
         end_work(staging)
     point_to(output.parent, LATEST_UNIVERSAL, output.name)
     seconds = time.perf_counter() - started

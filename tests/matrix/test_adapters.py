@@ -372,3 +372,12 @@ def test_the_unchanged_one_is_taken(pristine, tmp_path):
     torch.save(load_file(copy / "adapter_model.safetensors"), copy / "adapter_model.bin")
     (copy / "adapter_model.safetensors").unlink()
     assert convert(folder, tmp_path / "two", adapter=copy).digest == one
+
+
+def test_a_giant_name_is_no_adapter(pristine, tmp_path):
+    """Told at once: no search that takes a time of the square of its length."""
+    folder, adapter = pristine
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    of_tensors(lambda tensors: {"base_model.model." + ".1.1" * 250_000: torch.ones(1), **tensors})(copy)
+    with pytest.raises(UnsupportedCheckpointError, match="have no place in a llama"):
+        convert(folder, tmp_path / "out", adapter=copy)

@@ -25,7 +25,7 @@ from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import HeldTensor, read_json, tensors_of
 from megatron.ucp.json_checks import number, passes, record, shown, text, whole
 from megatron.ucp.manifest import Manifest
-from megatron.ucp.naming.adapters import PARTS, PROJECTIONS, is_adapter
+from megatron.ucp.naming.adapters import PARTS, PEFT, PROJECTIONS, is_adapter
 from megatron.ucp.naming.gpt_model import GptModel
 
 _MASTER = "fp32"
@@ -82,7 +82,9 @@ class AdapterFolder:
 
     def adapted(self, base: GptModel, family: Family) -> GptModel:
         """The base with these adapters. Whether their shapes are right, and all are there, is for who reads them."""
-        modules = {match[1] for name in self.tensors if (match := _MODULE.search(name))}
+        block = re.escape(f"{PEFT}{family.prefix}{family.layers}").replace(re.escape("{}"), r"\d{1,6}")
+        module = re.compile(block + r"([\w.]{1,200}?)\.lora_[AB]\.weight")
+        modules = {match[1] for name in self.tensors if (match := module.fullmatch(name))}
         projections = set[str]()
         is_fused = False
         for ours, entry in family.block.items():
@@ -134,9 +136,6 @@ def base_told(manifest: Manifest) -> dict[str, str]:
         raise UnsupportedCheckpointError("the checkpoint has no digests of its base's weights", found=missing)
     kinds = sorted({manifest.parameters[name].dtype.removeprefix("torch.") for name in names})
     return {"digest": total({n: {_MASTER: manifest.digests[n][_MASTER]} for n in names}), "dtype": " ".join(kinds)}
-
-
-_MODULE = re.compile(r"\.\d+\.([\w.]+)\.lora_[AB]\.")
 
 
 def _config_faults(config: Mapping[str, Any]) -> list[str]:

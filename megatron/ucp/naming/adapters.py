@@ -19,6 +19,8 @@ from megatron.ucp.layout import Layout, Part
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """As LLaMA's modules are called; `gate_proj` of SwiGLU only."""
 OF_ATTENTION = PROJECTIONS[:4]
+PEFT = "base_model.model."
+"""Before the names of a model that PEFT has put adapters into."""
 KINDS = ("lora_a", "lora_b")
 PARTS = {
     "attention.query_key_value": PROJECTIONS[:3],

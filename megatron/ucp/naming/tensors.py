@@ -17,13 +17,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron.ucp.naming.adapters import KINDS, chosen_parts
+from megatron.ucp.naming.adapters import KINDS, PEFT, chosen_parts
 from megatron.ucp.naming.gpt_model import GptModel, layouts
 from megatron.ucp.naming.names import BY_GROUP, BY_RANK, TRANSPOSED, Names, Theirs
 from megatron.ucp.runs import Runs, whole_runs
 
-_PEFT = "base_model.model."
-"""Before the names of a model that PEFT has put adapters into."""
 _BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
 
 
@@ -52,7 +50,7 @@ def _pairs_of(names: Names, model: GptModel, name: str, shape: tuple[int, ...], 
     path = match[2] if match else name
     module, dot, kind = path.rpartition(".")
     if match and kind in KINDS:
-        prefix = f"{_PEFT}{names.prefix}{names.layers.format(match[1])}"
+        prefix = f"{PEFT}{names.prefix}{names.layers.format(match[1])}"
         yield from _of_adapter(names.block[module], model, prefix, module, kind, name, shape)
         return
     if kind not in ("weight", "bias"):

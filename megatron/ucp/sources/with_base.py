@@ -26,7 +26,7 @@ from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import CONFIG, read_json
 from megatron.ucp.manifest import LEFT_OUT
-from megatron.ucp.naming.adapters import is_adapter
+from megatron.ucp.naming.adapters import PEFT, is_adapter
 from megatron.ucp.naming.gpt_model import GptModel, layouts
 from megatron.ucp.naming.tensors import pairs
 from megatron.ucp.runs import whole_runs
@@ -37,7 +37,6 @@ from megatron.ucp.stored import StoredTensor
 
 log = logging.getLogger(__name__)
 _MASTER = "fp32"
-_PEFT = "base_model.model."
 _LORA = re.compile(r"(base_model\.model\..+\.lora_[AB])\.\w+\.weight")
 _BASE_LAYER = re.compile(r"base_model\.model\.(.+)\.base_layer\.(weight|bias)")
 
@@ -111,7 +110,7 @@ def _called(name: str) -> str:
         return f"{match[1]}.weight"
     if match := _BASE_LAYER.fullmatch(name):
         return f"{match[1]}.{match[2]}"
-    return name.removeprefix(_PEFT)
+    return name.removeprefix(PEFT)
 
 
 def _require_base(inner: Source, base: HuggingFaceSource, family: Family, model: GptModel) -> None:
@@ -131,7 +130,7 @@ def _require_base(inner: Source, base: HuggingFaceSource, family: Family, model:
         if pair.is_transposed:
             values = np.ascontiguousarray(values.reshape(pair.shape[::-1]).T).reshape(-1)
         module, _, kind = pair.name.rpartition(".")
-        name = f"{_PEFT}{module}.base_layer.{kind}" if module in adapted else _PEFT + pair.name
+        name = f"{PEFT}{module}.base_layer.{kind}" if module in adapted else PEFT + pair.name
         digest = digest_runs(values, whole_runs(numel), name=name, state=_MASTER, shape=pair.shape)
         digests[name] = {_MASTER: digest.hex()}
     if (found := total(digests)) != told:
@@ -146,4 +145,4 @@ def _require_base(inner: Source, base: HuggingFaceSource, family: Family, model:
 
 def _module(name: str) -> str:
     """Of an adapter's tensor: the module that it is beside."""
-    return name.removeprefix(_PEFT).rpartition(".lora_")[0]
+    return name.removeprefix(PEFT).rpartition(".lora_")[0]
