@@ -48,6 +48,7 @@ from megatron.ucp.topology import Topology
 FP32 = (
     "gpt", "gpt_tp2", "gpt_exact_gelu", "gpt_dp2_buckets", "llama_tp2_dp2", "llama_tp2_dp2_buckets", "llama_pp2",
     "llama_pp2_buckets", "llama_by_layer", "llama_plain", "llama_qkv_bias", "moe_ep2",
+    "moe_ep2_buckets", "moe_pp2_ep2_buckets",
 )  # fmt: skip
 BF16 = ("llama_pp2_dp2_bf16", "llama_bf16_many_buckets")
 VOCABULARY, PADDED, SEQ, BATCH, STEPS = 29, 32, 8, 4, 3  # megatron_core/make.py
@@ -121,7 +122,7 @@ def test_bf16_runs_bring_their_masters(samples, name):
     assert {info.dtype for info in source.manifest.parameters.values()} == {"bfloat16"}
 
 
-@pytest.mark.parametrize("name", ["llama_tp2_dp2", "llama_pp2"])
+@pytest.mark.parametrize("name", ["llama_tp2_dp2", "llama_pp2", "moe_ep2"])
 def test_two_of_its_formats_say_the_same_bitwise(samples, name):
     assert diff(samples[name], samples[f"{name}_buckets"]).is_equal
 
@@ -269,6 +270,23 @@ def test_an_order_that_does_not_fit_gives_way_to_the_next(samples, monkeypatch):
     assert diff(samples["llama_pp2"], samples["llama_pp2_buckets"]).is_equal
 
 
+def test_experts_of_another_order_are_refused(samples, monkeypatch):
+    """Experts that change places: every bucket ends where it ends, and the masters are not the weights."""
+    right = buckets._expert_entries
+
+    def exchanged(*given):
+        entries = list(right(*given))
+        for index in range(0, len(entries) - 3, 4):  # of two experts each a first and a second matrix
+            one, other = entries[index], entries[index + 2]
+            entries[index], entries[index + 2] = other, one
+        return entries
+
+    assert open_source(samples["moe_pp2_ep2_buckets"])
+    monkeypatch.setattr(buckets, "_expert_entries", exchanged)
+    with pytest.raises(CorruptFileError, match=r"masters of 2 parameter.*\n.*experts.linear_fc1"):
+        open_source(samples["moe_pp2_ep2_buckets"])
+
+
 def test_shifted_states_are_refused_by_name(samples):
     """megatron-core 0.16.1 wrote them so; its dp_reshardable save of the same run is right."""
     with pytest.raises(CorruptFileError, match="masters of 11 parameter") as error:
@@ -351,6 +369,21 @@ def test_what_is_not_ours_to_read_is_refused_whole(copied, tmp_path, case):
     with pytest.raises(UcpError, match="^") as error:
         convert(folder, tmp_path / "universal")
     assert told in str(error.value) and not (tmp_path / "universal").exists()
+
+
+def test_buckets_of_experts_that_are_not_understood_are_refused(copied):
+    folder = copied("moe_ep2_buckets")
+    for change, told in (
+        (of_args(expert_model_parallel_size=4), "2 rank(s) of experts, of tensor parallelism 1"),
+        (of_args(expert_model_parallel_size=1, expert_tensor_parallel_size=2), "no order"),
+        (of_args(num_experts=None), "buckets of 2 optimizer(s)"),
+    ):
+        edited(folder, change)
+        with pytest.raises(UcpError, match="^") as error:
+            open_source(folder)
+        assert told in str(error.value), error.value
+        edited(folder, of_args(expert_model_parallel_size=2, expert_tensor_parallel_size=1, num_experts=4))
+    assert open_source(folder)
 
 
 BUCKETS_REFUSED = {

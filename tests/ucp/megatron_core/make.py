@@ -236,6 +236,8 @@ def save(folder, asked, values, model, optimizer, schedule):
         **values,
         tensor_model_parallel_size=asked.tp,
         pipeline_model_parallel_size=asked.pp,
+        expert_model_parallel_size=asked.ep,
+        expert_tensor_parallel_size=asked.tp,
         iteration=STEPS,
         consumed_train_samples=STEPS * BATCH,
         bias_gelu_fusion=not asked.exact_gelu,

@@ -26,5 +26,7 @@ sample llama_by_layer 2 --model llama --tp 2 --by-layer --untie
 sample llama_plain 2 --model llama --tp 2 --qk-layernorm --optimizer plain
 sample llama_qkv_bias 1 --model llama --qkv-bias --untie
 sample moe_ep2 2 --model llama --experts 4 --ep 2
+sample moe_ep2_buckets 2 --model llama --experts 4 --ep 2 --optimizer dp_reshardable
+sample moe_pp2_ep2_buckets 4 --model llama --experts 4 --ep 2 --pp 2 --untie --optimizer dp_reshardable
 sample llama_bf16_many_buckets 2 --model llama --optimizer dp_reshardable --bf16 --bucket 800
 sample llama_shifted 2 --model llama --bf16 --bucket 800

@@ -12,8 +12,10 @@ weights. One that does not fit is refused. A tensor-parallel rank's shard of a p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from megatron.ucp.sources.dcp.metadata import Metadata, SavedTensor
 from megatron.ucp.sources.megatron.tensors import MASTER, CoreTensors, Held
 
 _BUCKET = re.compile(
-    r"optimizer\.distributed\.dp_group_idx_(\d{1,6})\.gbuf_idx_(\d{1,3})\.dtype_\((.+)\)\.bucket_idx_(\d{1,6})\."
+    r"(?:chained_(\d{1,3})\.)?optimizer\.distributed\.dp_group_idx_(\d{1,6})\.gbuf_idx_(\d{1,3})\.dtype_\((.+)\)\.bucket_idx_(\d{1,6})\."
     r"(param|exp_avg|exp_avg_sq)"
 )
 _ALIGNED = 64
@@ -40,10 +42,14 @@ _NORM_FIRST = (
     "pre_mlp_layernorm",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
+    "mlp.router",
+    "mlp.shared_experts.linear_fc1",
+    "mlp.shared_experts.linear_fc2",
 )
 """Of a block of megatron-core's own modules (the local spec)."""
 _NORM_INSIDE = (_NORM_FIRST[1], _NORM_FIRST[0], *_NORM_FIRST[2:])
 """Of Transformer Engine's, where a norm is a part of the linear layer after it."""
+_EXPERTS = "mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2"
 
 
 @dataclass(frozen=True)
@@ -71,20 +77,28 @@ class _Rank:
 
 def find_in_buckets(tensors: CoreTensors, model: GptModel, args: Mapping[str, Any]) -> dict[tuple[str, str], Held]:
     """Raises UnsupportedCheckpointError where the buckets cannot be understood."""
-    tp, pp = (_size(args.get(f"{axis}_model_parallel_size")) for axis in ("tensor", "pipeline"))
-    ranks = _ranks(tensors)
+    degrees = _Degrees.of(args)
+    optimizers = _ranks(tensors)
     faults = []
-    if len(ranks) != tp * pp:
-        faults.append(f"buckets of {len(ranks)} rank(s), of tensor parallelism {tp} and pipeline parallelism {pp}")
-    if model.has_experts:
-        faults.append("experts, whose buckets are of their own")
+    if len(optimizers) != 1 + model.has_experts:
+        faults.append(f"buckets of {len(optimizers)} optimizer(s): one, and one of experts where there are any")
+    for ranks, of_experts in zip(optimizers, (False, True)):
+        count = degrees.pp * (degrees.etp * degrees.ep if of_experts else degrees.tp)
+        if len(ranks) != count:
+            faults.append(f"buckets of {len(ranks)} rank(s){' of experts' * of_experts}, of {degrees}")
+    pp = degrees.pp
     if model.num_layers % pp or args.get("virtual_pipeline_model_parallel_size") not in (None, 1):
         faults.append("blocks that are not dealt evenly, in order, to the pipeline's stages")
     if not faults:
-        for order in (_NORM_FIRST, _NORM_INSIDE):
-            found = _placed(tensors, model, ranks, order, tp, pp)
-            if found is not None:
-                return found
+        layouts = _layouts(tensors, model)
+        dense = [partial(_dense_entries, model, layouts, degrees, order) for order in (_NORM_FIRST, _NORM_INSIDE)]
+        experts = [partial(_expert_entries, model, layouts, degrees, together) for together in (False, True)]
+        placed = [
+            next((found for of in orders if (found := _placed(ranks, of)) is not None), None)
+            for ranks, orders in zip(optimizers, (dense, experts))
+        ]
+        if all(found is not None for found in placed):
+            return {key: held for found in placed for key, held in (found or {}).items()}
         faults.append("no order of parameters that is known ends where the buckets end")
     raise UnsupportedCheckpointError(
         "the optimizer's flat buckets (dp_reshardable) are not understood",
@@ -94,40 +108,68 @@ def find_in_buckets(tensors: CoreTensors, model: GptModel, args: Mapping[str, An
     )
 
 
-def _size(value: Any) -> int:
-    return value if type(value) is int and 0 < value < 1 << 16 else 1
+@dataclass(frozen=True)
+class _Degrees:
+    """Of parallelism; `etp`: tensor parallelism of experts."""
+
+    tp: int
+    pp: int
+    ep: int
+    etp: int
+
+    @classmethod
+    def of(cls, args: Mapping[str, Any]) -> _Degrees:
+        def size(key: str, default: int = 1) -> int:
+            value = args.get(key)
+            return value if type(value) is int and 0 < value < 1 << 16 else default
+
+        tp, pp, ep = (size(f"{axis}_model_parallel_size") for axis in ("tensor", "pipeline", "expert"))
+        return cls(tp, pp, ep, size("expert_tensor_parallel_size", tp))
+
+    def __str__(self) -> str:
+        told = f"tensor parallelism {self.tp} and pipeline parallelism {self.pp}"
+        return told + (f", experts over {self.ep} x {self.etp}" if self.ep * self.etp > 1 else "")
 
 
-def _ranks(tensors: CoreTensors) -> list[_Rank]:
-    """Those of one buffer: several are of several models, or of several types of elements."""
-    by_rank: dict[int, dict[tuple[int, str, int], tuple[str, SavedTensor]]] = {}
+@dataclass(frozen=True)
+class _Entry:
+    """What a rank has of a parameter: runs of elements of the whole one and of what lies there."""
+
+    name: str
+    numel: int
+    runs: Runs
+    is_counted: bool
+    """Copies are left out."""
+
+
+def _ranks(tensors: CoreTensors) -> list[list[_Rank]]:
+    """Of each optimizer, those of one buffer: several are of several models, or of several types of elements."""
+    by_rank: dict[int, dict[int, dict[tuple[int, str, int], tuple[str, SavedTensor]]]] = {}
     for key, saved in tensors.metadata.tensors.items():
         match = _BUCKET.fullmatch(key)
-        if match and match[5] == "param" and len(saved.shape) == 1:
-            place = int(match[2]), match[3], int(match[4])
-            by_rank.setdefault(int(match[1]), {})[place] = key.removesuffix("param"), saved
-    return [_Rank(number, tuple(b for _, b in sorted(found.items()))) for number, found in sorted(by_rank.items())]
+        if match and match[6] == "param" and len(saved.shape) == 1:
+            place = int(match[3]), match[4], int(match[5])
+            found = by_rank.setdefault(int(match[1] or 0), {}).setdefault(int(match[2]), {})
+            found[place] = key.removesuffix("param"), saved
+    return [
+        [_Rank(number, tuple(b for _, b in sorted(buckets.items()))) for number, buckets in sorted(ranks.items())]
+        for _, ranks in sorted(by_rank.items())
+    ]
 
 
-def _placed(
-    tensors: CoreTensors, model: GptModel, ranks: list[_Rank], order: tuple[str, ...], tp: int, pp: int
-) -> dict[tuple[str, str], Held] | None:
+def _placed(ranks: list[_Rank], entries_of: Callable[[int], Iterable[_Entry]]) -> dict[tuple[str, str], Held] | None:
+    """`entries_of`: a rank's parameters in the order of their registration."""
     found: dict[str, list[tuple[str, int, Runs]]] = {}
-    layouts = {
-        name: _layout(name, info.layout.shape, tensors.rows_there(name), model)
-        for name, info in tensors.manifest.parameters.items()
-    }
-    per_stage = model.num_layers // pp
     for rank in ranks:
-        stage, tp_rank = divmod(rank.number, tp)
-        names = list(_registered(model, order, range(stage * per_stage, (stage + 1) * per_stage), stage, pp, layouts))
-        starts = _starts(rank, [(name, _numel(layouts[name], ShardRank(tp_rank, tp))) for name in reversed(names)])
+        entries = list(entries_of(rank.number))[::-1]
+        starts = _starts(rank, [entry.numel for entry in entries])
         if starts is None:
             return None
-        for name, bucket, start, numel in starts:
-            if _is_counted(name, stage, tp_rank, layouts[name]):
-                runs = shard_runs(layouts[name], ShardRank(tp_rank, tp))
-                found.setdefault(name, []).extend(_in_chunks(*rank.buckets[bucket], runs, start, numel))
+        for entry, (bucket, start) in zip(entries, starts, strict=True):
+            if entry.is_counted:
+                found.setdefault(entry.name, []).extend(
+                    _in_chunks(*rank.buckets[bucket], entry.runs, start, entry.numel)
+                )
     return {
         (name, state): FlatState(tuple((f"{bucket}{theirs}", number, runs) for bucket, number, runs in parts))
         for name, parts in found.items()
@@ -135,18 +177,28 @@ def _placed(
     }
 
 
-def _registered(
-    model: GptModel, order: tuple[str, ...], layers: range, stage: int, pp: int, layouts: Mapping[str, Layout]
-) -> Iterator[str]:
-    """Names of one rank's parameters in order. Of a tied output layer on another stage the word embedding's."""
+def _dense_entries(
+    model: GptModel, layouts: Mapping[str, Layout], degrees: _Degrees, order: tuple[str, ...], number: int
+) -> Iterator[_Entry]:
+    """Of a tied output layer on another stage the word embedding's."""
+    stage, tp_rank = divmod(number, degrees.tp)
+    rank = ShardRank(tp_rank, degrees.tp)
+    for name in _registered(model, layouts, degrees.pp, order, stage):
+        layout = layouts[name]
+        is_counted = _is_counted(name, stage, tp_rank, layout)
+        yield _Entry(name, _numel(layout, rank), shard_runs(layout, rank), is_counted)
 
+
+def _registered(
+    model: GptModel, layouts: Mapping[str, Layout], pp: int, order: tuple[str, ...], stage: int
+) -> Iterator[str]:
     def of(module: str) -> Iterator[str]:
         yield from (name for kind in ("weight", "bias") if (name := f"{module}.{kind}") in layouts)
 
     if stage == 0:
         yield from of("embedding.word_embeddings")
         yield from of("embedding.position_embeddings")
-    for layer in layers:
+    for layer in _layers(model, pp, stage):
         for module in order:
             yield from of(f"decoder.layers.{layer}.{module}")
     if stage == pp - 1:
@@ -157,6 +209,38 @@ def _registered(
             yield "embedding.word_embeddings.weight"
 
 
+def _expert_entries(
+    model: GptModel, layouts: Mapping[str, Layout], degrees: _Degrees, together: bool, number: int
+) -> Iterator[_Entry]:
+    """Ranks are counted over tensor parallelism first, then over experts, then over stages (parallel_state.py's
+    expert_tensor_model_pipeline group). `together`: all experts' first matrices, then all second ones, as Transformer
+    Engine's grouped ones; else expert by expert."""
+    rest, etp_rank = divmod(number, degrees.etp)
+    stage, ep_rank = divmod(rest, degrees.ep)
+    rank = ShardRank(etp_rank, degrees.etp)
+    for layer in _layers(model, degrees.pp, stage):
+        count = model.num_experts_of(layer)
+        if count == 1:
+            continue
+        if count % degrees.ep:
+            return
+        here = range(ep_rank * count // degrees.ep, (ep_rank + 1) * count // degrees.ep)
+        names = [f"decoder.layers.{layer}.{module}.{kind}" for module in _EXPERTS for kind in ("weight", "bias")]
+        pairs = product(names, here) if together else ((name, expert) for expert, name in product(here, names))
+        for name, expert in pairs:
+            if name not in layouts:
+                continue
+            layout = layouts[name]  # of one expert
+            shift = np.array([expert * layout.numel, 0, 0], dtype=np.int64)
+            is_counted = layout.is_cut_over("tp") or etp_rank == 0
+            yield _Entry(name, _numel(layout, rank), shard_runs(layout, rank) + shift, is_counted)
+
+
+def _layers(model: GptModel, pp: int, stage: int) -> range:
+    per_stage = model.num_layers // pp
+    return range(stage * per_stage, (stage + 1) * per_stage)
+
+
 def _is_counted(name: str, stage: int, tp_rank: int, layout: Layout) -> bool:
     """Copies are left out: what is not cut lies with every tensor-parallel rank, a tied output layer on the last
     stage too."""
@@ -165,12 +249,12 @@ def _is_counted(name: str, stage: int, tp_rank: int, layout: Layout) -> bool:
     return layout.is_cut_over("tp") or tp_rank == 0
 
 
-def _starts(rank: _Rank, sizes: list[tuple[str, int]]) -> list[tuple[str, int, int, int]] | None:
-    """(name, bucket, first element, elements) of each; None where they do not end where the buckets end, or do not
-    start where chunks do."""
-    found, bucket, position = list[tuple[str, int, int, int]](), 0, 0
+def _starts(rank: _Rank, sizes: list[int]) -> list[tuple[int, int]] | None:
+    """(bucket, first element) of each; None where they do not end where the buckets end, or do not start where chunks
+    do."""
+    found, bucket, position = list[tuple[int, int]](), 0, 0
     first_elements = [{chunk.offsets[0] for chunk in saved.chunks} for _, saved in rank.buckets]
-    for name, numel in sizes:
+    for numel in sizes:
         position = _aligned(position)
         if bucket < len(rank.buckets) and position >= rank.buckets[bucket][1].shape[0]:
             bucket, position = bucket + 1, 0
@@ -178,7 +262,7 @@ def _starts(rank: _Rank, sizes: list[tuple[str, int]]) -> list[tuple[str, int, i
             return None
         if position + numel > rank.buckets[bucket][1].shape[0]:
             return None
-        found.append((name, bucket, position, numel))
+        found.append((bucket, position))
         position += numel
     is_end = bucket == len(rank.buckets) - 1 and rank.buckets[bucket][1].shape[0] in (position, _aligned(position))
     return found if is_end else None
@@ -206,9 +290,18 @@ def _numel(layout: Layout, rank: ShardRank) -> int:
     return numel
 
 
+def _layouts(tensors: CoreTensors, model: GptModel) -> dict[str, Layout]:
+    """By their names there; of experts' those of one."""
+    found = {}
+    for name, info in tensors.manifest.parameters.items():
+        shape = info.layout.shape[1:] if ".mlp.experts." in name else info.layout.shape
+        found[name] = _layout(name, shape, tensors.rows_there(name), model)
+    return found
+
+
 def _layout(name: str, shape: tuple[int, ...], rows: int, model: GptModel) -> Layout:
     """How Megatron-Core cuts it over tensor-parallel ranks. `rows`: with the vocabulary's padding."""
-    if ".mlp.linear_fc1." in name:
+    if ".linear_fc1." in name:
         half = shape[0] // 2
         return Layout.shard_nc(shape, 0, (Part(half), Part(half))) if model.swiglu else Layout.shard_v(shape)
     if ".linear_qkv." in name:
