@@ -2,7 +2,8 @@
 
 states = find_in_buckets(tensors, model, args)        # (name there, state) -> where it lies
 
-The file has neither names nor order: of each rank of tensor and pipeline parallelism a few one-dimensional tensors.
+The file has neither names nor order: of each rank of tensor and pipeline parallelism a few one-dimensional tensors, and
+where there are experts those of a second optimizer, of each rank that has some.
 Known is how megatron-core 0.16.1 fills them (distributed/param_and_grad_buffer.py): the parameters in reverse order of
 their registration, each from a multiple of 64 elements on, a new bucket where one is full. So an order is proposed, it
 must end where every bucket ends and start where its chunks do, and then core.py compares the masters found with the
