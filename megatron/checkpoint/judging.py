@@ -17,7 +17,7 @@ from megatron.ucp.errors import listed
 from megatron.ucp.json_checks import shown
 from megatron.ucp.layout import Layout
 from megatron.ucp.naming.adapters import is_adapter
-from megatron.ucp.naming.gpt_model import AS_EVER, OF_ADAPTERS
+from megatron.ucp.naming.gpt_model import OF_ADAPTERS, UNSAID
 from megatron.ucp.sources import Source
 
 
@@ -70,7 +70,7 @@ def compare_models(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
     """One line for every value of the model that differs; values only one side knows are not compared, but for those
     that are written only where they are not as ever."""
     if saved and wanted:
-        saved, wanted = {**AS_EVER, **saved}, {**AS_EVER, **wanted}
+        saved, wanted = {**UNSAID, **saved}, {**UNSAID, **wanted}
     return [
         f"model.{key}: {shown(saved[key])} in the Source, {wanted[key]!r} here"
         for key in sorted(set(saved) & set(wanted))

@@ -18,7 +18,7 @@ from matrix.cells import cell
 from matrix.recording import build, command_line, train
 from megatron.ucp import cli
 from megatron.ucp.convert import convert
-from megatron.ucp.errors import DigestMismatchError, UcpError, UnsupportedCheckpointError
+from megatron.ucp.errors import ChangedWhileReadError, DigestMismatchError, UcpError, UnsupportedCheckpointError
 from megatron.ucp.export import export, export_adapter, export_dcp
 from megatron.ucp.naming.adapters import is_adapter
 from megatron.ucp.sources import open_source
@@ -280,7 +280,7 @@ def test_formats_without_a_place_for_adapters_are_refused(begun, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_of_another_base_are_refused(begun, tmp_path, capsys):
+def test_adapters_of_another_base_are_refused(begun, tmp_path, capsys, caplog):
     folder, run, _ = begun
     out = tmp_path / "out"
     assert cli.main(["export", str(run), str(out), "--format", "peft", "--base", str(folder)]) == 0
@@ -293,9 +293,11 @@ def test_adapters_of_another_base_are_refused(begun, tmp_path, capsys):
         convert(other, tmp_path / "bad", adapter=out)
     assert not (tmp_path / "bad").exists()
     # In another precision it cannot be told, and that is said.
+    assert "is not checked" not in caplog.text
     saved_in = {key: value.bfloat16() for key, value in tensors.items()}
     save_file(saved_in, other / "model.safetensors", {"format": "pt"})
     assert cli.main(["import", str(other), str(tmp_path / "rounded"), "--adapter", str(out)]) == 0
+    assert "that they are the same is not checked" in caplog.text
     assert cli.main(["export", str(run), str(tmp_path / "x"), "--format", "hf", "--base", "y"]) == 1
     assert "--base" in capsys.readouterr().err
 
@@ -381,3 +383,11 @@ def test_a_giant_name_is_no_adapter(pristine, tmp_path):
     of_tensors(lambda tensors: {"base_model.model." + ".1.1" * 250_000: torch.ones(1), **tensors})(copy)
     with pytest.raises(UnsupportedCheckpointError, match="have no place in a llama"):
         convert(folder, tmp_path / "out", adapter=copy)
+
+
+def test_an_adapter_that_changes_meanwhile_is_seen(pristine, tmp_path):
+    folder, adapter = pristine
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    with pytest.raises(ChangedWhileReadError, match="adapter_config.json"):
+        convert(folder, tmp_path / "out", adapter=copy, progress=lambda *_: (copy / "adapter_config.json").touch())
+    assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from matrix.recording import build, train, write_dataset
 from matrix.test_adapters import argv_of, peft_model, trained_by_peft
 from megatron.ucp import cli
 from megatron.ucp.convert import convert
-from megatron.ucp.errors import DigestMismatchError, UnsupportedCheckpointError
+from megatron.ucp.errors import ChangedWhileReadError, DigestMismatchError, UnsupportedCheckpointError
 from megatron.ucp.execute import read_into
 from megatron.ucp.export import export_adapter
 from megatron.ucp.runs import whole_runs
@@ -68,10 +68,12 @@ PLACES = ["tp2pp1dp1-z1", "tp1pp2dp1-z0", "tp1pp1dp2-z3", "tp1pp1dp1-plain-z0"]
 
 
 @pytest.mark.parametrize("how, place", list(zip(SAVES, PLACES, strict=True)), ids=str)
-def test_training_goes_on_as_trainers(how, place, made, data64, tmp_path):
+def test_training_goes_on_as_trainers(how, place, made, data64, tmp_path, caplog):
     base, checkpoint = made[0], made[1](*how)
     inner = open_source(find_checkpoint(checkpoint))
     start = convert(checkpoint, tmp_path / "run/start", like=base).output
+    # Only our line writes which base it was.
+    assert ("beside this base is not checked" in caplog.text) is (not how[2])
     flags = {"finetune": None, "vocab_size": 63, "iters": SAVED_AT + 3}
     argv = argv_of(data64, start.parent, place, **flags)
     found = run_ranks(cell(place).world_size, train, argv)[0]
@@ -123,14 +125,13 @@ def test_another_base_is_refused(made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_alone_needs_its_configuration(made, tmp_path, capsys):
+def test_a_checkpoint_alone_needs_its_configuration(made, tmp_path):
     base, checkpoint = made[0], made[1](1, 2, True)
     tag = shutil.copytree(find_checkpoint(checkpoint), tmp_path / "alone/global_step3")
     with pytest.raises(UnsupportedCheckpointError, match="alpha is in no other file"):
         convert(tag, tmp_path / "out", like=base)
     arguments = ["convert", str(tag), str(tmp_path / "out"), "--like", str(base), "--adapter", str(checkpoint)]
     assert cli.main(arguments) == 0
-    assert "is not checked" not in capsys.readouterr().err
     assert (
         open_source(tmp_path / "out").manifest.digests
         == convert(checkpoint, tmp_path / "o", like=base).manifest.digests
@@ -152,3 +153,11 @@ def test_a_dcp_of_a_peft_model(has_base, made, tmp_path):
     assert found.digest == expected.digest and len(found.manifest.parameters) == len(expected.manifest.parameters)
     trained = {name for name, info in found.manifest.parameters.items() if info.is_trainable}
     assert has_base or all("lora_" in name for name in trained)
+
+
+def test_a_base_that_changes_meanwhile_is_seen(made, tmp_path):
+    checkpoint = made[1](1, 2, True)
+    base = shutil.copytree(made[0], tmp_path / "base")
+    with pytest.raises(ChangedWhileReadError, match="config.json"):
+        convert(checkpoint, tmp_path / "out", like=base, progress=lambda *_: (base / "config.json").touch())
+    assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import HeldTensor, read_json, tensors_of
 from megatron.ucp.json_checks import number, passes, record, shown, text, whole
 from megatron.ucp.manifest import Manifest
-from megatron.ucp.naming.adapters import PARTS, PEFT, PROJECTIONS, is_adapter
+from megatron.ucp.naming.adapters import PARTS, PEFT, PROJECTIONS, is_adapter, parts_of
 from megatron.ucp.naming.gpt_model import GptModel
 
 _MASTER = "fp32"
@@ -88,7 +88,7 @@ class AdapterFolder:
         projections = set[str]()
         is_fused = False
         for ours, entry in family.block.items():
-            parts = [name for name in PARTS.get(ours, ()) if base.swiglu or name != "gate_proj"]
+            parts = parts_of(ours, base.swiglu)
             there = [module in modules for module in entry.modules]
             if len(entry.modules) == len(parts):
                 projections |= {name for name, is_there in zip(parts, there, strict=True) if is_there}
@@ -181,9 +181,9 @@ def _target_modules(family: Family, model: GptModel) -> list[str]:
     wanted: list[str] = []
     others: list[str] = []
     for ours, entry in family.block.items():
-        parts = [name for name in PARTS.get(ours, ()) if model.swiglu or name != "gate_proj"]
-        of_module = parts if len(entry.modules) == len(parts) else parts[:1] * len(entry.modules)
-        for module, part in zip(entry.modules, of_module or [""] * len(entry.modules)):
+        parts = parts_of(ours, model.swiglu)
+        of_module = parts if len(entry.modules) == len(parts) else (parts[:1] or ("",)) * len(entry.modules)
+        for module, part in zip(entry.modules, of_module, strict=True):
             (wanted if part in model.lora_projections else others).append(module)
     taken = {module.rpartition(".")[2] for module in others}
     words = {module: module.rpartition(".")[2] for module in wanted}

@@ -57,10 +57,14 @@ def projection_faults(projections: Sequence[str], *, is_gated: bool, has_experts
     return found
 
 
+def parts_of(module: str, is_gated: bool) -> tuple[str, ...]:
+    """What a matrix (`module`: within a block) holds, from its first rows on; nothing if it can have no adapter."""
+    return tuple(name for name in PARTS.get(module, ()) if is_gated or name != "gate_proj")
+
+
 def chosen_parts(module: str, projections: Sequence[str], is_gated: bool = True) -> tuple[bool, ...]:
-    """For each part of a matrix (`module`: within a block) whether it has an adapter."""
-    parts = PARTS.get(module, ())
-    return tuple(name in projections for name in parts if is_gated or name != "gate_proj")
+    """For each of these whether it has an adapter."""
+    return tuple(name in projections for name in parts_of(module, is_gated))
 
 
 def column_layouts(

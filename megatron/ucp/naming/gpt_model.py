@@ -29,7 +29,7 @@ from megatron.ucp.naming.adapters import (
     row_layouts,
 )
 
-AS_EVER: Mapping[str, Any] = {"exact_gelu": False, "lora_rank": 0}
+UNSAID: Mapping[str, Any] = {"exact_gelu": False, "lora_rank": 0}
 """Fields that a ucp.json says only where they are otherwise: they came after the first checkpoints."""
 MAX_LAYERS, MAX_EXPERTS, MAX_HEADS = 1 << 12, 1 << 16, 1 << 16
 """Of a model; more is no model but a file that wants memory."""
@@ -150,7 +150,7 @@ class GptModel:
         left_out |= set() if self.rope_scaling_type == "llama3" else set(_LLAMA3)
         left_out |= set() if self.has_experts else set(_OF_EXPERTS)
         left_out |= set() if self.lora_rank else set(OF_ADAPTERS)
-        left_out |= {name for name, value in AS_EVER.items() if getattr(self, name) == value}
+        left_out |= {name for name, value in UNSAID.items() if getattr(self, name) == value}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         if self.has_experts:
             values["num_experts"] = list(self.num_experts)
