@@ -15,7 +15,7 @@ from megatron.ucp.errors import UcpError
 from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.folder import CONFIG, is_model_folder, read_json
 from megatron.ucp.manifest import MANIFEST_NAME, Manifest, read_manifest
-from megatron.ucp.naming.gpt_model import GptModel, sound_settings
+from megatron.ucp.naming.gpt_model import OF_SCALING, GptModel, sound_settings
 from megatron.ucp.run_folder import find_checkpoints
 
 _FLAG = "--use-checkpoint-args"
@@ -24,13 +24,10 @@ _SAME = (
     "vocab_size", "normalization", "layernorm_epsilon", "swiglu", "exact_gelu", "untie_embeddings_and_output_weights",
     "add_bias_linear", "qk_layernorm", "embed_layernorm", "use_parallel_residual", "add_output_layer_bias",
 )  # fmt: skip
-_OF_ROPE = (
-    "rope_theta", "rotary_percent", "rope_scaling_type", "rope_scaling_factor", "rope_low_freq_factor",
-    "rope_high_freq_factor", "rope_original_max_position_embeddings",
-)  # fmt: skip
+_OF_ROPE = ("rope_theta", "rotary_percent", "rope_scaling_type")
 _OF_EXPERTS = (
     "topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_score_function",
-    "moe_normalize_topk",
+    "moe_normalize_topk", "moe_sparsemixer_eps",
 )  # fmt: skip
 _OF_POSITIONS = {"position_embedding_type", "use_rotary_position_embeddings", "add_position_embedding"}
 _OF_BIASES = {"add_bias_linear", "add_qkv_bias", "add_attention_bias"}
@@ -93,7 +90,7 @@ def model_values(model: GptModel, where: object) -> dict[str, Any]:
     if model.positions == "learned_absolute":
         values["max_position_embeddings"] = model.max_position_embeddings
     if model.positions == "rope":
-        values |= {name: getattr(model, name) for name in _OF_ROPE}
+        values |= {name: getattr(model, name) for name in (*_OF_ROPE, *OF_SCALING[model.rope_scaling_type])}
     if not model.add_bias_linear and model.has_attention_output_bias:
         values["add_attention_bias"] = True
     elif not model.add_bias_linear and model.has_qkv_bias:

@@ -64,18 +64,28 @@ def _without_effect(sections: Mapping[str, Values], names: Collection[str]) -> I
     rows = (
         (has_experts, "--num-experts",
          "--topk --moe-router-topk --expert-interval --moe-ffn-hidden-size --moe-shared-expert-intermediate-size "
-         "--moe-router-score-function --no-moe-normalize-topk --moe-router-jitter --moe-input-jitter-eps "
+         "--moe-router-score-function --moe-sparsemixer-eps --no-moe-normalize-topk --moe-router-jitter "
+         "--moe-input-jitter-eps "
          "--moe-loss-coeff --moe-aux-loss-coeff --moe-z-loss-coeff --moe-train-capacity-factor "
          "--moe-expert-capacity-factor --moe-eval-capacity-factor --moe-min-capacity --disable-moe-token-dropping"),
+        (model.get("moe_router_score_function") == "sparsemixer", "--moe-router-score-function sparsemixer",
+         "--moe-sparsemixer-eps"),
+        (model.get("moe_router_score_function") != "sparsemixer", "another score function than sparsemixer",
+         "--no-moe-normalize-topk"),
         (model.get("moe_train_capacity_factor", model.get("moe_eval_capacity_factor")) is not None,
          "--moe-train-capacity-factor", "--moe-min-capacity"),
         (model.get("moe_token_dropping", True), "token dropping (--disable-moe-token-dropping is given)",
          "--moe-train-capacity-factor --moe-expert-capacity-factor --moe-eval-capacity-factor"),
         (has_rotary, "--use-rotary-position-embeddings",
          "--rotary-percent --rotary-position-embeddings-theta --rotary-base --rope-scaling-type --use-rope-scaling"),
-        (model.get("rope_scaling_type") is not None, "--rope-scaling-type", "--rope-scaling-factor"),
+        (model.get("rope_scaling_type") not in (None, "longrope"), "--rope-scaling-type linear, ntk or llama3",
+         "--rope-scaling-factor"),
         (model.get("rope_scaling_type") == "llama3", "--rope-scaling-type llama3",
-         "--rope-low-freq-factor --rope-high-freq-factor --rope-original-max-position-embeddings"),
+         "--rope-low-freq-factor --rope-high-freq-factor"),
+        (model.get("rope_scaling_type") in ("llama3", "longrope"), "--rope-scaling-type llama3 or longrope",
+         "--rope-original-max-position-embeddings"),
+        (model.get("rope_scaling_type") == "longrope", "--rope-scaling-type longrope",
+         "--rope-short-factors --rope-long-factors --rope-short-mscale --rope-long-mscale"),
         (model.get("add_bias_linear") is False, "--disable-bias-linear", "--add-qkv-bias --add-attention-bias"),
         (model.get("recompute_granularity") == "full", "--recompute-granularity full",
          "--recompute-num-layers --checkpoint-num-layers"),

@@ -17,7 +17,7 @@ from megatron.config.flag import REQUIRED, flag
 from megatron.config.presets import PRESETS, apply_preset
 from megatron.ucp.naming.adapters import PROJECTIONS, default_projections
 
-ROPE_SCALINGS = ("linear", "ntk", "llama3")
+ROPE_SCALINGS = ("linear", "ntk", "llama3", "longrope")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class ModelConfig:
     rope_scaling_type: str | None = flag(
         None,
         "--rope-scaling-type",
-        help="stretch rotary positions: linear divides them, ntk raises the base, llama3 divides the low frequencies",
+        help="stretch rotary positions: linear divides them, ntk raises the base, llama3 divides the low frequencies, "
+        "longrope each by a factor of its own",
         choices=ROPE_SCALINGS,
         switches={"--use-rope-scaling": "llama3"},
     )
@@ -95,8 +96,16 @@ class ModelConfig:
     rope_low_freq_factor: float = flag(1.0, help="llama3: a wave longer than the original length / this is stretched")
     rope_high_freq_factor: float = flag(4.0, help="llama3: a wave shorter than the original length / this is left")
     rope_original_max_position_embeddings: int = flag(
-        8192, help="llama3: the length before stretching", unit="positions"
+        8192, help="llama3, longrope: the length before stretching", unit="positions"
     )
+    rope_short_factors: tuple[float, ...] = flag(
+        (), help="longrope: what each frequency is divided by in sequences of up to the original length"
+    )
+    rope_long_factors: tuple[float, ...] = flag((), help="longrope: the same in longer sequences")
+    rope_short_mscale: float = flag(
+        1.0, help="longrope: what queries and keys are multiplied by in sequences of up to the original length"
+    )
+    rope_long_mscale: float = flag(1.0, help="longrope: the same in longer sequences")
     untie_embeddings_and_output_weights: bool = flag(
         False, help="a weight of its own for the output layer instead of the word embedding"
     )
@@ -125,7 +134,13 @@ class ModelConfig:
         0, help="width of an MLP beside the experts that every token goes through; 0 is none", unit="features"
     )
     moe_router_score_function: str = flag(
-        "softmax", help="from the router's logits to the experts' scores", choices=("softmax", "sigmoid")
+        "softmax",
+        help="from the router's logits to the experts' weights; sparsemixer: one expert after the other, in training "
+        "by chance, each weighed against those that are as good but for --moe-sparsemixer-eps",
+        choices=("softmax", "sigmoid", "sparsemixer"),
+    )
+    moe_sparsemixer_eps: float = flag(
+        0.01, help="sparsemixer: experts count whose logit is below the best one's by at most twice this part of it"
     )
     moe_normalize_topk: bool = flag(
         True,

@@ -143,7 +143,9 @@ def _position_problems(model: ModelConfig) -> Iterator[Problem]:
             # Rounded up, or what is advised would not do either.
             fix=f"--rotary-percent of at least {math.ceil(2e4 / model.head_dim) / 1e4:g}",
         )
-    if model.rope_scaling_type is not None and model.rope_scaling_factor < 1:
+    if model.rope_scaling_type == "longrope":
+        yield from _long_rope_problems(model)
+    elif model.rope_scaling_type is not None and model.rope_scaling_factor < 1:
         yield Problem(
             "rotary positions cannot be shrunk",
             found=f"--rope-scaling-factor {model.rope_scaling_factor:g}",
@@ -158,6 +160,26 @@ def _position_problems(model: ModelConfig) -> Iterator[Problem]:
             expected="the low factor below the high one",
             flags=("--rope-low-freq-factor", "--rope-high-freq-factor"),
         )
+
+
+def _long_rope_problems(model: ModelConfig) -> Iterator[Problem]:
+    pairs = model.rotary_dim // 2
+    for name in ("rope_short_factors", "rope_long_factors"):
+        factors = getattr(model, name)
+        if len(factors) != pairs or min(factors, default=1.0) <= 0:
+            yield Problem(
+                "longrope divides every frequency by a factor of its own",
+                found=f"{flag_of(name)} of {len(factors)} numbers, the least {min(factors, default=0.0):g}",
+                expected=f"{pairs} numbers above 0, one for two of the {model.rotary_dim} rotated features",
+                flags=(flag_of(name), "--rope-scaling-type"),
+                fix="give those of the model's config.json, or take them from a checkpoint with --use-checkpoint-args",
+            )
+    for name in ("rope_short_mscale", "rope_long_mscale"):
+        if not getattr(model, name) > 0:
+            yield Problem(
+                f"{flag_of(name)} is out of range", found=f"{getattr(model, name):g}", expected="more than 0",
+                flags=(flag_of(name),),
+            )  # fmt: skip
 
 
 def _bias_problems(model: ModelConfig) -> Iterator[Problem]:
@@ -209,6 +231,7 @@ def expert_problems(model: ModelConfig) -> Iterator[Problem]:
             fix=f"--topk of at most {fewest}",
         )
     yield from within(0.0, 1.0, model, "moe_router_jitter", is_open_above=True)
+    yield from within(0.0, 1.0, model, "moe_sparsemixer_eps")
     for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_train_capacity_factor", "moe_eval_capacity_factor"):
         value = getattr(model, name)
         if value is not None and (value < 0 or (value == 0 and "capacity" in name)):

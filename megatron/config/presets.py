@@ -84,6 +84,7 @@ _PHI_MOE: dict[str, Any] = {
     "normalization": "layernorm", "layernorm_epsilon": 1e-5, "swiglu": True, "position_embedding_type": "rope",
     "rope_theta": 10000.0, "add_bias_linear": False, "add_attention_bias": True, "add_output_layer_bias": True,
     "untie_embeddings_and_output_weights": True, "expert_interval": 1, "topk": 2, **_NO_DROPOUT,
+    "moe_router_score_function": "sparsemixer",
 }  # fmt: skip
 _BLOOM: dict[str, Any] = {
     "normalization": "layernorm", "layernorm_epsilon": 1e-5, "position_embedding_type": "alibi",
@@ -95,7 +96,6 @@ _NEOX: dict[str, Any] = {
 }  # fmt: skip
 
 _BALANCE = "the balance loss is counted by layer and sequence, not over all layers and tokens at once"
-_SPARSE_MIXER = "softmax over the router's logits with a balance loss (published: SparseMixer)"
 
 
 def _preset(
@@ -147,7 +147,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
     ),
     "phi-3.5-moe-42b": _preset(
         "phimoe", "HF microsoft/Phi-3.5-MoE-instruct", 41_873_153_344, (32, 4096, 32), 4096,
-        f"plain rotary positions (published: LongRoPE, with factors for every frequency); {_SPARSE_MIXER}",
+        "plain rotary positions (published: LongRoPE, whose factors --use-checkpoint-args takes from the model)",
         num_key_value_heads=8, ffn_hidden_size=6400, num_experts=(16,), max_position_embeddings=131072,
         vocab_size=32064, **_PHI_MOE,
     ),
@@ -192,6 +192,6 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         "mixtral", differs=_BALANCE, num_key_value_heads=2, ffn_hidden_size=96, num_experts=(4,), **_MIXTRAL
     ),
     "tiny-phi-moe": _tiny(
-        "phimoe", differs=_SPARSE_MIXER, num_key_value_heads=2, ffn_hidden_size=96, num_experts=(4,), **_PHI_MOE
+        "phimoe", num_key_value_heads=2, ffn_hidden_size=96, num_experts=(4,), **_PHI_MOE
     ),
 })  # fmt: skip

@@ -80,7 +80,8 @@ class Attention(nn.Module):
         if self.query_norm is not None:
             q_bsnd, k_bsnd = self.query_norm(q_bsnd), self.key_norm(k_bsnd)
         if self.rotary is not None:
-            table = rotary_table(self.rotary, self.context.sp_rank * s, s, x_bsh.device)
+            context = self.context
+            table = rotary_table(self.rotary, context.sp_rank * s, s, s * context.sp_size, x_bsh.device)
             q_bsnd, k_bsnd = (self.kernels.rope(part, *table) for part in (q_bsnd, k_bsnd))
         if self.key_of_query is not None:
             k_bsnd, v_bsnd = (part.index_select(2, self.key_of_query) for part in (k_bsnd, v_bsnd))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
 from megatron.layers.parameter import declare, normal
+from megatron.layers.sparse_mixer import sparse_mixer
 from megatron.parallel.context import ParallelContext
 from megatron.ucp.layout import Layout
 
@@ -60,15 +61,7 @@ class Router(nn.Module):
     def route(self, x_bsh: Tensor) -> Routing:
         """`x_bsh` is equal on all tp ranks. Collective over sp."""
         model, topk, logits_bse = self.model, self.model.topk, self(x_bsh)
-        tiny = torch.finfo(logits_bse.dtype).tiny
-        if model.moe_router_score_function == "softmax":
-            scores_bse = probs_bse = logits_bse.softmax(-1)
-        else:
-            scores_bse = logits_bse.sigmoid()
-            probs_bse = scores_bse / scores_bse.sum(-1, keepdim=True).clamp(min=tiny)
-        gates_bsk, experts_bsk = scores_bse.topk(topk, dim=-1)
-        if model.moe_normalize_topk and topk > 1:
-            gates_bsk = gates_bsk / gates_bsk.sum(-1, keepdim=True).clamp(min=tiny)
+        gates_bsk, experts_bsk, probs_bse = self._choices(logits_bse)
         own_be = torch.zeros(len(x_bsh), self.num_experts, dtype=torch.int64, device=x_bsh.device)
         own_be.scatter_add_(1, experts_bsk.flatten(1), torch.ones_like(experts_bsk).flatten(1))
         counts_be = self._over_sequence(own_be.clone())
@@ -90,6 +83,23 @@ class Router(nn.Module):
             model.moe_aux_loss_coeff * balance + model.moe_z_loss_coeff * z,
             {name: value.detach().float() for name, value in statistics.items()},
         )
+
+    def _choices(self, logits_bse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(weights and experts of each token [b, s, k], its probabilities of all experts [b, s, experts])."""
+        model, topk = self.model, self.model.topk
+        if model.moe_router_score_function == "sparsemixer":
+            chosen = sparse_mixer(logits_bse, topk, model.moe_sparsemixer_eps, self.training)
+            return *chosen, logits_bse.softmax(-1)
+        tiny = torch.finfo(logits_bse.dtype).tiny
+        if model.moe_router_score_function == "softmax":
+            scores_bse = probs_bse = logits_bse.softmax(-1)
+        else:
+            scores_bse = logits_bse.sigmoid()
+            probs_bse = scores_bse / scores_bse.sum(-1, keepdim=True).clamp(min=tiny)
+        gates_bsk, experts_bsk = scores_bse.topk(topk, dim=-1)
+        if model.moe_normalize_topk and topk > 1:
+            gates_bsk = gates_bsk / gates_bsk.sum(-1, keepdim=True).clamp(min=tiny)
+        return gates_bsk, experts_bsk, probs_bse
 
     def _over_sequence(self, counts: Tensor) -> Tensor:
         if self.context.sp_size > 1:

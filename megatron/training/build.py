@@ -51,7 +51,7 @@ from megatron.training.starting_point import StartingPoint
 from megatron.training.tensorboard import RunLog
 from megatron.training.trainable import freeze, parameters_trained_later, refuse_buffers
 from megatron.ucp.commit import RUN_MARK, end_replacements
-from megatron.ucp.naming.gpt_model import SETTINGS
+from megatron.ucp.naming.gpt_model import OF_SCALING, SETTINGS
 from megatron.ucp.owner import claimed
 
 log = logging.getLogger(__name__)
@@ -268,14 +268,11 @@ def _identity(model: ModelConfig) -> dict[str, Any]:
         names.append("max_position_embeddings")
     if model.positions == "rope":
         names += ["rope_theta", "rotary_percent", "rope_scaling_type"]
-        names += ["rope_scaling_factor"] if model.rope_scaling_type else []
-        if model.rope_scaling_type == "llama3":
-            names += ["rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_position_embeddings"]
+        names += OF_SCALING[model.rope_scaling_type]
     names += ["exact_gelu"] if model.exact_gelu else []
     names += ["lora_rank", "lora_alpha", "lora_fused"] if model.lora_rank else []
+    names += ["lora_projections"] if model.lora_rank else []
     identity = {name: getattr(model, name) for name in names}
-    if model.lora_rank:
-        identity["lora_projections"] = list(model.lora_projections)
     if model.has_experts:
         identity["num_experts"] = [model.num_experts_of(layer) for layer in range(model.num_layers)]
         of_experts = (
@@ -286,7 +283,9 @@ def _identity(model: ModelConfig) -> dict[str, Any]:
             "moe_normalize_topk",
         )
         identity |= {name: getattr(model, name) for name in of_experts}
-    return identity
+        if model.moe_router_score_function == "sparsemixer":
+            identity["moe_sparsemixer_eps"] = model.moe_sparsemixer_eps
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
 
 
 def _describe(

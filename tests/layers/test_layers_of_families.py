@@ -52,6 +52,17 @@ ATTENTIONS = {
     "wide heads": _model(6, 3, 10),
     "query and key norm": _model(6, 3, 8, qk_layernorm=True),
     "rope": _model(6, 3, 8, position_embedding_type="rope", rope_theta=100.0),
+    "long rope": _model(
+        6,
+        3,
+        8,
+        position_embedding_type="rope",
+        rope_theta=100.0,
+        rope_scaling_type="longrope",
+        rope_short_factors=(1.0,) * 4,
+        rope_long_factors=(2.0,) * 4,
+        rope_original_max_position_embeddings=LENGTH - 1,
+    ),
     "rope of a part": _model(6, 6, 8, position_embedding_type="rope", rotary_percent=0.25, rope_theta=100.0),
     "alibi": _model(12, 12, 4, position_embedding_type="alibi"),
     "alibi 12/4": _model(12, 4, 4, position_embedding_type="alibi"),
@@ -103,10 +114,10 @@ def _linear(a, x, name):
     return y + a[f"{name}.bias"] if f"{name}.bias" in a else y
 
 
-def _turned(x_bsd, dim, theta):
+def _turned(x_bsd, dim, theta, slower):
     """Complex numbers (i, i + dim / 2) times e^(i angle), its parts rounded to fp32 as the layers' table is."""
     angles = torch.outer(
-        torch.arange(x_bsd.shape[1]).double(),
+        torch.arange(x_bsd.shape[1]).double() / slower,
         torch.tensor([theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64),
     )
     turn = torch.complex(angles.cos().float().double(), angles.sin().float().double())
@@ -133,7 +144,8 @@ def _attention(model, a, x):
             q_bsd, k_bsd = _rms(q_bsd, a["query_norm.weight"]), _rms(k_bsd, a["key_norm.weight"])
         if model.position_embedding_type == "rope":
             dim = int(d * model.rotary_percent)
-            q_bsd, k_bsd = _turned(q_bsd, dim, model.rope_theta), _turned(k_bsd, dim, model.rope_theta)
+            slower = 2.0 if model.rope_scaling_type == "longrope" else 1.0  # its sequences are long ones
+            q_bsd, k_bsd = (_turned(part, dim, model.rope_theta, slower) for part in (q_bsd, k_bsd))
         scores = q_bsd @ k_bsd.transpose(1, 2) / math.sqrt(d)
         if model.position_embedding_type == "alibi":
             scores = scores - _rates(n)[head] * distance
@@ -283,6 +295,13 @@ def _every_rank_has_the_first_slopes(place):
     attention_module.alibi_slopes = lambda n, device: slopes(n, device)[:6].repeat(2)
 
 
+def _every_ranks_part_is_a_sequence(place):
+    table = attention_module.rotary_table
+    attention_module.rotary_table = lambda rotary, start, length, of_length, device: table(
+        rotary, start, length, length, device
+    )
+
+
 def _positions_from_zero(place):
     table = attention_module.rotary_table
     attention_module.rotary_table = lambda rotary, start, *rest: table(rotary, 0, *rest)
@@ -293,6 +312,7 @@ FAULTS = {
     "head norms not summed": _head_norms_not_summed,
     "every rank has the first slopes": _every_rank_has_the_first_slopes,
     "positions from zero": _positions_from_zero,
+    "every rank's part is a sequence": _every_ranks_part_is_a_sequence,
 }
 
 
@@ -304,6 +324,7 @@ FAULTS = {
         ("every rank has the first slopes", "alibi", Place(tp=2)),
         ("every rank has the first slopes", "alibi", Place(sp=2)),
         ("positions from zero", "rope", Place(sp=3)),
+        ("every rank's part is a sequence", "long rope", Place(sp=3)),
     ],
     ids=str,
 )

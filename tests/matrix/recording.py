@@ -123,7 +123,7 @@ def command_line(data: Path, *, tp=1, pp=1, zero=0, micro_batch=1, iters=4, **fl
         if value is True:
             line.append(f"--{option}")
         elif value is not None and value is not False:
-            line += [f"--{option}", str(value)]
+            line += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
     return line
 
 

@@ -42,6 +42,12 @@ RUNS = {
     "neox": {"hidden_size": 24, "num_attention_heads": 6, "position_embedding_type": "rope", "rotary_percent": 0.5,
              "use_parallel_residual": True, "exact_gelu": True},
     "mixtral": {**LLAMA, **EXPERTS, "untie_embeddings_and_output_weights": True},
+    "phimoe": {**LLAMA, **EXPERTS, "normalization": "layernorm", "add_attention_bias": True, "num_key_value_heads": 2,
+               "untie_embeddings_and_output_weights": True, "add_output_layer_bias": True,
+               "moe_router_score_function": "sparsemixer", "moe_sparsemixer_eps": 0.3,
+               "rope_scaling_type": "longrope", "rope_original_max_position_embeddings": 12,
+               "rope_short_factors": (1.0, 1.5, 2.0), "rope_long_factors": (2.0, 3.0, 4.0),
+               "rope_short_mscale": 1.2, "rope_long_mscale": 1.3},
     "qwen3moe": {**LLAMA, **EXPERTS, "expert_interval": 2, "qk_layernorm": True, "no_moe_normalize_topk": True},
 }  # fmt: skip
 OUT = {
@@ -58,6 +64,7 @@ OUT = {
     "neox-tp2pp1dp1-z3": "gpt_neox",
     "mixtral-tp1pp1dp2ep2-z1": "mixtral",
     "mixtral-tp2pp1dp2ep2-z3": "mixtral",
+    "phimoe-tp2pp1dp2ep2-z1": "phimoe",
     "qwen3moe-tp1pp1dp4ep4-z1": "qwen3_moe",
     "qwen3moe-tp1pp2dp2ep2-z0": "qwen3_moe",
 }
@@ -155,6 +162,7 @@ def test_a_model_with_no_name_there_is_refused(data, tmp_path):
 
 INTO = {
     "llama 3": "tp1pp1dp1-plain-z0 tp2pp1dp1-z1 tp1pp1dp2-z3 tp2pp1dp1-cut-z2 tp1pp3dp1-z1 tp1pp1dp2sp2-z1",
+    "llama longrope": "tp1pp1dp1-plain-z0 tp2pp1dp1-z1 tp1pp1dp2sp2-z1",
     "gpt2": "tp1pp1dp1-plain-z0 tp4pp1dp1-z0 tp1pp3dp1-z0 tp2pp1dp1-z3",
     "bloom": "tp1pp1dp1-plain-z0 tp3pp1dp1-z1 tp1pp1dp2-z3",
     "mixtral": "tp1pp1dp1-plain-z0 tp1pp1dp2ep2-z1 tp2pp1dp2ep2-z0 tp1pp1dp4ep2-z3",
@@ -233,6 +241,5 @@ def test_weights_alone_do_not_pass_for_a_checkpoint(data, tmp_path):
 
 
 def test_every_family_is_looked_at():
-    """But PhiMoE, whose router is another."""
-    assert {THEIRS[name][0] for name in INTO} | set(OUT.values()) == set(FAMILIES) - {"phimoe", "mistral"}
+    assert {THEIRS[name][0] for name in INTO} | set(OUT.values()) == set(FAMILIES) - {"mistral"}
     assert FAMILIES["mistral"].block == FAMILIES["llama"].block

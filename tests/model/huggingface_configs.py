@@ -154,6 +154,8 @@ def fields_of(config):
         fields |= {"hidden_dropout": dropout, "attention_dropout": config.attention_dropout}
     if is_rotary:
         fields |= _rotary_fields(config.rope_parameters)
+    if family == "phimoe":
+        fields["moe_router_score_function"] = "sparsemixer"
     if fields["num_experts"] != (1,):
         fields |= {"topk": config.num_experts_per_tok, "expert_interval": 1}
     if family == "mixtral":

@@ -1,6 +1,6 @@
 """Whole tiny models of each family against transformers' with the same weights: logits, loss and all gradients.
 
-PhiMoE is left out: its SparseMixer gives the second expert a weight that no softmax over all experts gives.
+PhiMoE is in ucp/test_ucp_huggingface.py: in training its experts are drawn by chance.
 """
 
 from __future__ import annotations

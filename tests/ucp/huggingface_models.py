@@ -13,6 +13,10 @@ _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+_LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 12,
+    "short_factor": [1.0, 1.5, 2.0, 1.25], "long_factor": [3.0, 2.0, 5.0, 4.0],
+}  # fmt: skip
 _GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64, "vocab_size": VOCABULARY, "attn_pdrop": 0.0,
          "resid_pdrop": 0.0, "embd_pdrop": 0.0}  # fmt: skip
 
@@ -39,7 +43,11 @@ MODELS = {
     "qwen3_moe": ("qwen3_moe", {**_ROTARY, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                                 "mlp_only_layers": [0, 2], "head_dim": 16}),
     "mixtral": ("mixtral", {**_ROTARY, "num_local_experts": 4}),
-    "phimoe": ("phimoe", {**_ROTARY, "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True}),
+    "llama longrope": ("llama", {**_ROTARY, "rope_parameters": _LONG_ROPE}),
+    "phimoe": ("phimoe", {**_ROTARY, "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True,
+                          "router_jitter_noise": 0.2}),
+    "phimoe longrope": ("phimoe", {**_ROTARY, "num_local_experts": 4, "attention_bias": True,
+                                   "rope_parameters": {**_LONG_ROPE, "short_mscale": 1.2, "long_mscale": 1.3}}),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from ucp.huggingface_models import MODELS, made, ours, saved, tokens
+from ucp.huggingface_models import MODELS, VOCABULARY, made, ours, saved, tokens
 
 from megatron.ucp import cli
 from megatron.ucp.convert import convert
@@ -75,16 +75,10 @@ def test_in_and_out_is_bitwise_and_transformers_reads_it(name, tmp_path):
     torch.testing.assert_close(theirs(folder), expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "phimoe"])
+@pytest.mark.parametrize("name", MODELS)
 def test_ours_computes_what_theirs_computes(name, tmp_path):
-    """Not PhiMoE: its router is SparseMixer, which opening it says."""
     folder = saved(tmp_path, name)
     torch.testing.assert_close(ours(open_source(folder), tokens()), theirs(folder), rtol=0, atol=TOLERANCE)
-
-
-def test_what_differs_is_told(tmp_path, caplog):
-    open_source(saved(tmp_path, "phimoe"))
-    assert "SparseMixer" in caplog.text
 
 
 # -- mistakes in the table, each of which must be seen -----------------------------------------------------------------
@@ -119,6 +113,10 @@ MISTAKES = {
         f, keys={**f.keys, "rope_theta": "hidden_size"})),
     "another epsilon of the norms": ("llama", lambda f: dataclasses.replace(
         f, keys={**f.keys, "layernorm_epsilon": "initializer_range"})),
+    "a softmax for SparseMixer": ("phimoe", lambda f: dataclasses.replace(
+        f, fixed={**f.fixed, "moe_router_score_function": "softmax"})),
+    "another threshold of SparseMixer": ("phimoe", lambda f: dataclasses.replace(
+        f, keys={**f.keys, "moe_sparsemixer_eps": "initializer_range"})),
 }  # fmt: skip
 
 
@@ -202,6 +200,24 @@ def test_names_without_their_prefix_and_masks_of_old_files(name, tmp_path):
     shutil.copyfile(folder / "config.json", tmp_path / "old/config.json")
     torch.save(old, tmp_path / "old/pytorch_model.bin")
     assert verify(tmp_path / "old").digest == verify(folder).digest
+
+
+def test_of_sequences_beyond_the_original_length(tmp_path):
+    """longrope has other factors for them. transformers' PhiMoE chooses the scale by the length and keeps the short
+    factors; the published model (and vLLM) takes the long ones, as transformers' other models do."""
+    long = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(3))
+    folder = saved(tmp_path, "llama longrope")
+    with torch.no_grad():
+        expected = made("llama longrope")(long).logits
+        assert (made("llama longrope", max_position_embeddings=512)(long).logits - expected).abs().max() > 1e-2
+    torch.testing.assert_close(ours(open_source(folder), long), expected, rtol=0, atol=TOLERANCE)
+    rope = MODELS["phimoe longrope"][1]["rope_parameters"]
+    kept = made("phimoe longrope", rope_parameters={**rope, "long_factor": rope["short_factor"]})
+    folder = tmp_path / "phimoe_with_one_set_of_factors"
+    kept.save_pretrained(folder)
+    with torch.no_grad():
+        expected = kept(long).logits
+    torch.testing.assert_close(ours(open_source(folder), long), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "phimoe"])

@@ -182,6 +182,10 @@ def test_a_wrong_default_would_be_seen(model_type):
     assert seen >= 2
 
 
+_LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+         "original_max_position_embeddings": 32}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("base", "change", "named"),
     [
@@ -189,7 +193,16 @@ def test_a_wrong_default_would_be_seen(model_type):
         ("tiny-llama", {"hidden_act": "relu"}, "hidden_act 'relu'"),
         ("tiny-llama", {"mlp_bias": True}, "mlp_bias without attention_bias"),
         ("tiny-llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
-        ("tiny-llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}}, "rope scaling 'longrope'"),
+        ("tiny-llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}}, "without long_factor"),
+        ("tiny-llama", {"rope_parameters": {**_LONG, "short_factor": [1.0] * 7}}, "rope_short_factors: 7 from 1 up"),
+        ("tiny-llama", {"rope_parameters": {**_LONG, "long_factor": [0.0] * 8}}, "8 from 0 up, not 8 above 0"),
+        ("tiny-llama", {"rope_parameters": {**_LONG, "long_factor": 3}}, "rope_long_factors: 3 is no list"),
+        ("tiny-llama", {"rope_parameters": {**_LONG, "short_mscale": 1.2}}, "with short_mscale"),
+        ("tiny-llama", {"rope_parameters": _LONG, "max_position_embeddings": "x"}, "stretched to 'x'"),
+        ("tiny-phi-moe", {"rope_parameters": _LONG}, "without long_mscale, short_mscale"),
+        ("tiny-phi-moe", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "linear has no name"),
+        ("tiny-phi-moe", {"num_experts_per_tok": 3}, "num_experts_per_tok 3: only 2"),
+        ("tiny-phi-moe", {"router_jitter_noise": 2}, "moe_sparsemixer_eps"),
         ("tiny-llama", {"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "without high_freq"),
         ("tiny-llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "mscale": 2}}, "with mscale"),
         ("tiny-llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one set of values"),
@@ -249,6 +262,7 @@ def test_dense_blocks_of_a_mixture_are_known_one_by_one():
         ("tiny GPT", {"add_bias_linear": False}, "biases"),
         ("tiny LLaMA", {"rotary_percent": 0.5}, "of a head is rotated"),
         ("tiny LLaMA", {"rope_scaling_type": "ntk"}, "rope scaling ntk"),
+        ("tiny Mixtral", {"moe_router_score_function": "sparsemixer"}, "moe_router_score_function"),
         ("tiny BLOOM", {"ffn_hidden_size": 100}, "not 4 x hidden"),
         ("tiny Mixtral", {"num_experts": (4, 8, 4)}, "not all the same number"),
     ],
@@ -299,3 +313,8 @@ def test_no_value_of_a_config_makes_anything_but_a_model_or_faults(base):
         for value in STRANGE:
             described = describe({**config, "rope_parameters": {"rope_type": "llama3", key: value}})
             assert (described.model is None) == bool(described.faults), (key, value)
+    for key in (*_LONG, "factor", "attention_factor", "short_mscale", "long_mscale"):
+        for value in (*STRANGE, [1.0] * 8, [None] * 8, [1e400] * 8, [[1.0]] * 8):
+            for more in ({}, {"short_mscale": 1.0, "long_mscale": 1.0}):
+                described = describe({**config, "rope_parameters": {**_LONG, **more, key: value}})
+                assert (described.model is None) == bool(described.faults), (key, value)

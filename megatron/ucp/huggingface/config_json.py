@@ -6,8 +6,7 @@ config = config_of(family, model, dtype="bfloat16", max_positions=4096)
 mismatches(family, model)                         # why a model cannot be written so; empty where it can
 
 A value that is left out has transformers' default. What would make the model compute something else than ours is a
-fault; what does not matter for sequences up to a length is a note. Sources: transformers 5.23, configuration_utils.py,
-modeling_rope_utils.py (rope_parameters, and the keys before them).
+fault; what does not matter for sequences up to a length is a note. Source: transformers 5.23, configuration_utils.py.
 """
 
 from __future__ import annotations
@@ -18,20 +17,14 @@ from typing import Any
 
 from megatron.ucp.errors import UnsupportedCheckpointError
 from megatron.ucp.huggingface.families import FAMILIES, Family
+from megatron.ucp.huggingface.rotary_json import read_rotary, rotary_config, rotary_mismatches
 from megatron.ucp.json_checks import shown
 from megatron.ucp.naming.gpt_model import GptModel, sound_settings
 
-_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-_LLAMA3_KEYS = {
-    "rope_low_freq_factor": "low_freq_factor",
-    "rope_high_freq_factor": "high_freq_factor",
-    "rope_original_max_position_embeddings": "original_max_position_embeddings",
-}
 _GELUS = {
     "gelu_new": False, "gelu_pytorch_tanh": False, "gelu_fast": False, "gelu": True, "gelu_python": True
 }  # fmt: skip
 """transformers' names (activations.py), and whether each is by the error function. The first of a kind is written."""
-_OF_SCALING = {"linear": {"factor"}, "llama3": {"factor", *_LLAMA3_KEYS.values()}}
 
 
 @dataclass(frozen=True)
@@ -153,37 +146,8 @@ class _Reading:
         return _GELUS[name]
 
     def _rope(self) -> dict[str, Any]:
-        rope = self.config.get("rope_parameters")
-        if rope is None:
-            scaling = self.config.get("rope_scaling") or {}
-            theta = self.config.get("rotary_emb_base", self.get("rope_theta"))
-            part = self.config.get("rotary_pct", self.get("partial_rotary_factor"))
-            rope = {**scaling, "rope_theta": theta} if isinstance(scaling, Mapping) else scaling
-            if part is not None and isinstance(rope, dict):
-                rope["partial_rotary_factor"] = part
-        if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-            self.faults.append(f"rotary positions {shown(rope)}: one set of values for all layers is computed here")
-            return {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        default = self.family.defaults.get("partial_rotary_factor", 1.0)
-        values = {
-            "rope_theta": rope.get("rope_theta", self.family.defaults["rope_theta"]),
-            "rotary_percent": rope.get("partial_rotary_factor", default),
-            "rope_scaling_type": None,
-        }
-        if kind in ("default", None):
-            return values
-        if not isinstance(kind, str) or kind not in _OF_SCALING:
-            self.faults.append(f"rope scaling {shown(kind)}: known are default, {', '.join(_OF_SCALING)}")
-            return {}
-        if missing := sorted(_OF_SCALING[kind] - set(rope)):
-            self.faults.append(f"rope scaling {kind} without {', '.join(missing)}")
-            return {}
-        if unknown := sorted(map(str, set(rope) - _OF_SCALING[kind] - _ROPE_KEYS)):
-            self.faults.append(f"rope scaling {kind} with {', '.join(unknown)}, which is not computed here")
-        values |= {"rope_scaling_type": kind, "rope_scaling_factor": rope["factor"]}
-        if kind == "llama3":
-            values |= {name: rope[key] for name, key in _LLAMA3_KEYS.items()}
+        values, faults = read_rotary(self.config, self.family)
+        self.faults += faults
         return values
 
     def _experts(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,10 +199,7 @@ def mismatches(family: Family, model: GptModel) -> list[str]:
         found.append(fault)
     found += _bias_mismatches(family, model)
     if model.positions == "rope":
-        if model.rotary_percent != 1.0 and "partial_rotary_factor" not in family.defaults:
-            found.append(f"{model.rotary_percent:g} of a head is rotated, not all")
-        if model.rope_scaling_type not in (None, *_OF_SCALING):
-            found.append(f"rope scaling {model.rope_scaling_type} has no name there")
+        found += rotary_mismatches(family, model)
     if family.has_experts and model.has_experts:
         found += _expert_mismatches(family, model)
     return found
@@ -314,7 +275,7 @@ def config_of(family: Family, model: GptModel, dtype: str, max_positions: int) -
     if family.biases == "flags":
         config |= dict(zip(family.bias_flags, (model.has_qkv_bias, model.add_bias_linear)))
     if model.positions == "rope":
-        config |= _rope_config(family, model)
+        config |= rotary_config(family, model)
     if "max_position_embeddings" in family.defaults:
         config["max_position_embeddings"] = max_positions
     if family.has_experts:
@@ -322,19 +283,6 @@ def config_of(family: Family, model: GptModel, dtype: str, max_positions: int) -
     if "sliding_window" in family.defaults:
         config["sliding_window"] = None
     return config
-
-
-def _rope_config(family: Family, model: GptModel) -> dict[str, Any]:
-    if "partial_rotary_factor" in family.defaults:  # GPT-NeoX's own words
-        names = {"rotary_emb_base": model.rope_theta, "rotary_pct": model.rotary_percent}
-    else:
-        names = {"rope_theta": model.rope_theta}
-    if model.rope_scaling_type is None:
-        return names
-    scaling = {"rope_type": model.rope_scaling_type, "factor": model.rope_scaling_factor}
-    if model.rope_scaling_type == "llama3":
-        scaling |= {key: getattr(model, name) for name, key in _LLAMA3_KEYS.items()}
-    return {**names, "rope_scaling": scaling}
 
 
 def _experts_config(family: Family, model: GptModel) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Family(Names):
     """Key of config.json that says which GELU it is, where the family has both."""
     expected: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Keys of config.json, and the values with which the model computes what ours computes. The first is written."""
+    has_mscales: bool = False
+    """Rotary positions that are stretched say two factors of cos and sin: up to the original length, and beyond it."""
     differs: str = ""
     """What the published model has and this one has not."""
 
@@ -340,7 +342,7 @@ _ALL = (
         biases="flags",
         bias_flags=("attention_bias",),
         block=_SPARSE_MOE,
-        keys={"topk": "num_experts_per_tok", "add_output_layer_bias": "lm_head_bias"},
+        keys={"add_output_layer_bias": "lm_head_bias", "moe_sparsemixer_eps": "router_jitter_noise"},
         without=("kv_channels", "add_output_layer_bias"),
         defaults={
             "num_key_value_heads": 8,
@@ -350,16 +352,19 @@ _ALL = (
             "num_experts_per_tok": 2,
             "num_local_experts": 16,
             "lm_head_bias": False,
+            "router_jitter_noise": 0.01,
             "sliding_window": None,
         },
+        expected={**_SILU, "num_experts_per_tok": (2,)},
         fixed={
             "normalization": "layernorm",
-            "moe_router_score_function": "softmax",
+            "topk": 2,
+            "moe_router_score_function": "sparsemixer",
             "moe_normalize_topk": True,
             "moe_shared_expert_intermediate_size": 0,
         },
         whole_experts={**_WHOLE_EXPERTS, "mlp.router": "mlp.router"},
-        differs="its router is SparseMixer, ours takes a softmax over the logits",
+        has_mscales=True,
     ),
 )
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}

@@ -34,7 +34,15 @@ UNSAID: Mapping[str, Any] = {"exact_gelu": False, "lora_rank": 0}
 MAX_LAYERS, MAX_EXPERTS, MAX_HEADS = 1 << 12, 1 << 16, 1 << 16
 """Of a model; more is no model but a file that wants memory."""
 _ROPE = ("rope_theta", "rotary_percent", "rope_scaling_type")
-_LLAMA3 = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_position_embeddings")
+_ORIGINAL = "rope_original_max_position_embeddings"
+OF_SCALING: Mapping[str | None, tuple[str, ...]] = {
+    None: (),
+    "linear": ("rope_scaling_factor",),
+    "ntk": ("rope_scaling_factor",),
+    "llama3": ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", _ORIGINAL),
+    "longrope": (_ORIGINAL, "rope_short_factors", "rope_long_factors", "rope_short_mscale", "rope_long_mscale"),
+}
+"""rope_scaling_type -> the fields that it has."""
 OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_projections", "lora_fused")
 _OF_EXPERTS = (
     "num_experts",
@@ -43,6 +51,7 @@ _OF_EXPERTS = (
     "moe_shared_expert_intermediate_size",
     "moe_router_score_function",
     "moe_normalize_topk",
+    "moe_sparsemixer_eps",
 )
 
 
@@ -78,6 +87,11 @@ class GptModel:
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_max_position_embeddings: int = 8192
+    rope_short_factors: tuple[float, ...] = ()
+    rope_long_factors: tuple[float, ...] = ()
+    """Of each pair of rotated features."""
+    rope_short_mscale: float = 1.0
+    rope_long_mscale: float = 1.0
     num_experts: tuple[int, ...] = ()
     """Of each block, 1 where it has an ordinary MLP; empty where none has experts."""
     topk: int = 1
@@ -85,6 +99,7 @@ class GptModel:
     moe_shared_expert_intermediate_size: int = 0
     moe_router_score_function: str = "softmax"
     moe_normalize_topk: bool = True
+    moe_sparsemixer_eps: float = 0.01
     exact_gelu: bool = False
     lora_rank: int = 0
     """Of adapters (naming/adapters.py); 0: the model has none."""
@@ -105,11 +120,9 @@ class GptModel:
                 do="export a checkpoint that pretrain_gpt.py saved, or a conversion of one",
             )
         known = {field.name for field in fields(cls)}
-        given = {key: value for key, value in values.items() if key in known}
-        if "num_experts" in given:
-            given["num_experts"] = tuple(given["num_experts"])
-        if "lora_projections" in given:
-            given["lora_projections"] = tuple(given["lora_projections"])
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known
+        }
         return cls(**given)
 
     def faults(self) -> list[str]:
@@ -125,6 +138,8 @@ class GptModel:
             found.append("experts, and not how wide they are")
         if self.positions == "learned_absolute" and self.max_position_embeddings is None:
             found.append("a position table, and not how long it is")
+        if self.rope_scaling_type == "longrope":
+            found += self._factor_faults()
         if self.lora_rank:
             found += projection_faults(
                 self.lora_projections, is_gated=self.swiglu, has_experts=self.has_experts, is_fused=self.lora_fused
@@ -133,6 +148,15 @@ class GptModel:
             found.append("SwiGLU and an exact GELU")
         if self.has_experts and self.topk > min(count for count in self.num_experts if count > 1):
             found.append(f"{self.topk} experts a token, of {sorted(set(self.num_experts))}")
+        return found
+
+    def _factor_faults(self) -> list[str]:
+        pairs = int(self.kv_channels * self.rotary_percent) // 2
+        found = []
+        for name in ("rope_short_factors", "rope_long_factors"):
+            factors = getattr(self, name)
+            if len(factors) != pairs or min(factors, default=1) <= 0:
+                found.append(f"{name}: {len(factors)} from {min(factors, default=0):g} up, not {pairs} above 0")
         return found
 
     @property
@@ -146,17 +170,13 @@ class GptModel:
         """Of parts that the model does not have, nothing."""
         left_out = set() if self.positions == "learned_absolute" else {"max_position_embeddings"}
         left_out |= set() if self.positions == "rope" else set(_ROPE)
-        left_out |= set() if self.rope_scaling_type else {"rope_scaling_factor"}
-        left_out |= set() if self.rope_scaling_type == "llama3" else set(_LLAMA3)
+        left_out |= set().union(*OF_SCALING.values()) - set(OF_SCALING[self.rope_scaling_type])
         left_out |= set() if self.has_experts else set(_OF_EXPERTS)
+        left_out |= set() if self.moe_router_score_function == "sparsemixer" else {"moe_sparsemixer_eps"}
         left_out |= set() if self.lora_rank else set(OF_ADAPTERS)
         left_out |= {name for name, value in UNSAID.items() if getattr(self, name) == value}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
-        if self.has_experts:
-            values["num_experts"] = list(self.num_experts)
-        if self.lora_rank:
-            values["lora_projections"] = list(self.lora_projections)
-        return values
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 _SIZE = whole(1, 1 << 32)
@@ -178,10 +198,14 @@ _CHECK = record(
         "rope_low_freq_factor": number(0),
         "rope_high_freq_factor": number(0),
         "rope_original_max_position_embeddings": _SIZE,
+        "rope_scaling_type": one_of(*OF_SCALING),
+        **dict.fromkeys(("rope_short_factors", "rope_long_factors"), list_of(number(0, 1e9), 0, 1 << 16)),
+        **dict.fromkeys(("rope_short_mscale", "rope_long_mscale"), number(0, 1e6)),
         "num_experts": list_of(whole(1, MAX_EXPERTS), 0, MAX_LAYERS),
         **dict.fromkeys(("topk", "moe_ffn_hidden_size"), _SIZE),
         "moe_shared_expert_intermediate_size": whole(0, 1 << 32),
-        "moe_router_score_function": one_of("softmax", "sigmoid"),
+        "moe_router_score_function": one_of("softmax", "sigmoid", "sparsemixer"),
+        "moe_sparsemixer_eps": number(0, 1),
         "moe_normalize_topk": flag,
         "exact_gelu": flag,
         "lora_rank": whole(0, 1 << 16),
