@@ -33,7 +33,7 @@ from megatron.ucp.runs import whole_runs
 from megatron.ucp.sources.huggingface import HuggingFaceSource
 from megatron.ucp.sources.renamed import RenamedSource, beside
 from megatron.ucp.sources.source import Piece, Source
-from megatron.ucp.stored import StoredTensor
+from megatron.ucp.stored import StoredTensor, in_order
 
 log = logging.getLogger(__name__)
 _MASTER = "fp32"
@@ -128,7 +128,7 @@ def _require_base(inner: Source, base: HuggingFaceSource, family: Family, model:
         values = np.empty(numel, dtype=np.float32)
         gather(base, pair.ours, _MASTER, base.pieces(pair.ours, _MASTER), pair.runs, values)
         if pair.is_transposed:
-            values = np.ascontiguousarray(values.reshape(pair.shape[::-1]).T).reshape(-1)
+            values = in_order(values.reshape(pair.shape[::-1]).T).reshape(-1)
         module, _, kind = pair.name.rpartition(".")
         name = f"{PEFT}{module}.base_layer.{kind}" if module in adapted else PEFT + pair.name
         digest = digest_runs(values, whole_runs(numel), name=name, state=_MASTER, shape=pair.shape)

@@ -44,7 +44,7 @@ from megatron.ucp.naming.gpt_model import GptModel
 from megatron.ucp.naming.tensors import Pair, pairs
 from megatron.ucp.runs import Runs, whole_runs
 from megatron.ucp.sources.source import Source
-from megatron.ucp.stored import DType
+from megatron.ucp.stored import DType, in_order
 from megatron.ucp.targets.proof import require_saved
 
 MASTER, _EMBEDDING, _TIED = "fp32", "embedding.word_embeddings.weight", "lm_head.weight"
@@ -218,9 +218,8 @@ class _Planner(SavePlanner):
             if not entry.is_alias:
                 self.digests[key] = self.digests.get(key, Digest()) + digest
         self.progress(values.size * entry.dtype.itemsize)
-        made = torch.from_numpy(values)
-        made = made.view(pair.shape[::-1]).T if pair.is_transposed else made.view(pair.shape)
-        return made.to(entry.dtype).contiguous()
+        shaped = in_order(values.reshape(pair.shape[::-1]).T) if pair.is_transposed else values.reshape(pair.shape)
+        return torch.from_numpy(shaped).to(entry.dtype)
 
 
 class _Writer(FileSystemWriter):

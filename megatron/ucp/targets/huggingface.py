@@ -27,7 +27,7 @@ from megatron.ucp.naming.tensors import Pair
 from megatron.ucp.runs import whole_runs
 from megatron.ucp.safetensors_file import write_safetensors
 from megatron.ucp.sources.source import Source
-from megatron.ucp.stored import DType
+from megatron.ucp.stored import DType, in_order
 from megatron.ucp.targets.proof import require_saved
 from megatron.ucp.torch_file import Record, StreamedTensor
 
@@ -151,6 +151,6 @@ def _write_transposed(source: Source, pair: Pair, record: Record, dtype: DType, 
     runs = whole_runs(numel)
     gather(source, pair.ours, MASTER, source.pieces(pair.ours, MASTER), runs, values)
     digest = digest_runs(values, runs, name=pair.ours, state=MASTER, shape=shape)
-    record.write(np.ascontiguousarray(rounded(values, dtype).reshape(shape).T))
+    record.write(in_order(rounded(values, dtype).reshape(shape).T))
     told(numel)
     return digest
