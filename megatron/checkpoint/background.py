@@ -329,7 +329,13 @@ class BackgroundSaves:
         files[RNG_FILE] = FileInfo(len(streams), f"{crc32(streams):08x}")
         files = dict(sorted(files.items()))
         manifest = native_manifest(
-            live.state, save.snapshot.part, digests, files, model=live.model, common=save.snapshot.common
+            live.state,
+            save.snapshot.part,
+            digests,
+            files,
+            model=live.model,
+            common=save.snapshot.common,
+            excludes_frozen=live.excludes_frozen,
         )
         pointers = pointers_to(save.final, save.iteration)
         order = CommitOrder(save.staging, save.final, manifest, ((RNG_FILE, streams),), pointers, self._keep)

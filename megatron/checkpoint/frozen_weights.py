@@ -1,11 +1,13 @@
 """Place the weights of parameters that are not trained, which the optimizer does not hold, and prove it.
 
     num_elements, own = place_frozen(state, source)         # local
+    require_same_base(state, source, own)                   # collective
     faults = frozen_faults(state, own, digests_at_save, digests_placed)     # collective
 
 A frozen weight has no fp32 master: where the run computes in bf16 or fp16, what the Source holds in fp32 is rounded,
 and its digest cannot be the one at the save. So two things are proven: that what was read is what was saved, and that
-what stands in the model is what was read, rounded.
+what stands in the model is what was read, rounded. Of a checkpoint that leaves them out, they are another one's, its
+base's: that these are the same is known by one digest of all, in the precision in which they were held.
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
+from megatron.checkpoint.errors import SourceMismatchError
 from megatron.checkpoint.state_digest import frozen_digests
 from megatron.engine.engine_state import MASTER, EngineState
-from megatron.ucp.digest import Digest, digest_runs
+from megatron.parallel.rank_errors import reported_by_rank_0
+from megatron.ucp.digest import Digest, digest_runs, total
+from megatron.ucp.errors import listed
 from megatron.ucp.execute import gather
+from megatron.ucp.manifest import LEFT_OUT
 from megatron.ucp.sources import Source
 
 
@@ -28,11 +35,14 @@ class FrozenParts:
 
     as_read: dict[str, Digest] = field(default_factory=dict)
     as_rounded: dict[str, Digest] = field(default_factory=dict)
+    as_held: dict[str, Digest] = field(default_factory=dict)
+    """In the precision of the run that left them out of its save."""
 
 
 def place_frozen(state: EngineState, source: Source) -> tuple[int, FrozenParts]:
     """Read this rank's frozen intervals into the live weights; returns the number of elements too. Local."""
     num_elements, parts = 0, FrozenParts()
+    held_in = _held_in(source)
     for interval in state.frozen_intervals:
         name, weights = interval.name, interval.weights
         # What pads a vocabulary is in no file; it is zero (layers/vocabulary.py).
@@ -42,8 +52,42 @@ def place_frozen(state: EngineState, source: Source) -> tuple[int, FrozenParts]:
         shape, rounded = state.layouts[name].shape, values.to(weights.dtype)
         parts.as_read[name] = digest_runs(values, interval.counted_runs, name=name, state=MASTER, shape=shape)
         parts.as_rounded[name] = digest_runs(rounded, interval.counted_runs, name=name, state=MASTER, shape=shape)
+        if held_in is not None:
+            held = values.to(held_in)
+            parts.as_held[name] = digest_runs(held, interval.counted_runs, name=name, state=MASTER, shape=shape)
         num_elements += interval.numel
     return num_elements, parts
+
+
+def _held_in(source: Source) -> torch.dtype | None:
+    """The precision of the frozen weights that the Source leaves out, if it does."""
+    left_out = source.manifest.common.get(LEFT_OUT)
+    return getattr(torch, left_out.get("dtype", "float32")) if left_out else None
+
+
+def require_same_base(state: EngineState, source: Source, own: FrozenParts) -> None:
+    """Where the Source left out its frozen weights. Collective over the world. Raises SourceMismatchError, on every
+    rank, where those that were read instead are not the same."""
+    left_out, held_in = source.manifest.common.get(LEFT_OUT), _held_in(source)
+    if not left_out:
+        return
+    there = {name for name, info in source.manifest.parameters.items() if not info.is_trainable}
+    if there != state.frozen:
+        with reported_by_rank_0(dist.get_rank()):
+            raise SourceMismatchError(
+                f"{source.folder} leaves out its frozen weights, and this run freezes others: only there "
+                f"{listed(sorted(there - state.frozen), 4)}, only here {listed(sorted(state.frozen - there), 4)}. "
+                "Freeze the same ones."
+            )
+    digests = frozen_digests(state, own.as_held)
+    found = total({name: {MASTER: digest} for name, digest in digests.items()})
+    if found != left_out["digest"]:
+        with reported_by_rank_0(dist.get_rank()):
+            raise SourceMismatchError(
+                f"{source.folder} was trained beside other weights than those of --pretrained-checkpoint: its "
+                f"frozen parameters had digest {left_out['digest']} in {held_in}, these {len(digests)} have {found}. "
+                "Give the model that the run began from."
+            )
 
 
 def frozen_faults(
@@ -52,10 +96,12 @@ def frozen_faults(
     saved: Mapping[str, Mapping[str, str]],
     placed: Mapping[str, Mapping[str, str]],
 ) -> list[str]:
-    """The frozen parameters whose weights are not what the Source saved, rounded. Collective over the world."""
+    """The frozen parameters whose weights are not what the Source saved, rounded; of those that it left out, not what
+    was read, rounded. Collective over the world."""
     as_read, as_rounded = frozen_digests(state, own.as_read), frozen_digests(state, own.as_rounded)
     return [
         f"{name} ({MASTER})"
         for name in sorted(state.frozen)
-        if saved.get(name, {}).get(MASTER) != as_read[name] or placed[name][MASTER] != as_rounded[name]
+        if placed[name][MASTER] != as_rounded[name]
+        or (not own.as_held and saved.get(name, {}).get(MASTER) != as_read[name])
     ]

@@ -66,6 +66,8 @@ class LiveRun:
     train_order: Mapping[str, Any]
     """Which samples come in which order (`Batches.train_order`); a Source's other one is told."""
     batch_sizes: BatchSizes
+    excludes_frozen: bool = False
+    """Saves leave out the weights that are not trained."""
 
     @classmethod
     def of(
@@ -81,6 +83,7 @@ class LiveRun:
         train_order: Mapping[str, Any],
         batch_sizes: BatchSizes,
         padded_vocab_size: int,
+        excludes_frozen: bool,
     ) -> LiveRun:
         """`layouts` is this stage's. Collective over the world."""
         frozen = [name for param, name in engine.param_names.items() if not param.requires_grad]
@@ -97,4 +100,4 @@ class LiveRun:
         if isinstance(state.base, Muon):
             state.base.attach(state)
         agreed = dict(model), dict(model_settings), dict(train_order)
-        return cls(engine, context, streams, schedule, atlas, state, *agreed, batch_sizes)
+        return cls(engine, context, streams, schedule, atlas, state, *agreed, batch_sizes, excludes_frozen)

@@ -14,7 +14,7 @@ import time
 import torch.distributed as dist
 
 from megatron.checkpoint.errors import CheckpointError, SourceMismatchError, all_ranks_or_none
-from megatron.checkpoint.frozen_weights import place_frozen
+from megatron.checkpoint.frozen_weights import place_frozen, require_same_base
 from megatron.checkpoint.judging import misfits
 from megatron.checkpoint.live_run import LiveRun
 from megatron.checkpoint.placing import place
@@ -50,6 +50,7 @@ def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) ->
         num_elements = place(live, source, options)
         num_frozen, frozen = place_frozen(live.state, source)
         identity.require_unchanged()
+    require_same_base(live.state, source, frozen)
     live.state.refresh_weights()
     with all_ranks_or_none("refreshing the weights from", folder):
         if stale := live.state.stale_weights():

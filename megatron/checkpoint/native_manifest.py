@@ -22,7 +22,8 @@ from megatron.checkpoint.state_digest import StateDigests
 from megatron.engine.engine_state import EngineState, OwnedInterval
 from megatron.parallel.agreement import gathered
 from megatron.ucp import commit
-from megatron.ucp.manifest import FileInfo, Manifest, OptimizerInfo, ParameterInfo
+from megatron.ucp.digest import total
+from megatron.ucp.manifest import LEFT_OUT, FileInfo, Manifest, OptimizerInfo, ParameterInfo
 from megatron.ucp.topology import Topology
 
 
@@ -67,9 +68,19 @@ def native_manifest(
     *,
     model: Mapping[str, Any],
     common: Mapping[str, Any],
+    excludes_frozen: bool = False,
 ) -> Manifest:
-    """`own` and `digests`: of the state as it was saved. Collective over the world. Raises CheckpointError where ranks
-    hold a parameter at different steps."""
+    """`own` and `digests`: of the state as it was saved; `excludes_frozen`: without the weights that are not trained.
+    Collective over the world. Raises CheckpointError where ranks hold a parameter at different steps."""
+    left_out = state.frozen if excludes_frozen else frozenset()
+    if left_out:
+        told = {
+            "digest": total({name: digests.whole[name] for name in left_out}),
+            "dtype": state.weight_dtype,
+            "parameters": len(left_out),
+        }
+        common = {**common, LEFT_OUT: told}
+        digests = digests.of(set(state.layouts) - left_out)
     everywhere = gathered(own)
     numbers, groups = dict(own.numbers), dict(own.groups)
     for part in everywhere:
@@ -89,6 +100,7 @@ def native_manifest(
             **numbers.get(name, {}),
         )
         for name, layout in state.layouts.items()
+        if name not in left_out
     }
     topology = state.context.topology
     is_pipelined = state.engine.pipeline_parallelism

@@ -63,7 +63,15 @@ def save(live: LiveRun, folder: Path, progress: Progress, keep: Keep | None = No
     streams = gathered(snapshot.streams)
     on_rank_0(lambda: save_streams(staging, streams))
     files = checksums(staging, final, written)
-    manifest = native_manifest(live.state, snapshot.part, digests, files, model=live.model, common=snapshot.common)
+    manifest = native_manifest(
+        live.state,
+        snapshot.part,
+        digests,
+        files,
+        model=live.model,
+        common=snapshot.common,
+        excludes_frozen=live.excludes_frozen,
+    )
     on_rank_0(lambda: _commit(staging, final, manifest, keep or Keep()))
     num_bytes = sum(entry.bytes for entry in files.values())
     seconds = time.perf_counter() - started

@@ -53,6 +53,7 @@ def take_snapshot(
         dataclasses.asdict(progress),
         pickle,
         deals_experts=live.context.ep_size > 1,
+        excludes_frozen=live.excludes_frozen,
     )
     for name, content in _dealt_experts(live).items():
         pickle(name, content)
@@ -76,7 +77,8 @@ def _dealt_experts(live: LiveRun) -> dict[str, Any]:
     optimizer: dict[str, dict[str, torch.Tensor]] = {}
     for param, name in live.engine.param_names.items():
         is_trained = name not in state.frozen
-        if not state.layouts[name].is_cut_over("ep") or (is_trained and not state.is_replicated):
+        is_saved = state.is_replicated if is_trained else not live.excludes_frozen
+        if not state.layouts[name].is_cut_over("ep") or not is_saved:
             continue
         module[name] = param.detach()
         if is_trained:

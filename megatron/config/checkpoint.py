@@ -56,6 +56,11 @@ class CheckpointConfig:
         help="weights to start from where --load holds no checkpoint yet: a model folder of Hugging Face's, a "
         "universal folder or a run folder",
     )
+    exclude_frozen_parameters: bool = flag(
+        False,
+        help="saves leave out the weights that are not trained, and say by digest which they were; a run that goes on "
+        "takes them from --pretrained-checkpoint",
+    )
     use_checkpoint_args: bool = flag(
         False,
         help="the model's values that no flag gives are those of the checkpoint of --load, or of "

@@ -48,6 +48,7 @@ class Config:
             *run_checks.optimizer_topology_problems(self.optimizer, self.parallel, self.model),
             *run_checks.run_problems(self.run),
             *run_checks.checkpoint_problems(self.checkpoint, self.run),
+            *model_checks.left_out_problems(self.checkpoint, self.model, self.optimizer),
             *run_checks.data_problems(self.data, self.model),
         ]
         if problems:

@@ -11,8 +11,10 @@ import math
 from collections.abc import Iterator
 
 from megatron.config.checking import at_least, divisors, flag_of, nearest, within
+from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.errors import Problem
 from megatron.config.model import ModelConfig
+from megatron.config.optimizer import OptimizerConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.ucp.naming.adapters import default_projections, projection_faults
 
@@ -38,6 +40,31 @@ def legal_sequence_sizes(model: ModelConfig, tp_size: int) -> list[int]:
     """Ulysses degrees: a tp rank's heads, as many on each, and the sequence are cut."""
     heads = math.gcd(model.num_attention_heads, model.num_key_value_heads)
     return divisors(math.gcd(heads // tp_size, model.seq_length)) if heads % tp_size == 0 else [1]
+
+
+def left_out_problems(
+    checkpoint: CheckpointConfig, model: ModelConfig, optimizer: OptimizerConfig
+) -> Iterator[Problem]:
+    """Of saves without the weights that are not trained."""
+    if not checkpoint.exclude_frozen_parameters:
+        return
+    flag = "--exclude-frozen-parameters"
+    if not model.lora_rank and not optimizer.freeze_parameters:
+        yield Problem(
+            "nothing is frozen that saves could leave out", found=f"{flag} without --lora-rank or --freeze-parameters",
+            flags=(flag, "--lora-rank", "--freeze-parameters"), fix=f"drop {flag}",
+        )  # fmt: skip
+    elif checkpoint.pretrained_checkpoint is None:
+        yield Problem(
+            "saves that leave out the frozen weights, and no checkpoint that has them", found=flag,
+            expected="--pretrained-checkpoint, from which every run that goes on takes them again",
+            flags=(flag, "--pretrained-checkpoint"), fix=f"give --pretrained-checkpoint, or drop {flag}",
+        )  # fmt: skip
+    if checkpoint.export_hf_interval is not None and not model.lora_rank:
+        yield Problem(
+            "an export needs all weights, and saves leave some out", found=f"--export-hf-interval with {flag}",
+            flags=("--export-hf-interval", flag), fix="drop one of the two",
+        )  # fmt: skip
 
 
 def _adapter_problems(model: ModelConfig) -> Iterator[Problem]:

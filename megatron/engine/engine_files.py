@@ -30,13 +30,27 @@ Take = Callable[[str, Any], None]
 
 
 def take_engine_files(
-    engine: Engine, folder: Path, tag: str, client_state: Mapping[str, Any], take: Take, *, deals_experts: bool
+    engine: Engine,
+    folder: Path,
+    tag: str,
+    client_state: Mapping[str, Any],
+    take: Take,
+    *,
+    deals_experts: bool,
+    excludes_frozen: bool,
 ) -> None:
     """Of `folder`/`tag`, which is made. Collective over the world. Raises this rank's first error, when all ranks are
-    through. `deals_experts`: the ranks of an expert-parallel group hold different experts."""
+    through. `deals_experts`: the ranks of an expert-parallel group hold different experts; `excludes_frozen`: without
+    the weights that are not trained."""
     warning = _warning_of_dealt_experts() if deals_experts and engine.zero_optimization_stage() == 3 else {}
     with taken_files(engine, folder / tag, take):
-        engine.save_checkpoint(str(folder), tag=tag, client_state={**client_state, **warning}, save_latest=False)
+        engine.save_checkpoint(
+            str(folder),
+            tag=tag,
+            client_state={**client_state, **warning},
+            save_latest=False,
+            exclude_frozen_parameters=excludes_frozen,
+        )
 
 
 @contextlib.contextmanager

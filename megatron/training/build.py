@@ -132,6 +132,7 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
         train_order=batches.train_order(),
         batch_sizes=config.batch_sizes,
         padded_vocab_size=config.model.padded_vocab_size(topology.tp_size),
+        excludes_frozen=config.checkpoint.exclude_frozen_parameters,
     )
     log.info(
         "%s, ZeRO-%d, %s, %s parameters, %d ranks",
@@ -150,7 +151,8 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
             break
         except DamagedCheckpointError as error:
             plan = starting_point.instead_of(plan, error)
-        if _trained_later(config, plan) != trained_later:
+        changed = {name for name, _ in _trained_later(config, plan).items() ^ trained_later.items()}
+        if changed - live.atlas.frozen:
             raise ResumeError(
                 f"{plan.folder} is older than some parameters' training, which this run was built for: start again"
             )

@@ -48,7 +48,8 @@ def _go_back(run: Run, error: StateChangedError, reached: int) -> int:
         exit_on_missing_checkpoint=True,
     )
     live = run.live
-    starting_point = StartingPoint(checkpoint, live.context.topology, live.engine.zero_optimization_stage())
+    zero_stage, base = live.engine.zero_optimization_stage(), run.config.checkpoint.pretrained_checkpoint
+    starting_point = StartingPoint(checkpoint, live.context.topology, zero_stage, base)
     try:
         plan = _after(reached, starting_point.first(), error)
         while True:

@@ -11,27 +11,30 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron.checkpoint.errors import DamagedCheckpointError
+from megatron.checkpoint.errors import DamagedCheckpointError, all_ranks_or_none
 from megatron.checkpoint.resume import ResumeError, ResumePlan, Wanted, choose_pretrained, choose_resume, open_planned
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.commit import damage_of, mark_damaged
 from megatron.ucp.errors import UcpError
-from megatron.ucp.run_folder import find_checkpoints
+from megatron.ucp.manifest import LEFT_OUT
+from megatron.ucp.run_folder import OpenCheckpoint, find_checkpoints
+from megatron.ucp.sources.with_base import with_left_out
 from megatron.ucp.topology import Topology
 
 log = logging.getLogger(__name__)
 
 
 class StartingPoint:
-    def __init__(self, config: CheckpointConfig, topology: Topology, zero_stage: int):
-        self._config = config
+    def __init__(self, config: CheckpointConfig, topology: Topology, zero_stage: int, base: str | None = None):
+        """`base`: where frozen weights are that a checkpoint leaves out, by default --pretrained-checkpoint."""
+        self._config, self._base = config, base or config.pretrained_checkpoint
         self._wanted = Wanted(
             topology,
             zero_stage,
@@ -58,9 +61,27 @@ class StartingPoint:
                 log.warning("warning: %s", note)
             log.info("%s", plan.reason)
             try:
-                return open_planned(plan)
+                return self._with_base(open_planned(plan))
             except DamagedCheckpointError as error:
                 plan = self._next(plan, error)
+
+    def _with_base(self, plan: ResumePlan) -> ResumePlan:
+        """With the frozen weights of --pretrained-checkpoint, where the checkpoint leaves out its own."""
+        if plan.opened is None or LEFT_OUT not in plan.opened.source.manifest.common:
+            return plan
+        if self._base is None:
+            with reported_by_rank_0(dist.get_rank()):
+                raise ResumeError(
+                    f"{plan.folder} leaves out the weights that are not trained (--exclude-frozen-parameters), and no "
+                    "checkpoint is given that has them. What to do: give --pretrained-checkpoint as the run that saved "
+                    "it did; another base is refused by its digest"
+                )
+        base = open_planned(self._decided(self._plan_of_base))
+        assert base.opened is not None and base.folder is not None
+        log.info("the weights that are not trained are those of %s", base.folder)
+        with all_ranks_or_none("opening", base.folder):
+            source = with_left_out(plan.opened.source, base.opened.source)
+        return dataclasses.replace(plan, opened=OpenCheckpoint(source, plan.opened.identity))
 
     def _next(self, plan: ResumePlan, error: DamagedCheckpointError) -> ResumePlan:
         config, folder = self._config, plan.folder
@@ -79,21 +100,31 @@ class StartingPoint:
         return other
 
     def _plan(self) -> ResumePlan:
-        """Decided on rank 0, the same everywhere: folders may look different from another node."""
+        return self._decided(self._plan_on_rank_0)
+
+    def _plan_on_rank_0(self) -> ResumePlan:
+        found, config = None, self._config
+        if config.load:
+            folder, only_universal = Path(config.load), config.universal_checkpoint
+            found = find_checkpoints(folder, config.load_tag, only_universal, self._damaged)
+        plan = choose_resume(found, self._wanted)
+        if plan.is_fresh and config.pretrained_checkpoint:
+            plan = self._plan_of_base()
+        if found is not None:
+            _mark(found.load, found.damaged)
+        return plan
+
+    def _plan_of_base(self) -> ResumePlan:
+        found = find_checkpoints(Path(self._base or ""))
+        return choose_pretrained(found, dataclasses.replace(self._wanted, use_universal=False))
+
+    def _decided(self, choose: Callable[[], ResumePlan]) -> ResumePlan:
+        """On rank 0, the same everywhere: folders may look different from another node. Collective over the world."""
         outcome: list[Any] = [None, None]
-        opened, config = None, self._config
+        opened = None
         if dist.get_rank() == 0:
             try:
-                found = None
-                if config.load:
-                    folder, only_universal = Path(config.load), config.universal_checkpoint
-                    found = find_checkpoints(folder, config.load_tag, only_universal, self._damaged)
-                plan = choose_resume(found, self._wanted)
-                if plan.is_fresh and config.pretrained_checkpoint:
-                    pretrained = find_checkpoints(Path(config.pretrained_checkpoint))
-                    plan = choose_pretrained(pretrained, dataclasses.replace(self._wanted, use_universal=False))
-                if found is not None:
-                    _mark(found.load, found.damaged)
+                plan = choose()
                 opened, outcome[0] = plan.opened, dataclasses.replace(plan, opened=None)  # what is open stays here
             except Exception as error:
                 outcome[1] = error

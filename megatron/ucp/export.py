@@ -33,6 +33,7 @@ from megatron.ucp.huggingface.config_json import config_of, describe, family_of
 from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import CONFIG, companions, file_of, read_json
 from megatron.ucp.identity import Identity
+from megatron.ucp.manifest import LEFT_OUT
 from megatron.ucp.naming.adapters import is_adapter
 from megatron.ucp.naming.gpt_model import GptModel, layouts, sound_settings
 from megatron.ucp.naming.tensors import pairs
@@ -167,7 +168,7 @@ def export_adapter(
     told. Otherwise as `export`."""
     started = time.perf_counter()
     output = Path(str(output_folder).rstrip("/") or "/")
-    source, model, identity = _opened(checkpoint, output)
+    source, model, identity = _opened(checkpoint, output, only_adapters=True)
     folder = source.folder
     if not model.lora_rank:
         raise UnsupportedCheckpointError(
@@ -203,19 +204,26 @@ def _require_no_adapters(source: Source, model: GptModel) -> None:
         )
 
 
-def _opened(checkpoint: str | Path, output: Path) -> tuple[Source, GptModel, Identity]:
+def _opened(checkpoint: str | Path, output: Path, *, only_adapters: bool = False) -> tuple[Source, GptModel, Identity]:
     folder = find_checkpoint(checkpoint)
     require_apart(folder, output)
     identity = Identity.of(folder)
     source = open_source(folder)
     model = GptModel.of(source.manifest.model, where=folder)
-    _require_parameters(source, model)
+    _require_parameters(source, model, only_adapters)
     return source, model, identity
 
 
-def _require_parameters(source: Source, model: GptModel) -> None:
-    """The checkpoint holds just the parameters that its model has."""
-    wanted = {name: layout.shape for name, layout in layouts(model).items()}
+def _require_parameters(source: Source, model: GptModel, only_adapters: bool) -> None:
+    """The checkpoint holds just the parameters that its model has, or its adapters beside a base that is left out."""
+    is_left_out = LEFT_OUT in source.manifest.common
+    if is_left_out and not only_adapters:
+        raise UnsupportedCheckpointError(
+            "the checkpoint leaves out the weights that were not trained (--exclude-frozen-parameters)",
+            where=source.folder,
+            do="export its adapters with --format peft; or save once without that flag, from a run that goes on",
+        )
+    wanted = {n: layout.shape for n, layout in layouts(model).items() if not is_left_out or is_adapter(n)}
     there = {name: info.layout.shape for name, info in source.manifest.parameters.items()}
     faults = [f"{name} is missing" for name in wanted.keys() - there.keys()]
     faults += [f"{name} is not of that model" for name in there.keys() - wanted.keys()]

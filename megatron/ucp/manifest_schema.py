@@ -218,6 +218,10 @@ _COMMON = record(
         "loss_scaler": mapping(plain, optional=True),
         "train_order": mapping(plain, optional=True),
         "model_settings": mapping(plain, optional=True),
+        "left_out": record(
+            {"digest": hexadecimal(32), "dtype": one_of("float32", "bfloat16", "float16"), "parameters": whole(1)},
+            required=("digest",),
+        ),
         "rng": record(
             {"file": _file_path, "world_size": whole(1, MAX_DEGREE)}, required=("file", "world_size"), is_open=True
         ),

@@ -1,8 +1,10 @@
-"""Source: what Trainer or another DeepSpeed program saved of a PEFT model, under our names, with its base's weights.
+"""Source: a checkpoint that leaves out its frozen weights, with those of its base.
 
-Such a checkpoint mostly leaves out the frozen base, so that comes from the folder of the model; the adapters come with
-moments and steps. A save with ucp.json says by digest which base it was, and another one is refused.
+A run with --exclude-frozen-parameters saves so, and what Trainer or another DeepSpeed program saves of a PEFT model
+mostly is so: that comes under our names, with moments and steps. A save with ucp.json says by digest which base it was,
+and another one is refused.
 
+    source = with_left_out(open_source("runs/a/global_step100"), base=open_source("SmolLM2-135M"))
     source = with_adapters_of(open_source("checkpoint-500"), like="SmolLM2-135M", adapter="checkpoint-500")
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from megatron.ucp.huggingface.adapter import AdapterFolder
 from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import CONFIG, read_json
-from megatron.ucp.manifest import LEFT_OUT
+from megatron.ucp.manifest import LEFT_OUT, ParameterInfo
 from megatron.ucp.naming.adapters import PEFT, is_adapter
 from megatron.ucp.naming.gpt_model import GptModel, layouts
 from megatron.ucp.naming.tensors import pairs
@@ -42,21 +45,24 @@ _BASE_LAYER = re.compile(r"base_model\.model\.(.+)\.base_layer\.(weight|bias)")
 
 
 class WithBase:
-    def __init__(self, adapters: RenamedSource, base: HuggingFaceSource, model: GptModel):
-        self.folder, self._adapters, self._base = adapters.folder, adapters, base
-        frozen = {name: replace(info, is_trainable=False) for name, info in base.manifest.parameters.items()}
-        parameters = {**frozen, **adapters.manifest.parameters}
-        self.manifest = replace(adapters.manifest, parameters={name: parameters[name] for name in layouts(model)})
-        self._base_files = {piece.file for name in frozen for piece in base.pieces(name, _MASTER)}
+    def __init__(self, inner: Source, base: Source, names: Iterable[str]):
+        """`names`: of all parameters, in their order. What `inner` lacks is `base`'s, and is not trained."""
+        self.folder, self._inner, self._base = inner.folder, inner, base
+        held, beside = inner.manifest.parameters, base.manifest.parameters
+        parameters = {name: held[name] if name in held else _frozen(beside[name]) for name in names}
+        self.manifest = replace(inner.manifest, parameters=parameters)
+        self._base_files = {
+            piece.file for name in parameters if name not in held for piece in base.pieces(name, _MASTER)
+        }
 
     def _part(self, name: str) -> Source:
-        return self._adapters if is_adapter(name) else self._base
+        return self._base if name not in self._inner.manifest.parameters else self._inner
 
     def pieces(self, name: str, state: str) -> list[Piece]:
         return self._part(name).pieces(name, state)
 
     def tensor(self, piece: Piece) -> StoredTensor:
-        return (self._base if piece.file in self._base_files else self._adapters).tensor(piece)
+        return (self._base if piece.file in self._base_files else self._inner).tensor(piece)
 
     def step(self, name: str) -> float | None:
         return self._part(name).step(name)
@@ -68,7 +74,25 @@ class WithBase:
         return {}
 
     def other_files(self) -> dict[str, Path]:
-        return self._adapters.other_files()
+        return self._inner.other_files()
+
+
+def _frozen(info: ParameterInfo) -> ParameterInfo:
+    return replace(info, group="", states=(_MASTER,), step=None, scalars={}, shapes={}, is_trainable=False)
+
+
+def with_left_out(inner: Source, base: Source) -> Source:
+    """`inner` leaves out its frozen weights (LEFT_OUT): with those of `base`, under the same names. Whether they are
+    the same is for whoever reads them to see, by the digest that is told. Raises UnsupportedCheckpointError where the
+    base leaves some out itself."""
+    if LEFT_OUT in base.manifest.common:
+        raise UnsupportedCheckpointError(
+            "the base leaves out its frozen weights itself",
+            where=base.folder,
+            do="give the model that it was trained from",
+        )
+    held, beside = inner.manifest.parameters, base.manifest.parameters
+    return WithBase(inner, base, [*held, *(name for name in beside if name not in held)])
 
 
 def is_of_peft(source: Source) -> bool:
@@ -101,7 +125,7 @@ def with_adapters_of(inner: Source, like: str | Path, adapter: str | Path | None
     adapters = RenamedSource.of(*given, only_adapters=True)
     base = HuggingFaceSource.open(like)
     _require_base(inner, base, family, model)
-    return WithBase(adapters, base, model)
+    return WithBase(adapters, base, layouts(model))
 
 
 def _called(name: str) -> str:
