@@ -1,7 +1,9 @@
 """What DeepSpeed saves of an engine, given to whoever writes it: at once, or later from a copy.
 
     def take(name: str, content: dict) -> None: ...
-    take_engine_files(engine, Path("runs/a"), "global_step100.tmp", {"iteration": 100}, take, deals_experts=False)
+    take_engine_files(
+        engine, Path("runs/a"), "global_step7.tmp", {"iteration": 7}, take, deals_experts=False, excludes_frozen=False
+    )
 
 DeepSpeed asks its checkpoint engine to write each file; for the time of a save that is ours. No rank waits for ever
 where another one cannot write.
