@@ -84,6 +84,20 @@ def test_a_run_goes_on(what, source, target, data, tmp_path):
         assert loss == pytest.approx(alone.losses[step], abs=2e-6), step
 
 
+def test_the_base_may_be_of_any_kind(data, run, tmp_path):
+    """A universal folder; and a run's own save, whose files have the names of those that leave the base out."""
+    folder, base = run
+    truth = trained(data, "adapters", "tp2pp1dp1-z1", base, load=folder)
+    universal = convert(base, tmp_path / "universal").output
+    flags = {"load": tmp_path / "native", "save": tmp_path / "native", "save_interval": 1, "exit_interval": 1}
+    # A step of no length: the weights stay those of the model.
+    of_base = {**dict.fromkeys(FROZEN["adapters"][1]), "exclude_frozen_parameters": None, "lr": 1e-30, "min_lr": 0.0}
+    trained(data, "adapters", "tp1pp1dp2-z1", base, **{**flags, **of_base})
+    for kind in (universal, tmp_path / "native"):
+        found = trained(data, "adapters", "tp2pp1dp1-z1", kind, load=folder)
+        assert found.digests == truth.digests and found.losses == truth.losses, kind
+
+
 def test_in_bf16(data, tmp_path):
     """The base's weights are rounded when the run begins, and when it goes on: in bf16 and in fp32."""
     base = saved(tmp_path, "llama 3")
