@@ -134,12 +134,14 @@ def _build(config: Config, launch: LaunchInfo, ownership: contextlib.ExitStack) 
         padded_vocab_size=config.model.padded_vocab_size(topology.tp_size),
         excludes_frozen=config.checkpoint.exclude_frozen_parameters,
     )
+    trained = sum(layout.numel for name, layout in live.atlas.layouts.items() if name not in live.atlas.frozen)
     log.info(
-        "%s, ZeRO-%d, %s, %s parameters, %d ranks",
+        "%s, ZeRO-%d, %s, %s parameters%s, %d ranks",
         topology,
         zero_stage,
         config.optimizer.precision,
         f"{num_parameters(config.model):,}",
+        f" ({trained:,} trained)" if live.atlas.frozen else "",
         launch.world_size,
     )
     with stops_all_ranks("checking the optimizer"):

@@ -1,5 +1,6 @@
 """Saves without the weights that are not trained: a run goes on from one and its base as from one that has them all."""
 
+import logging
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from ucp.huggingface_models import made, saved
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import cell
-from matrix.recording import command_line, train
+from matrix.recording import build, command_line, train
 from megatron.ucp import cli
 from megatron.ucp.convert import convert
 from megatron.ucp.errors import ManifestError, UnsupportedCheckpointError
@@ -132,6 +133,27 @@ def test_an_asynchronous_save_and_a_damaged_one(data, tmp_path):
     again = trained(data, "adapters", "tp2pp1dp1-z1", base, load=tmp_path / "run")
     assert sorted(again.losses) == [4]
     assert again.losses[4] == pytest.approx(through.losses[4], abs=2e-6)
+
+
+def test_the_log_says_what_is_trained(data, run):
+    """Of the whole model, however it is cut."""
+    told = [
+        run_ranks(2, _listen, argv_of(data, "adapters", place, run[1])) for place in ("tp2pp1dp1-z1", "tp1pp2dp1-z1")
+    ]
+    trained = sum(info.layout.numel for info in read_manifest(run[0] / "global_step2").parameters.values())
+    for lines in (line for of_ranks in told for line in of_ranks):
+        assert any(f"parameters ({trained:,} trained)" in line for line in lines), lines
+
+
+def _listen(rank, world_size, argv):
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger("megatron.training.build")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    build(argv, rank, world_size)
+    return told
 
 
 # -- what must be refused ----------------------------------------------------------------------------------------------
