@@ -25,8 +25,8 @@ from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.digest import Digest, digest_runs, total
 from megatron.ucp.errors import listed
 from megatron.ucp.execute import gather
-from megatron.ucp.manifest import LEFT_OUT
 from megatron.ucp.sources import Source
+from megatron.ucp.sources.with_base import WithBase
 
 
 @dataclass
@@ -60,17 +60,18 @@ def place_frozen(state: EngineState, source: Source) -> tuple[int, FrozenParts]:
 
 
 def _held_in(source: Source) -> torch.dtype | None:
-    """The precision of the frozen weights that the Source leaves out, if it does."""
-    left_out = source.manifest.common.get(LEFT_OUT)
-    return getattr(torch, left_out.get("dtype", "float32")) if left_out else None
+    """The precision of the frozen weights that the checkpoint left out, if it did."""
+    told = source.left_out if isinstance(source, WithBase) else None
+    return getattr(torch, told.get("dtype", "float32")) if told else None
 
 
 def require_same_base(state: EngineState, source: Source, own: FrozenParts) -> None:
     """Where the Source left out its frozen weights. Collective over the world. Raises SourceMismatchError, on every
     rank, where those that were read instead are not the same."""
-    left_out, held_in = source.manifest.common.get(LEFT_OUT), _held_in(source)
-    if not left_out:
+    held_in = _held_in(source)
+    if not isinstance(source, WithBase) or source.left_out is None:
         return
+    expected = source.left_out["digest"]
     there = {name for name, info in source.manifest.parameters.items() if not info.is_trainable}
     if there != state.frozen:
         with reported_by_rank_0(dist.get_rank()):
@@ -81,11 +82,11 @@ def require_same_base(state: EngineState, source: Source, own: FrozenParts) -> N
             )
     digests = frozen_digests(state, own.as_held)
     found = total({name: {MASTER: digest} for name, digest in digests.items()})
-    if found != left_out["digest"]:
+    if found != expected:
         with reported_by_rank_0(dist.get_rank()):
             raise SourceMismatchError(
                 f"{source.folder} was trained beside other weights than those of --pretrained-checkpoint: its "
-                f"frozen parameters had digest {left_out['digest']} in {held_in}, these {len(digests)} have {found}. "
+                f"frozen parameters had digest {expected} in {held_in}, these {len(digests)} have {found}. "
                 "Give the model that the run began from."
             )
 

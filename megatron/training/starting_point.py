@@ -23,7 +23,7 @@ from megatron.config.checkpoint import CheckpointConfig
 from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.commit import damage_of, mark_damaged
 from megatron.ucp.errors import UcpError
-from megatron.ucp.manifest import LEFT_OUT
+from megatron.ucp.manifest import left_out
 from megatron.ucp.run_folder import OpenCheckpoint, find_checkpoints
 from megatron.ucp.sources.with_base import with_left_out
 from megatron.ucp.topology import Topology
@@ -67,7 +67,7 @@ class StartingPoint:
 
     def _with_base(self, plan: ResumePlan) -> ResumePlan:
         """With the frozen weights of --pretrained-checkpoint, where the checkpoint leaves out its own."""
-        if plan.opened is None or LEFT_OUT not in plan.opened.source.manifest.common:
+        if plan.opened is None or not left_out(plan.opened.source.manifest):
             return plan
         if self._base is None:
             with reported_by_rank_0(dist.get_rank()):

@@ -37,7 +37,7 @@ from megatron.ucp.digest import total
 from megatron.ucp.doctor import examine, mend
 from megatron.ucp.errors import NotACheckpointError, UcpError
 from megatron.ucp.huggingface_commands import add_export, add_import
-from megatron.ucp.manifest import LEFT_OUT, Manifest
+from megatron.ucp.manifest import Manifest, left_out
 from megatron.ucp.plan import plan, predicted_seconds
 from megatron.ucp.progress_line import ProgressLine
 from megatron.ucp.reshape import Reshaped, reshape
@@ -185,8 +185,8 @@ def _inspect(arguments: argparse.Namespace) -> tuple[int, Any, str]:
         f"digest      {total(manifest.digests) if manifest.digests else 'none saved'}",
         f"verified    {f'no: {manifest.doubt}' if manifest.doubt else 'by the digests of the save'}",
     ]
-    if left_out := manifest.common.get(LEFT_OUT):
-        head.append(f"left out    weights that were not trained, with digest {left_out['digest']}")
+    if told := left_out(manifest):
+        head.append(f"left out    weights that were not trained, with digest {told['digest']}")
     head.append("")
     data = {"folder": str(source.folder), **manifest.to_json()}
     return OK, data, "\n".join(head) + _table(("name", "shape", "pattern", "group", "pp", "step", "states"), rows)

@@ -33,7 +33,7 @@ from megatron.ucp.huggingface.config_json import config_of, describe, family_of
 from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import CONFIG, companions, file_of, read_json
 from megatron.ucp.identity import Identity
-from megatron.ucp.manifest import LEFT_OUT
+from megatron.ucp.manifest import left_out
 from megatron.ucp.naming.adapters import is_adapter
 from megatron.ucp.naming.gpt_model import GptModel, layouts, sound_settings
 from megatron.ucp.naming.tensors import pairs
@@ -216,7 +216,7 @@ def _opened(checkpoint: str | Path, output: Path, *, only_adapters: bool = False
 
 def _require_parameters(source: Source, model: GptModel, only_adapters: bool) -> None:
     """The checkpoint holds just the parameters that its model has, or its adapters beside a base that is left out."""
-    is_left_out = LEFT_OUT in source.manifest.common
+    is_left_out = left_out(source.manifest) is not None
     if is_left_out and not only_adapters:
         raise UnsupportedCheckpointError(
             "the checkpoint leaves out the weights that were not trained (--exclude-frozen-parameters)",

@@ -223,6 +223,13 @@ class Manifest:
             )
 
 
+def left_out(manifest: Manifest) -> Mapping[str, Any] | None:
+    """What the manifest says of frozen weights that are not in the files; None where none are missing: it still says so
+    where another program's checkpoint was converted together with its base."""
+    told = manifest.common.get(LEFT_OUT)
+    return told if told and all(info.is_trainable for info in manifest.parameters.values()) else None
+
+
 def _parameter(data: dict[str, Any]) -> ParameterInfo:
     return ParameterInfo(
         **{

@@ -24,7 +24,7 @@ from megatron.ucp.errors import DigestMismatchError, NotACheckpointError, Unsupp
 from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import HeldTensor, read_json, tensors_of
 from megatron.ucp.json_checks import number, passes, record, shown, text, whole
-from megatron.ucp.manifest import LEFT_OUT, Manifest
+from megatron.ucp.manifest import Manifest, left_out
 from megatron.ucp.naming.adapters import PARTS, PEFT, PROJECTIONS, is_adapter, parts_of
 from megatron.ucp.naming.gpt_model import GptModel
 
@@ -131,8 +131,8 @@ class AdapterFolder:
 
 def base_told(manifest: Manifest) -> dict[str, str]:
     """The digest of all that is no adapter, and in which precision it was held."""
-    if left_out := manifest.common.get(LEFT_OUT):
-        return {"digest": left_out["digest"], "dtype": left_out.get("dtype", "float32")}
+    if told := left_out(manifest):
+        return {"digest": told["digest"], "dtype": told.get("dtype", "float32")}
     names = sorted(name for name in manifest.parameters if not is_adapter(name))
     if missing := [name for name in names if _MASTER not in manifest.digests.get(name, {})]:
         raise UnsupportedCheckpointError("the checkpoint has no digests of its base's weights", found=missing)

@@ -28,7 +28,7 @@ from megatron.ucp.huggingface.adapter import AdapterFolder
 from megatron.ucp.huggingface.config_json import describe
 from megatron.ucp.huggingface.families import Family
 from megatron.ucp.huggingface.folder import CONFIG, read_json
-from megatron.ucp.manifest import LEFT_OUT, ParameterInfo
+from megatron.ucp.manifest import LEFT_OUT, ParameterInfo, left_out
 from megatron.ucp.naming.adapters import PEFT, is_adapter
 from megatron.ucp.naming.gpt_model import GptModel, layouts
 from megatron.ucp.naming.tensors import pairs
@@ -50,7 +50,10 @@ class WithBase:
         self.folder, self._inner, self._base = inner.folder, inner, base
         held, beside = inner.manifest.parameters, base.manifest.parameters
         parameters = {name: held[name] if name in held else _frozen(beside[name]) for name in names}
-        self.manifest = replace(inner.manifest, parameters=parameters)
+        self.left_out = left_out(inner.manifest)
+        """What the inner checkpoint says of the weights that it does not hold."""
+        common = {key: value for key, value in inner.manifest.common.items() if key != LEFT_OUT}
+        self.manifest = replace(inner.manifest, parameters=parameters, common=common)
         self._base_files = {
             piece.file for name in parameters if name not in held for piece in base.pieces(name, _MASTER)
         }
@@ -82,10 +85,10 @@ def _frozen(info: ParameterInfo) -> ParameterInfo:
 
 
 def with_left_out(inner: Source, base: Source) -> Source:
-    """`inner` leaves out its frozen weights (LEFT_OUT): with those of `base`, under the same names. Whether they are
+    """`inner` leaves out its frozen weights: with those of `base`, under the same names. Whether they are
     the same is for whoever reads them to see, by the digest that is told. Raises UnsupportedCheckpointError where the
     base leaves some out itself."""
-    if LEFT_OUT in base.manifest.common:
+    if left_out(base.manifest):
         raise UnsupportedCheckpointError(
             "the base leaves out its frozen weights itself",
             where=base.folder,
