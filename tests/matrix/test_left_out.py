@@ -15,7 +15,7 @@ from megatron.ucp import cli
 from megatron.ucp.convert import convert
 from megatron.ucp.errors import ManifestError, UnsupportedCheckpointError
 from megatron.ucp.export import export, export_adapter, export_dcp
-from megatron.ucp.manifest import LEFT_OUT, read_manifest, write_manifest
+from megatron.ucp.manifest import LEFT_OUT, left_out, read_manifest, write_manifest
 from megatron.ucp.naming.adapters import is_adapter
 from megatron.ucp.sources import open_source
 from megatron.ucp.verify import verify
@@ -62,11 +62,11 @@ def test_a_run_goes_on(what, source, target, data, tmp_path):
     first = stopped(data, what, source, base, tmp_path / "run")
     whole = stopped(data, what, source, base, tmp_path / "whole", exclude_frozen_parameters=None)
     assert first.digests == whole.digests
-    left_out, kept = (read_manifest(tmp_path / name / "global_step2") for name in ("run", "whole"))
+    without, kept = (read_manifest(tmp_path / name / "global_step2") for name in ("run", "whole"))
     frozen = {name for name, info in kept.parameters.items() if not info.is_trainable}
-    assert frozen and set(left_out.parameters) == set(kept.parameters) - frozen
-    assert left_out.common[LEFT_OUT]["parameters"] == len(frozen)
-    assert {name: kept.digests[name] for name in left_out.digests} == left_out.digests
+    assert frozen and set(without.parameters) == set(kept.parameters) - frozen
+    assert without.common[LEFT_OUT]["parameters"] == len(frozen)
+    assert {name: kept.digests[name] for name in without.digests} == without.digests
     sizes = [sum(f.stat().st_size for f in (tmp_path / name).rglob("*") if f.is_file()) for name in ("run", "whole")]
     assert sizes[0] < 0.8 * sizes[1]
     assert verify(tmp_path / "run/global_step2").is_sound
@@ -218,6 +218,16 @@ def test_tools_take_what_is_there(data, run, tmp_path, capsys):
         with pytest.raises(UnsupportedCheckpointError, match="leaves out the weights that were not trained"):
             export_to(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_was_converted_with_its_base_leaves_nothing_out(run, tmp_path):
+    """What says so all the same: conversions of before kept the words of the checkpoint that they were made of."""
+    told = read_manifest(run[0] / "global_step2").common[LEFT_OUT]
+    manifest = read_manifest(convert(run[1], tmp_path / "base").output)
+    frozen = {name: replace(info, is_trainable=False) for name, info in manifest.parameters.items()}
+    common = {**manifest.common, LEFT_OUT: told}
+    assert left_out(replace(manifest, common=common)) == told
+    assert left_out(replace(manifest, common=common, parameters=frozen)) is None is left_out(manifest)
 
 
 @pytest.mark.parametrize("told", [3, {}, {"digest": "0"}, {"digest": "0" * 32, "dtype": "__class__"}])
