@@ -23,10 +23,9 @@ from megatron.checkpoint.state_digest import frozen_digests
 from megatron.engine.engine_state import MASTER, EngineState
 from megatron.parallel.rank_errors import reported_by_rank_0
 from megatron.ucp.digest import Digest, digest_runs, total
-from megatron.ucp.errors import listed
 from megatron.ucp.execute import gather
 from megatron.ucp.sources import Source
-from megatron.ucp.sources.with_base import WithBase
+from megatron.ucp.sources.with_base import left_out_of
 
 
 @dataclass
@@ -42,7 +41,8 @@ class FrozenParts:
 def place_frozen(state: EngineState, source: Source) -> tuple[int, FrozenParts]:
     """Read this rank's frozen intervals into the live weights; returns the number of elements too. Local."""
     num_elements, parts = 0, FrozenParts()
-    held_in = _held_in(source)
+    told = left_out_of(source)
+    held_in = getattr(torch, told.get("dtype", "float32")) if told else None
     for interval in state.frozen_intervals:
         name, weights = interval.name, interval.weights
         # What pads a vocabulary is in no file; it is zero (layers/vocabulary.py).
@@ -59,35 +59,19 @@ def place_frozen(state: EngineState, source: Source) -> tuple[int, FrozenParts]:
     return num_elements, parts
 
 
-def _held_in(source: Source) -> torch.dtype | None:
-    """The precision of the frozen weights that the checkpoint left out, if it did."""
-    told = source.left_out if isinstance(source, WithBase) else None
-    return getattr(torch, told.get("dtype", "float32")) if told else None
-
-
 def require_same_base(state: EngineState, source: Source, own: FrozenParts) -> None:
     """Where the Source left out its frozen weights. Collective over the world. Raises SourceMismatchError, on every
     rank, where those that were read instead are not the same."""
-    held_in = _held_in(source)
-    if not isinstance(source, WithBase) or source.left_out is None:
+    if (told := left_out_of(source)) is None:
         return
-    expected = source.left_out["digest"]
-    there = {name for name, info in source.manifest.parameters.items() if not info.is_trainable}
-    if there != state.frozen:
-        with reported_by_rank_0(dist.get_rank()):
-            raise SourceMismatchError(
-                f"{source.folder} leaves out its frozen weights, and this run freezes others: only there "
-                f"{listed(sorted(there - state.frozen), 4)}, only here {listed(sorted(state.frozen - there), 4)}. "
-                "Freeze the same ones."
-            )
     digests = frozen_digests(state, own.as_held)
     found = total({name: {MASTER: digest} for name, digest in digests.items()})
-    if found != expected:
+    if found != told["digest"]:
         with reported_by_rank_0(dist.get_rank()):
             raise SourceMismatchError(
                 f"{source.folder} was trained beside other weights than those of --pretrained-checkpoint: its "
-                f"frozen parameters had digest {expected} in {held_in}, these {len(digests)} have {found}. "
-                "Give the model that the run began from."
+                f"frozen parameters had digest {told['digest']} in {told.get('dtype', 'float32')}, these "
+                f"{len(digests)} have {found}. Give the model that the run began from."
             )
 
 

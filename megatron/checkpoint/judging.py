@@ -19,6 +19,7 @@ from megatron.ucp.layout import Layout
 from megatron.ucp.naming.adapters import is_adapter
 from megatron.ucp.naming.gpt_model import OF_ADAPTERS, UNSAID
 from megatron.ucp.sources import Source
+from megatron.ucp.sources.with_base import left_out_of
 
 
 def misfits(live: LiveRun, source: Source, options: LoadOptions) -> list[str]:
@@ -38,6 +39,13 @@ def misfits(live: LiveRun, source: Source, options: LoadOptions) -> list[str]:
                 f"{sorted(source.manifest.optimizer.groups)}). With --override-opt_param-scheduler their "
                 "hyper-parameters are those of the flags"
             )
+    there = {name for name, info in source.manifest.parameters.items() if not info.is_trainable}
+    if left_out_of(source) and there != live.atlas.frozen:
+        only = sorted(there - live.atlas.frozen), sorted(live.atlas.frozen - there)
+        problems.append(
+            "its frozen weights are left out, and this run freezes others: "
+            f"only there {listed(only[0], 4) or 'none'}, only here {listed(only[1], 4) or 'none'}; freeze the same ones"
+        )
     if options.with_schedule and (saved_schedule := source.manifest.common.get("schedule")):
         try:
             live.schedule.curve_of(saved_schedule)

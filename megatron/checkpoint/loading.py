@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 def load(live: LiveRun, plan: ResumePlan, options: LoadOptions | None = None) -> Progress:
     """Place the planned Source, which is open, into a freshly built engine; returns how far it had come.
 
-    Collective over the world. Raises SourceMismatchError before anything is placed, CheckpointError where a digest
-    does not match.
+    Collective over the world. Raises SourceMismatchError before anything is placed, but for a base of other weights,
+    which their digest tells; CheckpointError where a digest does not match.
     """
     options = options or LoadOptions()
     started = time.perf_counter()

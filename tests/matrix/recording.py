@@ -6,6 +6,7 @@ curves = train(flags)          # inside run_ranks: losses, grad norms, digests
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +78,16 @@ def write_dataset(
                 tokens.append(int(table[tokens[-1]] if follows else generator.integers(vocab_size - 1)))
             writer.add_document([*tokens, vocab_size - 1])
     return prefix
+
+
+def listen(logger: str) -> list[str]:
+    """What it says from here on in this process."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger(logger).setLevel(logging.INFO)
+    logging.getLogger(logger).addHandler(handler)
+    return told
 
 
 def command_line(data: Path, *, tp=1, pp=1, zero=0, micro_batch=1, iters=4, **flags) -> list[str]:

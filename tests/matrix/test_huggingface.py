@@ -7,7 +7,6 @@ folder, and the logits of what is exported. Two steps later the topologies must 
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from ucp.huggingface_models import ours, saved, tokens
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import cell
-from matrix.recording import build, command_line, train
+from matrix.recording import build, command_line, listen, train
 from megatron.ucp.convert import convert
 from megatron.ucp.export import export
 from megatron.ucp.huggingface.families import FAMILIES
@@ -133,12 +132,7 @@ def test_an_export_that_fails_ends_no_run(data, tmp_path):
 
 
 def _train_and_listen(rank, world_size, argv):
-    told = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    logger = logging.getLogger("megatron.training.hub_exports")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    told = listen("megatron.training.hub_exports")
     return train(rank, world_size, argv), told
 
 

@@ -1,6 +1,5 @@
 """Saves without the weights that are not trained: a run goes on from one and its base as from one that has them all."""
 
-import logging
 import shutil
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ from ucp.huggingface_models import made, saved
 
 from harness.ranks import RankFailure, run_ranks
 from matrix.cells import cell
-from matrix.recording import build, command_line, train
+from matrix.recording import build, command_line, listen, train
 from megatron.ucp import cli
 from megatron.ucp.convert import convert
 from megatron.ucp.errors import ManifestError, UnsupportedCheckpointError
@@ -135,6 +134,16 @@ def test_an_asynchronous_save_and_a_damaged_one(data, tmp_path):
     assert again.losses[4] == pytest.approx(through.losses[4], abs=2e-6)
 
 
+def test_adapters_are_exported_while_training(data, run, tmp_path):
+    """Of saves that leave the base out: the same files as an export of the save by hand."""
+    save = tmp_path / "run"
+    trained(data, "adapters", "tp1pp1dp2-z1", run[1], save=save, save_interval=2, export_hf_interval=4)
+    exported = tmp_path / "run_hf/global_step4"
+    export_adapter(save / "global_step4", tmp_path / "by_hand", base=str(run[1]))
+    for name in ("adapter_model.safetensors", "ucp_base.json"):
+        assert (exported / name).read_bytes() == (tmp_path / "by_hand" / name).read_bytes(), name
+
+
 def test_the_log_says_what_is_trained(data, run):
     """Of the whole model, however it is cut."""
     told = [
@@ -146,12 +155,7 @@ def test_the_log_says_what_is_trained(data, run):
 
 
 def _listen(rank, world_size, argv):
-    told = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    logger = logging.getLogger("megatron.training.build")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    told = listen("megatron.training.build")
     build(argv, rank, world_size)
     return told
 

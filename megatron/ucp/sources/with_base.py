@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,11 @@ def with_left_out(inner: Source, base: Source) -> Source:
         )
     held, beside = inner.manifest.parameters, base.manifest.parameters
     return WithBase(inner, base, [*held, *(name for name in beside if name not in held)])
+
+
+def left_out_of(source: Source) -> Mapping[str, Any] | None:
+    """What the checkpoint says of its frozen weights, where these are another one's."""
+    return source.left_out if isinstance(source, WithBase) else None
 
 
 def is_of_peft(source: Source) -> bool:
