@@ -67,6 +67,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/predict.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/kernels.py
 

@@ -19,6 +19,7 @@ from megatron.checkpoint.resume import LoadOptions
 from megatron.engine.engine_state import MASTER, EngineState
 from megatron.ucp.errors import listed
 from megatron.ucp.execute import gather
+from megatron.ucp.read_ahead import Wanted, read_ahead
 from megatron.ucp.runs import numel
 from megatron.ucp.sources import Source
 
@@ -37,19 +38,21 @@ def place_states(state: EngineState, source: Source, with_optimizer: bool) -> in
     """Masters and, `with_optimizer`, whatever the optimizer keeps of each parameter; returns the number of elements.
     Local. Raises CheckpointError where parameters that are stepped together are at different steps in the Source."""
     num_elements, begun = 0, adapters_begun(state.layouts, source)
+    wanted: list[Wanted[torch.Tensor]] = []
     for interval in state.intervals:
         if interval.name in begun:
             continue
         has_states = with_optimizer and is_trained_in(source, interval.name)
         for held in state.states_of(interval):
             if held.state == MASTER or has_states:
-                pieces = source.pieces(interval.name, held.state)
-                if numel(held.runs) < held.values.numel():
-                    held.values.zero_()  # the vocabulary's padding, which no Source has
-                gather(source, interval.name, held.state, pieces, held.runs, held.values)
-                num_elements += held.values.numel()
+                wanted.append((interval.name, held.state, held.runs, held.values))
             elif with_optimizer:
                 held.values.zero_()
+    for name, kind, runs, values in read_ahead(source, wanted):
+        if numel(runs) < len(values):
+            values.zero_()  # the vocabulary's padding, which no Source has
+        gather(source, name, kind, source.pieces(name, kind), runs, values)
+        num_elements += len(values)
     if with_optimizer:
         # All that a flat tensor has of any rank: this one may own only padding.
         for (_, flat), names in zip(state.flats, state.members, strict=True):

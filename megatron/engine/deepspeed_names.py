@@ -93,6 +93,8 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     ),
     "deepspeed.runtime.zero.muon.original_muon": ("compiler",),
     "deepspeed.runtime.compiler": ("compile",),
+    "deepspeed.comm.comm": ("cdb", "all_gather_into_tensor"),
+    "deepspeed.comm.torch": ("all_gather_function",),
     "deepspeed.runtime.bf16_optimizer": ("get_grads_for_norm", "has_moe_layers", "_hp_optimizer_states_linked"),
 }  # fmt: skip
 """Module -> words that its source has to use: what we set for DeepSpeed to read, or replace for it to call."""

@@ -27,6 +27,7 @@ from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, LoadMicro
 from megatron.config.optimizer import OptimizerConfig
 from megatron.engine.deepspeed_names import require_built, require_names
 from megatron.engine.expert_groups import has_dealt_experts, mark_expert_groups
+from megatron.engine.gloo_gathers import gather_by_broadcasts
 from megatron.engine.grad_norms import Fp32GradNorm, align_group_norms, align_summed_norms, spare_fp64_copies
 from megatron.engine.muon_import import import_muon_uncompiled
 from megatron.engine.optimizers import build_optimizer
@@ -165,6 +166,7 @@ def build_engine(
     `fused_kernels` is --fused-kernels. Raises DeepSpeedChangedError where this DeepSpeed lacks a name that is read,
     replaced or set."""
     require_names()
+    gather_by_broadcasts()
     block = ds_config.get("optimizer")
     groups = parameter_groups(
         model,

@@ -29,11 +29,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron.ucp.convert import Conversion, convert
 from megatron.ucp.diff import diff
 from megatron.ucp.digest import total
+from megatron.ucp.disk_rates import Rates, measured_rates
 from megatron.ucp.doctor import examine, mend
 from megatron.ucp.errors import NotACheckpointError, UcpError
 from megatron.ucp.huggingface_commands import add_export, add_import
@@ -43,7 +44,7 @@ from megatron.ucp.progress_line import ProgressLine
 from megatron.ucp.reshape import Reshaped, reshape
 from megatron.ucp.run_folder import find_checkpoints
 from megatron.ucp.shares import Share, convert_share
-from megatron.ucp.sources import PROGRAMS, find_checkpoint, open_source
+from megatron.ucp.sources import PROGRAMS, Source, find_checkpoint, open_source
 from megatron.ucp.targets.native_target import NAMES, NativeTarget
 from megatron.ucp.targets.universal import tensor_bytes
 from megatron.ucp.topology import Topology
@@ -51,6 +52,7 @@ from megatron.ucp.verify import verify
 
 OK, NOT, USAGE = 0, 1, 2
 _MAX_RANKS = 1 << 16
+_BANDWIDTH = "of each node's disk, or `measured`: of this one, with files beside the folder. How long things will take"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     for axis in ("dp", "tp", "pp", "sp", "ep"):
         p.add_argument(f"--{axis}", type=int, default=1, help=f"{axis}_size of the Target")
     p.add_argument("--zero", type=int, default=1, help="ZeRO stage of the Target (0, 1 or 2)")
-    p.add_argument("--bandwidth", type=_bandwidth, metavar="5GB/s", help="of each node: how long the disk will take")
+    p.add_argument("--bandwidth", type=_bandwidth, metavar="5GB/s", help=_BANDWIDTH)
     p.add_argument("--nodes", type=_num_ranks, default=1, help="with --bandwidth: machines that share the work")
     p = command("convert", _convert, "folder", "output")
     p.add_argument("--num_workers", type=int, default=2)
@@ -265,10 +267,12 @@ def _plan(arguments: argparse.Namespace) -> tuple[int, Any, str]:
     head = f"{source.folder} ({source.manifest.topology}) -> {target}, ZeRO-{arguments.zero}\n"
     data = {"folder": str(source.folder), "target": target.to_json(), "ranks": [asdict(r) for r in reads]}
     text = head + _table(("rank", "MiB", "files", "copies"), rows)
-    if arguments.bandwidth:
-        seconds = predicted_seconds(source, reads, arguments.nodes, arguments.bandwidth)
-        data["predicted_seconds"] = asdict(seconds)
-        where = f"{arguments.nodes} node(s) of {arguments.bandwidth / 1e9:g} GB/s"
+    if arguments.bandwidth is not None:
+        asked = arguments.bandwidth
+        rates = _measured(source, target, arguments.nodes) if asked == "measured" else asked
+        seconds = predicted_seconds(source, reads, arguments.nodes, rates)
+        data["rates"], data["predicted_seconds"] = asdict(rates), asdict(seconds)
+        where = f"{arguments.nodes} node(s) of {_told(rates)}"
         text += f"\npredicted for {where}: save {seconds.save:.1f} s, "
         text += f"convert {seconds.convert:.1f} s, load {seconds.load:.1f} s"
     return OK, data, text
@@ -283,12 +287,26 @@ def _num_ranks(text: str) -> int:
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
-def _bandwidth(text: str) -> float:
-    """ "5GB/s" -> 5e9."""
+def _bandwidth(text: str) -> Rates | Literal["measured"]:
+    """ "5GB/s" -> 5e9 for all."""
+    if text == "measured":
+        return "measured"
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B/s", text)
     if match is None or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no bandwidth, as 5GB/s or 800MB/s")
-    return float(match[1]) * _UNITS[match[2]]
+    return Rates.alike(float(match[1]) * _UNITS[match[2]])
+
+
+def _measured(source: Source, target: Topology, num_nodes: int) -> Rates:
+    """Of as many processes as a node has, or processors."""
+    processes = max(source.manifest.topology.world_size, target.world_size)
+    return measured_rates(source.folder.parent, min(-(-processes // num_nodes), len(os.sched_getaffinity(0))))
+
+
+def _told(rates: Rates) -> str:
+    if rates == Rates.alike(rates.save):
+        return f"{rates.save / 1e9:g} GB/s"
+    return ", ".join(f"{rate / 1e9:.2f} GB/s of {step}" for step, rate in asdict(rates).items())
 
 
 def _convert(arguments: argparse.Namespace) -> tuple[int, Any, str]:

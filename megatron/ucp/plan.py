@@ -4,7 +4,7 @@ A Target rank owns intervals of shards, a Source has pieces of the same paramete
 is counted instead of copied.
 
     for rank in plan(source, Topology(dp_size=4), zero_stage=1): rank.num_bytes, rank.files
-    predicted_seconds(source, reads, num_nodes=48, bandwidth=5e9)
+    predicted_seconds(source, reads, num_nodes=48, rates=Rates.alike(5e9))
 
 ZeRO partitions are modelled as DeepSpeed makes them: the shards of all parameters in order, padded to the number of
 ranks; pipeline stages as equal stretches of the parameter list. The vocabulary's padding of the Target is not counted.
@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron.ucp.disk_rates import Rates
 from megatron.ucp.layout import Layout, ShardRank
 from megatron.ucp.runs import Runs, intersect, numel, shard_runs, whole_runs
 from megatron.ucp.sources import Source
@@ -84,17 +85,20 @@ class Seconds:
     load: float
 
 
-def predicted_seconds(source: Source, reads: list[RankReads], num_nodes: int, bandwidth: float) -> Seconds:
-    """What the disk takes where each of `num_nodes` reads or writes `bandwidth` bytes a second: a save of the Source, a
-    conversion of it that all nodes share, and a resume by the ranks of `reads`, dealt to the nodes in order. Starting
-    programs and building models comes to it; where processors are slower than the disk, they decide."""
+def predicted_seconds(source: Source, reads: list[RankReads], num_nodes: int, rates: Rates) -> Seconds:
+    """Of a save of the Source, a conversion of it that all nodes share, and a resume by the ranks of `reads`, dealt to
+    the nodes in order, where each node has those rates. Starting programs and building models comes to it; rates that
+    are a disk's alone say nothing of processors that are slower."""
     manifest = source.manifest
     states = sum(4 * info.layout_of(state).numel for info in manifest.parameters.values() for state in info.states)
     saved = sum(info.bytes for info in manifest.files.values()) or states
     per_node = -(-len(reads) // num_nodes)
     nodes = [sum(rank.num_bytes for rank in reads[i : i + per_node]) for i in range(0, len(reads), per_node)]
-    together = num_nodes * bandwidth
-    return Seconds(saved / together, (saved + states) / together, max(nodes, default=0) / bandwidth)
+    return Seconds(
+        save=saved / (num_nodes * rates.save),
+        convert=(saved + states) / (num_nodes * rates.convert),
+        load=max(nodes, default=0) / rates.load,
+    )
 
 
 class _Overlaps:

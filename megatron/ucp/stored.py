@@ -106,6 +106,15 @@ class MappedFile:
                 self._bytes = np.frombuffer(self._mapped, dtype=np.uint8)
             return self._bytes
 
+    def will_need(self, start: int, stop: int) -> None:
+        """The system begins to read bytes [start, stop)."""
+        self.bytes()
+        assert self._mapped is not None
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = min(stop, len(self._mapped))
+        if stop > first:
+            self._mapped.madvise(mmap.MADV_WILLNEED, first, stop - first)
+
     def let_go(self, start: int, stop: int) -> None:
         """Bytes [start, stop) have been read: their pages are the page cache's again, and not this process's too."""
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
@@ -246,6 +255,17 @@ class StoredTensor:
         strides = tuple(stride * size for stride in self.strides)
         spread = np.lib.stride_tricks.as_strided(whole[self.offset :], self.shape, strides)
         return in_order(spread).reshape(-1)
+
+    def will_need(self, start: int, stop: int) -> int:
+        """The system begins to read elements [start, stop) of a tensor in one stretch. How many bytes those are; 0
+        where they are read when they are asked for."""
+        if (place := self.position) is None or not isinstance(origin := self.storage.origin, MappedFile):
+            return 0
+        if self.storage.num_bytes <= _READ:
+            return 0
+        size = self.dtype.itemsize
+        origin.will_need(place[1] + start * size, place[1] + stop * size)
+        return (stop - start) * size
 
     def let_go(self, start: int, stop: int) -> None:
         """Elements [start, stop) of a tensor in one stretch have been read, and were not changed."""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ from ucp.synthetic import make_state, model, write_native
 from megatron.ucp import cli
 from megatron.ucp import verify as verify_module
 from megatron.ucp.convert_command import convert_as_told, main
+from megatron.ucp.disk_rates import Rates
 from megatron.ucp.errors import OutputExistsError
 from megatron.ucp.progress_line import ProgressLine
 from megatron.ucp.topology import Topology
@@ -70,7 +72,7 @@ def test_convert_verify_diff_plan(native, capsys):
     assert code == 0 and len(json.loads(shown.out)["ranks"]) == 3
 
 
-def test_plan_predicts_what_the_disk_takes(native, capsys):
+def test_plan_predicts_what_the_disk_takes(native, capsys, monkeypatch):
     code, shown = ucp(capsys, "plan", native, "--dp", 4, "--json", "--bandwidth", "2KB/s", "--nodes", 2)
     said = json.loads(shown.out)
     states = sum(4 * tensor.numel() for states in STATE.values() for tensor in states.values())
@@ -81,6 +83,17 @@ def test_plan_predicts_what_the_disk_takes(native, capsys):
     )
     code, shown = ucp(capsys, "plan", native, "--bandwidth", "5GB/s")
     assert code == 0 and "predicted for 1 node(s) of 5 GB/s: save 0.0 s" in shown.out
+    asked = []
+    monkeypatch.setattr(cli, "measured_rates", lambda *given: asked.append(given) or Rates(1e3, 2e3, 4e3))
+    code, shown = ucp(capsys, "plan", native, "--dp", 4, "--bandwidth", "measured", "--json")
+    said = json.loads(shown.out)
+    assert asked == [(native.parent, min(4, len(os.sched_getaffinity(0))))]
+    assert said["rates"] == {"save": 1e3, "convert": 2e3, "load": 4e3}
+    assert code == 0 and said["predicted_seconds"] == pytest.approx(
+        {"save": saved / 1e3, "convert": (saved + states) / 2e3, "load": sum(ranks) / 4e3}
+    )
+    code, shown = ucp(capsys, "plan", native, "--bandwidth", "measured")
+    assert "1 node(s) of 0.00 GB/s of save, 0.00 GB/s of convert, 0.00 GB/s of load: save " in shown.out
     for wrong in ("5", "5 GB", "0GB/s", "-1GB/s", "fast"):
         with pytest.raises(SystemExit):
             cli.main(["plan", str(native), f"--bandwidth={wrong}"])
