@@ -5,9 +5,10 @@
 
 A GPT of about that many parameters on two data-parallel ranks under ZeRO-1 (a process each, gloo), resumed on two
 tensor-parallel ones. Round by round: the prediction, with the seconds that it takes; a save into a fresh folder; a
-conversion of it (`ucp convert`, two workers, its start counted); a resume, from the save or from the conversion in
-turns, of which the page cache has let go. Save and resume are counted as the log tells them, without starting processes
-and building the model. Machines are noisy, so that every round has its own prediction.
+resume from it, or a conversion of it (`ucp convert`, two workers, its start counted) and a resume from that, in turns;
+of what is read for a resume the page cache has let go, and nobody has read it since it was written. Save and resume are
+counted as the log tells them, without starting processes and building the model. Machines are noisy, so that every
+round has its own prediction.
 """
 
 from __future__ import annotations
@@ -75,16 +76,17 @@ def _rounds(scratch: Path, parameters: float, repeats: int) -> list[dict[str, li
         predicted = _predicted(scratch / "first/global_step1")
         saving = command_line(data, zero=1, iters=1, save=scratch / "run", save_interval=1, **model)
         measured = {"save": max(run_ranks(NUM_RANKS, _save, saving, timeout=1800))}
-        universal.parent.mkdir()
-        started = time.perf_counter()
-        _ucp("convert", str(native), str(universal), "--num_workers", str(NUM_RANKS))
-        measured["convert"] = time.perf_counter() - started
-        source = universal if turn % 2 else native
+        source = native
+        if turn % 2:
+            universal.parent.mkdir()
+            started = time.perf_counter()
+            _ucp("convert", str(native), str(universal), "--num_workers", str(NUM_RANKS))
+            measured["convert"] = time.perf_counter() - started
+            source = universal
         _let_go(source)
         loading = command_line(data, tp=NUM_RANKS, zero=1, iters=1, **model)
-        measured[f"load, {'universal' if turn % 2 else 'direct'}"] = max(
-            run_ranks(NUM_RANKS, _load, loading, str(source), timeout=1800)
-        )
+        kind = "universal" if source == universal else "direct"
+        measured[f"load, {kind}"] = max(run_ranks(NUM_RANKS, _load, loading, str(source), timeout=1800))
         rounds.append({step: [predicted[step.split(",")[0]], seconds] for step, seconds in measured.items()})
     return rounds
 

@@ -52,6 +52,8 @@ from megatron.ucp.verify import verify
 
 OK, NOT, USAGE = 0, 1, 2
 _MAX_RANKS = 1 << 16
+_LEAST_MEASURED, _MOST_MEASURED = 1 << 28, 1 << 30
+"""Bytes."""
 _BANDWIDTH = "of each node's disk, or `measured`: of this one, with files beside the folder. How long things will take"
 
 
@@ -298,9 +300,12 @@ def _bandwidth(text: str) -> Rates | Literal["measured"]:
 
 
 def _measured(source: Source, target: Topology, num_nodes: int) -> Rates:
-    """Of as many processes as a node has, or processors."""
+    """Of as many processes as a node has, or processors, with as many bytes as a node has of the checkpoint, within
+    bounds."""
     processes = max(source.manifest.topology.world_size, target.world_size)
-    return measured_rates(source.folder.parent, min(-(-processes // num_nodes), len(os.sched_getaffinity(0))))
+    workers = min(-(-processes // num_nodes), len(os.sched_getaffinity(0)))
+    num_bytes = min(max(tensor_bytes(source.manifest) // num_nodes, _LEAST_MEASURED), _MOST_MEASURED)
+    return measured_rates(source.folder.parent, workers, num_bytes)
 
 
 def _told(rates: Rates) -> str:

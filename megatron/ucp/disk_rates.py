@@ -1,6 +1,6 @@
 """How fast does this machine save, convert and load? Measured with files of its own: `ucp plan --bandwidth measured`.
 
-    rates = measured_rates("/data/run", num_workers=8)           # a few seconds; needs twice `num_bytes` of room
+    rates = measured_rates("/data/run", num_workers=8, num_bytes=1 << 30)      # twice that of room, once of memory
     rates.save, rates.convert, rates.load                        # bytes a second, of all workers together
 
 The same calls that a save, a conversion and a resume spend their time in: digests, checksums and the flush to the disk
@@ -50,7 +50,7 @@ class Rates:
         return cls(bandwidth, bandwidth, bandwidth)
 
 
-def measured_rates(folder: str | Path, num_workers: int, num_bytes: int = 1 << 30) -> Rates:
+def measured_rates(folder: str | Path, num_workers: int, num_bytes: int) -> Rates:
     """With `num_workers` that work at once, on the disk of `folder`. Leaves nothing there. Raises NotEnoughSpaceError
     before anything is written, OSError where the folder cannot be written to."""
     num_tensors = max(1, num_bytes // (num_workers * _TENSOR * FLOAT32.itemsize))
@@ -79,6 +79,7 @@ class _Worker:
         self._folder, self._file = folder, folder / "saved.pt"
         generator = np.random.default_rng(0)
         self._values = [generator.random(_TENSOR, dtype=np.float32) for _ in range(num_tensors)]
+        self._converted = [folder / f"{number}.pt" for number in range(num_tensors)]
         self.num_bytes = sum(values.nbytes for values in self._values)
 
     def save(self) -> None:
@@ -89,27 +90,28 @@ class _Worker:
         flush(self._file)
 
     def convert(self) -> None:
-        for number, tensor in enumerate(read_ordinary(self._file)):
-            path = self._folder / f"{number}.pt"
+        for tensor, path in zip(read_ordinary(self._file), self._converted, strict=True):
             save_streamed({"param": StreamedTensor((_TENSOR,), FLOAT32, _gatherer(tensor))}, path)
             flush(path)
 
     def forget(self) -> None:
-        """The page cache lets go of what this worker saved."""
-        handle = os.open(self._file, os.O_RDONLY)
-        try:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
+        """The page cache lets go of what was converted."""
+        for path in self._converted:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(handle)
 
     def load(self) -> None:
-        """Into memory that was just made and zeroed, as an optimizer's."""
+        """Into memory that was just made and zeroed, as an optimizer's; what nobody has read since it was written: of
+        other files a disk, or the machine that it is part of, may still have the bytes."""
         self._values = [np.empty(_TENSOR, dtype=np.float32) for _ in self._values]
         for values in self._values:
             values.fill(0)
-        for values, tensor in zip(self._values, read_ordinary(self._file), strict=True):
-            copy_runs(values, tensor, whole_runs(_TENSOR))
+        for values, path in zip(self._values, self._converted, strict=True):
+            copy_runs(values, read_ordinary(path)["param"], whole_runs(_TENSOR))
             _digest(values)
 
 

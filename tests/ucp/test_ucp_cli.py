@@ -87,7 +87,7 @@ def test_plan_predicts_what_the_disk_takes(native, capsys, monkeypatch):
     monkeypatch.setattr(cli, "measured_rates", lambda *given: asked.append(given) or Rates(1e3, 2e3, 4e3))
     code, shown = ucp(capsys, "plan", native, "--dp", 4, "--bandwidth", "measured", "--json")
     said = json.loads(shown.out)
-    assert asked == [(native.parent, min(4, len(os.sched_getaffinity(0))))]
+    assert asked == [(native.parent, min(4, len(os.sched_getaffinity(0))), 1 << 28)]
     assert said["rates"] == {"save": 1e3, "convert": 2e3, "load": 4e3}
     assert code == 0 and said["predicted_seconds"] == pytest.approx(
         {"save": saved / 1e3, "convert": (saved + states) / 2e3, "load": sum(ranks) / 4e3}
