@@ -24,7 +24,8 @@ def gather_by_broadcasts() -> None:
 
 
 class _AllGather:
-    """As torch.distributed.all_gather_into_tensor, which does it for whatever gloo does not send."""
+    """As torch.distributed.all_gather_into_tensor, which does it for whatever gloo does not send, and refuses tensors
+    that do not fit."""
 
     def __init__(self, other: Callable[..., Any]):
         self._other = other
@@ -36,9 +37,11 @@ class _AllGather:
         group: dist.ProcessGroup | None = None,
         async_op: bool = False,
     ) -> Any:
-        if not _is_sent_by_gloo(output_tensor, group):
+        size = dist.get_world_size(group)
+        is_sound = output_tensor.numel() == size * input_tensor.numel() and output_tensor.dtype == input_tensor.dtype
+        if not is_sound or not _is_sent_by_gloo(output_tensor, group):
             return self._other(output_tensor, input_tensor, group=group, async_op=async_op)
-        shards = output_tensor.view(-1).chunk(dist.get_world_size(group))
+        shards = output_tensor.view(-1).chunk(size)
         own = shards[dist.get_rank(group)]
         if own.data_ptr() != input_tensor.data_ptr():
             own.copy_(input_tensor.view(-1))

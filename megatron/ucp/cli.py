@@ -8,7 +8,8 @@ Questions about any checkpoint folder, DeepSpeed's or universal, of any topology
                              right answer           exit 0 all is well, 1 not
     verify DIR               is it whole            exit 0 sound, 1 not; --quick: by sizes, reading no data
     diff A B                 the same state?        exit 0 equal, 1 not
-    plan DIR --tp 2 --dp 2   what would each rank of that topology read
+    plan DIR --tp 2 --dp 2   what would each rank of that topology read; --bandwidth 5GB/s or measured (by files of its
+                             own): how long a save, a conversion and a resume would take
     convert DIR OUT          make a universal folder; of Megatron-Core's folder, too
     convert DIR OUT --share 0/4            one of four processes that make it, anywhere that sees the disk
     convert DIR OUT --to zero2 --dp 3      make DeepSpeed's own files of ZeRO-2 on 3 ranks

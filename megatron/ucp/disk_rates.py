@@ -11,8 +11,7 @@ cache, as on a machine that comes new to a checkpoint.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
+import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.ucp.commit import flush
+from megatron.ucp.commit import flush, remove_left_over, stage
 from megatron.ucp.digest import digest_runs, seeds
 from megatron.ucp.disk import disk_errors, require_space
 from megatron.ucp.execute import CHUNK, copy_runs
@@ -56,7 +55,8 @@ def measured_rates(folder: str | Path, num_workers: int, num_bytes: int) -> Rate
     num_tensors = max(1, num_bytes // (num_workers * _TENSOR * FLOAT32.itemsize))
     folder = Path(folder)
     require_space(folder, 2 * num_workers * num_tensors * _TENSOR * FLOAT32.itemsize)
-    scratch = Path(tempfile.mkdtemp(prefix=".ucp-measuring-", dir=folder))
+    # As a save's folder before it has its name: if this process is killed, whoever cleans up knows what it is.
+    scratch = stage(folder / f"measured-{secrets.token_hex(4)}")
     try:
         with disk_errors(scratch), ThreadPoolExecutor(num_workers) as pool:
             workers = [_Worker(scratch / str(number), num_tensors) for number in range(num_workers)]
@@ -67,7 +67,7 @@ def measured_rates(folder: str | Path, num_workers: int, num_bytes: int) -> Rate
                 worker.forget()
             load = _seconds(pool, workers, _Worker.load)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_left_over(scratch)
     return Rates(moved / save, 2 * moved / convert, moved / load)
 
 

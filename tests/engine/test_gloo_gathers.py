@@ -45,6 +45,18 @@ def test_they_give_the_bytes_of_torchs_own():
     assert run_ranks(3, _gather_both_ways) == [[], [], []]
 
 
+def _gather_what_does_not_fit(rank: int, world_size: int) -> None:
+    gather_by_broadcasts()
+    own = torch.ones(10)
+    for output in (torch.zeros(19), torch.zeros(20, dtype=torch.bfloat16)):
+        with pytest.raises((RuntimeError, ValueError), match=r"(?i)size|type|expected"):
+            deepspeed_comm.all_gather_into_tensor(output, own)
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    run_ranks(2, _gather_what_does_not_fit)
+
+
 def _not_gloos_own(*_, **__):
     raise RuntimeError("gathered by gloo's own")
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from megatron.ucp import disk_rates
+from megatron.ucp.commit import remove_left_overs
 from megatron.ucp.disk_rates import Rates, measured_rates
 from megatron.ucp.errors import NotEnoughSpaceError
 
 SAMPLE = 64 << 20
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_measured_and_nothing_left(tmp_path):
@@ -34,7 +39,7 @@ def test_what_a_step_takes_is_in_its_rate(slow, step, moves, tmp_path, monkeypat
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 0, SAMPLE))
-    monkeypatch.setattr(disk_rates.tempfile, "mkdtemp", lambda **_: pytest.fail("it wrote"))
+    monkeypatch.setattr(disk_rates, "stage", lambda _: pytest.fail("it wrote"))
     with pytest.raises(NotEnoughSpaceError, match="the disk is too full"):
         measured_rates(tmp_path, 2, SAMPLE)
 
@@ -46,6 +51,22 @@ def test_a_disk_that_fails_is_told_and_nothing_left(tmp_path, monkeypatch):
     monkeypatch.setattr(disk_rates, "flush", fails)
     with pytest.raises(OSError, match="Input/output error"):
         measured_rates(tmp_path, 2, SAMPLE)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, sys
+from megatron.ucp import disk_rates
+disk_rates._Worker.convert = lambda self: os._exit(9)
+disk_rates.measured_rates(sys.argv[1], 2, 1 << 26)
+"""
+
+
+def test_what_a_killed_one_leaves_is_known_and_removed(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, check=False)
+    (left,) = tmp_path.iterdir()
+    assert done.returncode == 9 and list(left.rglob("saved.pt"))
+    assert remove_left_overs(tmp_path) == [left.name]
     assert list(tmp_path.iterdir()) == []
 
 
